@@ -1,0 +1,39 @@
+"""A small CNN that reads the digits: the demo's judge of generated images."""
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+WEIGHTS = Path(__file__).with_name("classifier.safetensors")
+
+
+class DigitClassifier(nn.Module):
+    """Images (N, 1, 16, 16) in [-1, 1] to logits (N, 10); ``features`` are the 64 values before the last linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.spatial = nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+        self.pooled = nn.Sequential(nn.Flatten(), nn.Linear(64 * 4 * 4, 64), nn.ReLU())
+        self.head = nn.Linear(64, 10)
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.pooled(self.spatial(images))  # (N, 64)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.features(images))  # (N, 10)
+
+
+def load_classifier() -> DigitClassifier:
+    model = DigitClassifier()
+    model.load_state_dict({name: value.float() for name, value in load_file(WEIGHTS).items()})
+    return model.eval()
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Shift each image by up to one pixel and add noise, so that the classifier does not learn exact pixels."""
+    padded = nn.functional.pad(images, (1, 1, 1, 1), value=-1.0)
+    dy, dx = torch.randint(0, 3, (2,), generator=generator).tolist()
+    return padded[:, :, dy:dy + images.shape[2], dx:dx + images.shape[3]] + 0.1 * torch.randn(images.shape, generator=generator)
