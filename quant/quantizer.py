@@ -1,0 +1,171 @@
+"""Uniform affine quantisers: one spec, one range rule per convention, codes, fake-quantise, bit packing.
+
+A quantiser maps ``x`` to integer codes ``q`` in [0, 2^bits - 1] and back: ``x ~ scale * (q - zero)``. Which values share a
+scale is the *granularity*; every granularity is a view of the tensor and the dimensions reduced in it.
+"""
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+OFF_BITS = 16  # an activation bit width of 16 means "not quantised"
+WEIGHT_BITS = range(2, 9)
+ACT_BITS = (4, 5, 6, 7, 8, OFF_BITS)
+
+_REDUCED = {"tensor": None, "image": (-2, -1), "token": (-1,), "channel": (-1,), "group": (-1,), "strided": (0,)}
+GRANULARITIES = tuple(_REDUCED)
+CONVENTIONS = ("affine", "published")
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How a tensor is quantised.
+
+    Attributes:
+        bits: code width; 16 switches the quantiser off.
+        granularity: what shares a scale. ``tensor``: everything. ``image``: the last two dimensions. ``token`` and
+            ``channel``: the last dimension (of an activation, of a weight (O, I)). ``group``: ``group`` consecutive entries
+            of the last dimension. ``strided``: the published DiTAS weight layout, ``group`` entries of one input channel
+            that lie ``O/group`` rows apart.
+        group: entries per group for ``group`` (capped at the row length) and ``strided``.
+        convention: ``affine`` widens the range to include 0, divides it by ``2^bits - 1`` and keeps the zero point inside
+            the codes, so that 0 is exact. ``published`` is DiTAS's code: scale ``(max - min) / 2^bits``, zero point rounded
+            but not clamped.
+
+    Raises:
+        ValueError: unknown granularity or convention.
+    """
+
+    bits: int
+    granularity: str
+    group: int = 0
+    convention: str = "affine"
+
+    def __post_init__(self):
+        if self.granularity not in GRANULARITIES or self.convention not in CONVENTIONS:
+            raise ValueError(f"unknown quantiser {self.granularity!r}/{self.convention!r}: "
+                             f"expected one of {GRANULARITIES} and of {CONVENTIONS}")
+
+    @property
+    def top(self) -> int:
+        """The largest code."""
+        return 2 ** self.bits - 1
+
+    def per_step(self) -> "QuantSpec":
+        """The same quantiser for (steps, rows, channels) stacks, where one range per tensor is one per step."""
+        return replace(self, granularity="image") if self.granularity == "tensor" else self
+
+
+def grouped(x: Tensor, spec: QuantSpec) -> tuple[Tensor, tuple[int, ...]]:
+    """A view of ``x`` and the dimensions of it that share a scale.
+
+    Raises:
+        ValueError: the group size does not divide the dimension it is taken from.
+    """
+    if spec.granularity == "tensor":
+        return x, tuple(range(x.dim()))
+    if spec.granularity == "group":
+        size = min(spec.group, x.shape[-1])
+        if x.shape[-1] % size:
+            raise ValueError(f"group size {size} does not divide a row of {x.shape[-1]} values")
+        x = x.unflatten(-1, (-1, size))
+    elif spec.granularity == "strided":
+        if x.shape[0] % spec.group:
+            raise ValueError(f"strided groups of {spec.group} rows do not divide {x.shape[0]} rows")
+        x = x.reshape(spec.group, -1)
+    return x, _REDUCED[spec.granularity]
+
+
+def scale_and_zero(view: Tensor, dims: tuple[int, ...], spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Scale and (integer-valued) zero point of each group, reduced dimensions kept with size 1.
+
+    A group of one constant value is reproduced exactly under both conventions; an all-zero group gets scale 1.
+    """
+    low, high = view.amin(dims, keepdim=True), view.amax(dims, keepdim=True)
+    if spec.convention == "affine":
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        scale = (high - low) / spec.top
+    else:
+        scale = (high - low) / (spec.top + 1)
+    scale = torch.where(scale == 0, torch.maximum(low.abs(), high.abs()), scale)
+    scale = torch.where(scale == 0, 1.0, scale)
+    zero = torch.round(-low / scale)
+    if spec.convention == "affine":
+        zero = zero.clamp(0, spec.top)
+    return scale, zero
+
+
+def _signed_codes(view: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
+    """``q - zero``, integer-valued. The range is the view's own, so its low end rounds to code 0 and only the top needs a clamp."""
+    codes = torch.div(view, scale).round_()
+    return torch.minimum(codes, spec.top - zero, out=codes)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Integer codes with what turns them back into values.
+
+    Attributes:
+        codes: uint8, the shape of the quantised tensor.
+        scale, zero: float32, the shape of ``grouped`` with reduced dimensions of size 1; ``zero`` is integer-valued.
+        spec: the quantiser that made them.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    spec: QuantSpec
+
+    def dequantize(self) -> Tensor:
+        """The values, float32, the shape of ``codes``."""
+        view, _ = grouped(self.codes, self.spec)
+        return ((view.to(self.scale.dtype) - self.zero) * self.scale).reshape(self.codes.shape)
+
+    def scale_columns(self, factors: Tensor) -> "Quantized":
+        """The same codes for ``W diag(factors)``; only for groups that never span input channels (``strided``)."""
+        if self.spec.granularity != "strided":
+            raise ValueError(f"granularity {self.spec.granularity!r} shares scales across columns")
+        return replace(self, scale=(self.scale.reshape(-1, len(factors)) * factors).reshape(self.scale.shape))
+
+
+def quantize(x: Tensor, spec: QuantSpec) -> Quantized:
+    """Quantise a tensor to codes.
+
+    Raises:
+        ValueError: ``x`` holds NaN or infinity, or does not divide into groups.
+    """
+    if not torch.isfinite(x).all():
+        raise ValueError("cannot quantise a tensor that holds NaN or infinity")
+    view, dims = grouped(x, spec)
+    scale, zero = scale_and_zero(view, dims, spec)
+    codes = _signed_codes(view, scale, zero, spec).add_(zero)
+    return Quantized(codes.to(torch.uint8).reshape(x.shape), scale, zero, spec)
+
+
+def fake_quantize(x: Tensor, spec: QuantSpec) -> Tensor:
+    """``dequantize(quantize(x))`` in one go, without the check for NaN (which passes through)."""
+    if spec.bits == OFF_BITS:
+        return x
+    view, dims = grouped(x, spec)
+    scale, zero = scale_and_zero(view, dims, spec)
+    return _signed_codes(view, scale, zero, spec).mul_(scale).reshape(x.shape)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes below ``2^bits`` as a bit stream, little end first: uint8, ``ceil(numel * bits / 8)`` bytes."""
+    planes = (codes.reshape(-1, 1).cpu().numpy() >> np.arange(bits, dtype=np.uint8)) & 1  # (numel, bits)
+    return torch.from_numpy(np.packbits(planes.astype(np.uint8), bitorder="little"))
+
+
+def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
+    """Inverse of ``pack``: uint8 codes of the given shape.
+
+    Raises:
+        ValueError: the stream's length does not fit the shape.
+    """
+    count = int(np.prod(shape))
+    if packed.dtype != torch.uint8 or packed.numel() != -(-count * bits // 8):
+        raise ValueError(f"expected {-(-count * bits // 8)} bytes for {count} codes of {bits} bits, got {packed.numel()} of {packed.dtype}")
+    planes = np.unpackbits(packed.numpy(), bitorder="little", count=count * bits).reshape(count, bits)
+    return torch.from_numpy(np.packbits(planes, axis=1, bitorder="little").reshape(shape))
