@@ -175,14 +175,22 @@ class ModelCard:
     num_classes: int = 1000
     image_sizes: tuple[int, ...] = (256, 512)  # pixels per side; the first is the default
     downsample: int = 8  # pixels per latent cell and side
+    decoder: str = "vae"  # what turns latents into images (see download.load_decoder)
 
     def build(self, image_size: int, num_classes: int | None = None) -> DiT:
+        """A randomly initialised model for images of ``image_size`` pixels.
+
+        Raises:
+            ValueError: the model has no such image size.
+        """
+        if image_size not in self.image_sizes:
+            raise ValueError(f"image size {image_size} does not fit this model: expected {' or '.join(map(str, self.image_sizes))}")
         return DiT(input_size=image_size // self.downsample, patch_size=self.patch_size, hidden_size=self.hidden_size,
                    depth=self.depth, num_heads=self.num_heads, num_classes=num_classes or self.num_classes)
 
 
 _FAMILIES = {"XL": (28, 1152, 16), "L": (24, 1024, 16), "B": (12, 768, 12), "S": (12, 384, 6)}
-_DIGITS = ModelCard(10, 128, 4, 2, num_classes=10, image_sizes=(16,), downsample=2)
+_DIGITS = ModelCard(10, 128, 4, 2, num_classes=10, image_sizes=(16,), downsample=2, decoder="digits")
 
 DiT_models: dict[str, ModelCard] = {
     **{f"DiT-{name}/{patch}": ModelCard(*shape, patch) for name, shape in _FAMILIES.items() for patch in (2, 4, 8)},

@@ -48,5 +48,5 @@ def install(model: nn.Module, layers: dict[str, QuantizedLayer], act: QuantSpec)
     """Replace the named linears of ``model`` by ``QuantLinear`` s, in place; returns the model in eval mode."""
     for name, layer in layers.items():
         linear = model.get_submodule(name)
-        model.set_submodule(name, QuantLinear(layer, linear.bias, act).to(linear.weight.device))
+        model.set_submodule(name, QuantLinear(layer, linear.bias, act))
     return model.eval()

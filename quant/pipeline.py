@@ -12,7 +12,7 @@ from diffusion import Schedule
 from quant.calibrate import Trajectory, record, replay
 from quant.linear import QuantizedLayer, block_linears
 from quant.lowrank import LowRankWeight, lowrank_quantize
-from quant.quantizer import QuantSpec
+from quant.quantizer import QuantSpec, grouped
 from quant.search import AlphaSearch
 from quant.smoothing import aggregate, check_step, smoothing_factors
 
@@ -64,6 +64,8 @@ def quantize_model(model: nn.Module, recipe: Recipe, weight_bits: int, act_bits:
     """
     linears = block_linears(model)
     spec, act = weight_spec(recipe, weight_bits), act_spec(recipe, act_bits)
+    for linear in linears.values():
+        grouped(linear.weight, spec)  # a group size that does not fit is found before any work is done
 
     def lowrank(weight: Tensor) -> LowRankWeight:
         rank = config.lowrank_rank(recipe, min(weight.shape))

@@ -1,0 +1,97 @@
+"""Quantise a DiT: float checkpoint in, quantised checkpoint and a picture out.
+
+    python QuantDiT.py --image-size 256 --seed 1 --model DiT-XL/2 --act-bit 8 --weight-bit 4 --num-sampling-steps 100
+    python QuantDiT.py --model DiT-Digits-Outliers                       # bundled, runs on a CPU in a minute
+    python QuantDiT.py --model DiT-Digits-Outliers --recipe smoothquant --smooth-timestep 25
+"""
+import argparse
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+import config
+from config import RECIPES, Recipe
+from diffusion import ImageNoise, ddpm_step, make_schedule
+from diffusion.generate import generate_images
+from diffusion.images import grid, side_by_side
+from download import load_decoder, load_model
+from quant import checkpoint
+from quant.cli import Parser, add_model_flags, at_least, class_labels, find_card, one_of, run, user_value
+from quant.files import atomic, writable_folder
+from quant.linear import install
+from quant.lowrank import SOLVERS
+from quant.pipeline import Start, act_spec, quantize_model
+from quant.quantizer import ACT_BITS, WEIGHT_BITS
+from quant.smoothing import check_step
+
+
+def build_recipe(args: argparse.Namespace) -> Recipe:
+    """The chosen row of ``config.RECIPES`` with the flags that were given on top."""
+    recipe = RECIPES[one_of(args.recipe, RECIPES, "--recipe")]
+    given = {"weight_group": args.group_size, "rank": args.rank, "timestep": args.smooth_timestep}
+    for flag, minimum in (("group_size", 1), ("rank", 0)):
+        if getattr(args, flag) is not None:
+            at_least(getattr(args, flag), minimum, f"--{flag.replace('_', '-')}")
+    return replace(recipe, **{key: value for key, value in given.items() if value is not None})
+
+
+def main(args: argparse.Namespace) -> None:
+    name = args.model or config.default_model
+    card = find_card(name)
+    image_size, num_classes = args.image_size or card.image_sizes[0], args.num_classes or card.num_classes
+    weight_bit = one_of(args.weight_bit or config.weight_bit, WEIGHT_BITS, "--weight-bit")
+    act_bit = one_of(args.act_bit or config.act_bit, ACT_BITS, "--act-bit")
+    recipe = build_recipe(args)
+    at_least(args.cfg_scale, 1.0, "--cfg-scale")
+    at_least(args.seed, 0, "--seed")
+    schedule = user_value(make_schedule, args.num_sampling_steps)
+    user_value(check_step, recipe.timestep, len(schedule))
+    labels = class_labels(args.class_labels, num_classes) if args.class_labels else config.default_labels(num_classes)
+    output = Path(args.output or Path("results") / checkpoint.default_name(name, image_size, weight_bit, act_bit, args.recipe))
+    output = output if output.suffix == checkpoint.SUFFIX else output.with_name(output.name + checkpoint.SUFFIX)
+    writable_folder(output.parent)
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(name, card, image_size, num_classes, args.ckpt, device)
+    decode = load_decoder(card, args.vae, device)
+
+    indices, labels = range(len(labels)), torch.tensor(labels, device=device)
+    noise = ImageNoise(args.seed, indices, (model.in_channels, model.input_size, model.input_size), device)
+    result = user_value(partial(quantize_model, svd=args.svd), model, recipe, weight_bit, act_bit, schedule, Start(noise(), noise, labels))
+    checkpoint.save(output, model, result.layers, checkpoint.Header(
+        model=name, image_size=image_size, num_classes=num_classes, weight_bit=weight_bit, act_bit=act_bit, recipe_name=args.recipe,
+        recipe=recipe, seed=args.seed, num_sampling_steps=args.num_sampling_steps, svd=args.svd, alphas=result.alphas))
+    print(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)")
+
+    def picture() -> Image.Image:
+        images = user_value(generate_images, model, decode, schedule, indices[:16], labels[:16], args.seed, args.cfg_scale, ddpm_step)
+        return grid(images, columns=4)
+
+    float_picture = picture()
+    install(model, result.layers, act_spec(recipe, act_bit))
+    pair = side_by_side([float_picture, picture()], ["float", f"W{weight_bit}A{act_bit} {args.recipe}"])
+    with atomic(output.with_suffix(".png")) as temporary:
+        pair.save(temporary, format="PNG")
+    print(f"wrote {output.with_suffix('.png')}: the same seeds from the float and the quantised model, guidance {args.cfg_scale:g}")
+    print(f"next: torchrun --nnodes=1 --nproc_per_node=1 sample_merge_TAS.py --image-size {image_size} --model {name} --num-fid-samples 10000 "
+          f"--act-bit {act_bit} --weight-bit {weight_bit} --path {output} --num-sampling-steps {args.num_sampling_steps}")
+
+
+if __name__ == "__main__":
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_flags(parser)
+    parser.add_argument("--recipe", default=config.default_recipe, help=f"one of {', '.join(RECIPES)} (default: {config.default_recipe})")
+    parser.add_argument("--seed", type=int, default=0, help="of the calibration noise and the picture (default: 0)")
+    parser.add_argument("--num-sampling-steps", default="50", help="steps of the calibration trajectory: 1 to 1000, 'ddimN' or a list (default: 50)")
+    parser.add_argument("--cfg-scale", type=float, default=4.0,
+                        help=f"guidance of the picture (default: 4.0); calibration always uses {config.calibration_cfg_scale}")
+    parser.add_argument("--class-labels", help="classes to calibrate on, separated by commas (default: the paper's 16, or 0 1 2 …)")
+    parser.add_argument("--smooth-timestep", type=int, help="index in sampling order that recipe smoothquant looks at (default: 0, the noisiest)")
+    parser.add_argument("--group-size", type=int, help="weights per scale in recipes with groups (default: the recipe's)")
+    parser.add_argument("--rank", type=int, help="rank of the low-rank branch, 0 for none (default: the recipe's)")
+    parser.add_argument("--svd", choices=tuple(SOLVERS), default="fast", help="how the low-rank branch is found (default: fast)")
+    parser.add_argument("--output", help="where to write (default: results/<model>-<size>-W<w>A<a>-<recipe>.safetensors)")
+    run(main, parser)

@@ -1,0 +1,43 @@
+"""Batches of images by global index: what an image looks like does not depend on who makes it."""
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from diffusion.images import to_bytes
+from diffusion.noise import ImageNoise, image_labels
+from diffusion.sampler import Step, guided_denoiser, sample
+from diffusion.schedule import Schedule
+
+
+def batch_indices(batch: int, size: int) -> range:
+    """Batch ``k`` is always images ``k * size`` to ``(k + 1) * size - 1``, however many of them are wanted."""
+    return range(batch * size, (batch + 1) * size)
+
+
+def labels_for(indices: Sequence[int], seed: int, num_classes: int, listed: list[int] | None) -> Tensor:
+    """(N,) int64: random by (seed, index), or ``listed`` over and over."""
+    if listed is None:
+        return image_labels(seed, indices, num_classes)
+    return torch.tensor([listed[i % len(listed)] for i in indices])
+
+
+@torch.inference_mode()
+def generate_latents(model: nn.Module, schedule: Schedule, indices: Sequence[int], labels: Tensor, seed: int, cfg_scale: float,
+                     step: Step) -> Tensor:
+    """Final latents (N, C, H, W) of the images with these global indices and labels (N,), on the model's device."""
+    device = model.pos_embed.device
+    noise = ImageNoise(seed, indices, (model.in_channels, model.input_size, model.input_size), device)
+    return sample(guided_denoiser(model, labels.to(device), cfg_scale), schedule, noise(), noise, step)
+
+
+@torch.inference_mode()
+def generate_images(model: nn.Module, decode: Callable[[Tensor], Tensor], schedule: Schedule, indices: Sequence[int], labels: Tensor,
+                    seed: int, cfg_scale: float, step: Step) -> np.ndarray:
+    """uint8 (N, H, W, 3); as ``generate_latents``, decoded.
+
+    Raises:
+        ValueError: the model produced NaN.
+    """
+    return to_bytes(decode(generate_latents(model, schedule, indices, labels, seed, cfg_scale, step)))

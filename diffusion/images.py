@@ -1,0 +1,62 @@
+"""Images: bytes, grids, and the ``.npz`` that the ADM evaluator reads."""
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+
+
+def to_bytes(images: Tensor) -> np.ndarray:
+    """Images (N, 1 or 3, H, W) around [-1, 1] to uint8 (N, H, W, 3): ``trunc(clamp(127.5 v + 128, 0, 255))``, grey repeated.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    if not torch.isfinite(images).all():
+        raise ValueError("the model produced NaN or infinity")
+    images = images.expand(-1, 3, -1, -1)
+    return (127.5 * images + 128.0).clamp(0, 255).permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy()
+
+
+def grid(images: np.ndarray, columns: int, cell: int = 64) -> Image.Image:
+    """uint8 (N, H, W, 3) in rows of ``columns``; small images are enlarged to about ``cell`` pixels without smoothing."""
+    zoom = max(1, cell // images.shape[1])
+    images = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
+    tiles = torch.from_numpy(images).permute(0, 3, 1, 2)
+    return Image.fromarray(make_grid(tiles, nrow=columns, padding=2, pad_value=255).permute(1, 2, 0).numpy())
+
+
+def side_by_side(pictures: list[Image.Image], titles: list[str], gap: int = 16, band: int = 20) -> Image.Image:
+    """Pictures of one height in a row, each under its title."""
+    from PIL import ImageDraw, ImageFont
+    width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
+    canvas = Image.new("RGB", (width, pictures[0].height + band), "white")
+    draw, x = ImageDraw.Draw(canvas), 0
+    for picture, title in zip(pictures, titles):
+        canvas.paste(picture, (x, band))
+        draw.text((x + picture.width / 2, band / 2), title, fill="black", anchor="mm", font=ImageFont.load_default(size=14))
+        x += picture.width + gap
+    return canvas
+
+
+def write_npz(path: Path, images: Iterable[np.ndarray], shape: tuple[int, int, int, int]) -> None:
+    """Write ``arr_0``, uint8 ``shape`` (N, H, W, 3), one image at a time; byte for byte what ``np.savez(arr_0=…)`` writes.
+
+    Raises:
+        ValueError: an image is not uint8 (H, W, 3), or there are not N of them.
+    """
+    count = 0
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            for image in images:
+                if image.dtype != np.uint8 or image.shape != shape[1:]:
+                    raise ValueError(f"image {count} is {image.dtype} {image.shape}, expected uint8 {shape[1:]}")
+                member.write(np.ascontiguousarray(image).tobytes())
+                count += 1
+    if count != shape[0]:
+        raise ValueError(f"got {count} images, expected {shape[0]}")

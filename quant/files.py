@@ -1,0 +1,35 @@
+"""Files that appear whole or not at all."""
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from config import UserError
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that is renamed to it if the block succeeds and removed if not."""
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def writable_folder(folder: Path) -> Path:
+    """Create ``folder`` if need be and make sure that files can be written there.
+
+    Raises:
+        UserError: they cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic(folder / "probe") as temporary:
+            temporary.touch()
+        (folder / "probe").unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to folder '{folder}': {error.strerror}; give another one") from None
+    return folder
