@@ -111,7 +111,7 @@ def main(args: argparse.Namespace) -> None:
     state.destroy_process_group()
 
 
-if __name__ == "__main__":
+def make_parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)
     parser.add_argument("--path", help="quantised checkpoint written by QuantDiT.py (default: sample the float model)")
@@ -127,4 +127,8 @@ if __name__ == "__main__":
     parser.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 matrix products on NVIDIA GPUs (default: on)")
     parser.add_argument("--fold", action=argparse.BooleanOptionalAction, default=True, help="fold the smoothing factors (default: on)")
     parser.add_argument("--threads", type=int, help="CPU threads per process (default: PyTorch's)")
-    run(main, parser)
+    return parser
+
+
+if __name__ == "__main__":
+    run(main, make_parser())

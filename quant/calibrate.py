@@ -71,9 +71,10 @@ def record(model: nn.Module, layers: dict[str, nn.Linear], schedule: Schedule, l
         for x in tqdm(loop, total=len(schedule), desc="trajectory", unit="step"):
             latents.append(x)
             step += 1
-    for name, values in absmax.items():
-        if not torch.isfinite(values).all():
-            raise ValueError(f"the input of {name} is not finite on the calibration trajectory")
+    bad = {name: ~torch.isfinite(values).all(1) for name, values in absmax.items()}  # (steps,) each
+    if any(steps.any() for steps in bad.values()):
+        first = min((int(steps.nonzero()[0]), i, name) for i, (name, steps) in enumerate(bad.items()) if steps.any())
+        raise ValueError(f"the input of {first[2]} is not finite at step {first[0]} of the calibration trajectory: the weights are damaged")
     timesteps = torch.from_numpy(schedule.timestep_map[::-1].copy()).to(x.device)
     return Trajectory(torch.stack(latents[:-1]), timesteps, labels), absmax
 

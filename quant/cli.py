@@ -1,5 +1,6 @@
 """What the command lines share: one-line errors with exit status 2, and the flags that say which model is meant."""
 import argparse
+import os
 import sys
 from collections.abc import Callable
 
@@ -15,17 +16,15 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 
-def run(main: Callable[[argparse.Namespace], None], parser: Parser) -> None:
+def run(main: Callable[[argparse.Namespace], None], parser: Parser, argv: list[str] | None = None) -> None:
     """Parse the command line and call ``main``; a ``UserError`` becomes one line on stderr and exit status 2."""
+    args = parser.parse_args(argv)
     try:
-        main(parser.parse_args())
+        main(args)
     except UserError as error:
-        sys.exit(_fail(parser.prog, error))
-
-
-def _fail(prog: str, error: UserError) -> int:
-    print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
+        if os.environ.get("RANK", "0") == "0":  # every process of a run finds the same mistake: one of them says so
+            print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
 
 
 def user_value(call: Callable, *args):

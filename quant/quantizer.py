@@ -139,7 +139,7 @@ def quantize(x: Tensor, spec: QuantSpec) -> Quantized:
         raise ValueError("cannot quantise a tensor that holds NaN or infinity")
     view, dims = grouped(x, spec)
     scale, zero = scale_and_zero(view, dims, spec)
-    codes = _signed_codes(view, scale, zero, spec).add_(zero)
+    codes = _signed_codes(view, scale, zero, spec).add_(zero).clamp_(0, spec.top)  # the clamp: a huge published zero point rounds
     return Quantized(codes.to(torch.uint8).reshape(x.shape), scale, zero, spec)
 
 

@@ -1,0 +1,174 @@
+"""How fast quantisation is, against the same recipe done the published way, and what it costs in memory.
+
+    python benchmarks/calibration.py                 # everything, about 8 minutes on two CPU cores
+    python benchmarks/calibration.py --only lowrank
+
+calibration  whole quantisation of the digits model: one trajectory per layer, each layer's input history stored and searched
+             candidate by candidate (as the published code does), against two trajectories for all layers
+forward      fake-quantised against float forward of a DiT-B/2 with random weights, batch 8
+lowrank      ten alternations of a 1152 x 4608 layer at rank 32: full SVDs against the warm-started solver
+memory       growth of the resident set during calibration, against float model + 25 x the largest layer activation
+"""
+import argparse
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.nn.functional as F
+
+import config
+from config import RECIPES
+from diffusion import ImageNoise, guided_denoiser, make_schedule, sample
+from download import load_model
+from models import DiT_models
+from quant.calibrate import hooked, record
+from quant.linear import QuantizedLayer, block_linears, install
+from quant.lowrank import LowRankWeight, lowrank_quantize
+from quant.pipeline import Start, act_spec, quantize_model, weight_spec
+from quant.quantizer import QuantSpec, fake_quantize, quantize
+from quant.smoothing import aggregate, smoothing_factors
+
+STEPS, LABELS = 50, 16
+
+
+def start(model) -> Start:
+    noise = ImageNoise(0, range(LABELS), (model.in_channels, model.input_size, model.input_size))
+    return Start(noise(), noise, torch.arange(LABELS) % model.num_classes)
+
+
+@torch.no_grad()
+def published_procedure(model, recipe, weight_bits, act_bits, schedule) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """The same recipe with one trajectory per layer whose inputs are all stored, and every candidate a full product."""
+    linears = block_linears(model)
+    spec, act = weight_spec(recipe, weight_bits), act_spec(recipe, act_bits)
+    alphas, losses = {}, {}
+    bases = {}
+    if recipe.order == "lowrank-first":
+        for name, linear in linears.items():
+            bases[name] = lowrank_quantize(linear.weight, spec, config.lowrank_rank(recipe, min(linear.weight.shape)), recipe.rounds, recipe.keep, "exact")
+    begin = start(model)
+    _, absmax = record(model, linears, schedule, begin.labels, config.calibration_cfg_scale, begin.x, begin.draw)
+    for name, linear in linears.items():
+        history, begin = [], start(model)
+        with hooked({name: linear}, lambda _, inputs, __: history.append(inputs)):
+            sample(guided_denoiser(model, begin.labels, config.calibration_cfg_scale), schedule, begin.x, begin.draw)
+        loss = torch.zeros(len(recipe.alphas), dtype=torch.float64)
+        balanced = bases[name].weight.dequantize() if bases else linear.weight
+        for i, alpha in enumerate(recipe.alphas):
+            s = smoothing_factors(aggregate(absmax[name], recipe.balance, recipe.timestep), balanced, alpha, config.factor_floor)
+            plain = None if bases else fake_quantize(linear.weight * s, spec)
+            for x in history:
+                wanted = F.linear(x, linear.weight, linear.bias)
+                q = fake_quantize(x / s, act)
+                if bases:
+                    weight, right = balanced * s, bases[name].right * s
+                    got = F.linear(q, weight) + F.linear(F.linear(q, right), bases[name].left) + linear.bias
+                else:
+                    got = F.linear(q, plain, linear.bias)
+                loss[i] += (got - wanted).square().mean().double()
+        losses[name] = loss
+        alphas[name] = recipe.alphas[int(loss.argmin())]
+        if not bases:
+            s = smoothing_factors(aggregate(absmax[name], recipe.balance, recipe.timestep), balanced, alphas[name], config.factor_floor)
+            lowrank_quantize(linear.weight * s, spec, config.lowrank_rank(recipe, min(linear.weight.shape)), recipe.rounds, recipe.keep, "exact")
+    return alphas, losses
+
+
+def timed(call: Callable):
+    begin = time.perf_counter()
+    return call(), time.perf_counter() - begin
+
+
+def calibration() -> None:
+    schedule = make_schedule(str(STEPS))
+    model = load_model("DiT-Digits", DiT_models["DiT-Digits"], 16, 10, None, torch.device("cpu"))
+    print("\n| recipe | published way, s | ours, s (before / after it) | ratio | same α | losses agree to |")
+    print("|---|---|---|---|---|---|")
+    for name in ("ditas-published", "ditas"):
+        recipe = RECIPES[name]
+
+        def ours():
+            return quantize_model(model, recipe, 4, 8, schedule, start(model))
+        result, before = timed(ours)
+        (alphas, losses), slow = timed(lambda: published_procedure(model, recipe, 4, 8, schedule))
+        _, after = timed(ours)
+        worst = max(((result.losses[k] - losses[k]) / losses[k]).abs().max().item() for k in losses)
+        same = sum(result.alphas[k] == alphas[k] for k in alphas)
+        print(f"| {name} | {slow:.1f} | {before:.1f} / {after:.1f} | {slow / ((before + after) / 2):.1f}x | {same} of {len(alphas)} | {worst:.1e} |", flush=True)
+
+
+@torch.inference_mode()
+def forward() -> None:
+    def build():
+        torch.manual_seed(0)
+        return DiT_models["DiT-B/2"].build(256).eval()
+    model, quantised = build(), build()
+    x, t, y = torch.randn(8, 4, 32, 32), torch.full((8,), 500), torch.arange(8)
+    print("\n| recipe (W4A8) | float, ms | fake-quantised, ms | ratio (median of pairs) |")
+    print("|---|---|---|---|")
+    for name in ("rtn", "ditas", "ditas-published"):
+        recipe, quantised = RECIPES[name], build()
+        layers = {}
+        for key, linear in block_linears(quantised).items():
+            weight = quantize(linear.weight, weight_spec(recipe, 4))
+            low = LowRankWeight(weight, torch.zeros(len(linear.weight), 1), torch.zeros(1, linear.in_features))
+            divides = recipe.balance != "none" and key.endswith("fc2")  # the others are folded when sampling
+            layers[key] = QuantizedLayer(low, torch.ones(linear.in_features) if divides else None)
+        install(quantised, layers, act_spec(recipe, 8))
+        pairs = []
+        for i in range(9):
+            pairs.append((timed(lambda: model(x, t, y))[1], timed(lambda: quantised(x, t, y))[1]))
+        pairs = pairs[2:]
+        a, b = (statistics.median(pair[k] for pair in pairs) * 1e3 for k in (0, 1))
+        print(f"| {name} | {a:.0f} | {b:.0f} | {statistics.median(q / p for p, q in pairs):.2f} |", flush=True)
+
+
+def lowrank() -> None:
+    print("\n| layer | exact, s | fast, s | ratio | error of fast above exact |")
+    print("|---|---|---|---|---|")
+    spec = QuantSpec(4, "group", 64)
+    for rows, columns in ((1152, 1152), (1152, 4608), (4608, 1152)):
+        weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * 0.02
+        timings, errors = {}, {}
+        for solver in ("fast", "exact", "fast"):
+            result, timings[solver] = timed(lambda: lowrank_quantize(weight, spec, 32, 10, "best", solver))
+            errors[solver] = (weight - result.dense()).norm().item()
+        print(f"| {rows} x {columns} | {timings['exact']:.1f} | {timings['fast']:.2f} | {timings['exact'] / timings['fast']:.1f}x "
+              f"| {errors['fast'] / errors['exact'] - 1:+.3%} |", flush=True)
+
+
+def memory() -> None:
+    schedule = make_schedule("10")
+    print("\n| model | float model, MB | largest activation of a layer, MB | bound, MB | growth of peak memory, MB |")
+    print("|---|---|---|---|---|")
+    for name, size in (("DiT-Digits", 16), ("DiT-S/2", 256)):
+        card = DiT_models[name]
+        torch.manual_seed(0)
+        model = card.build(size).eval()
+        begin = start(model)
+        with torch.inference_mode():  # so that what the libraries allocate once is not counted
+            model(begin.x, torch.zeros(LABELS, dtype=torch.long), begin.labels)
+        weights = sum(p.numel() for p in model.parameters()) * 4 / 1e6
+        tokens = 2 * LABELS * (model.input_size // model.patch_size) ** 2
+        activation = tokens * card.hidden_size * 4 * 4 / 1e6
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        quantize_model(model, RECIPES["ditas"], 4, 8, schedule, begin)
+        growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        print(f"| {name} | {weights:.0f} | {activation:.1f} | {weights + 25 * activation:.0f} | {growth:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    sections = {"memory": memory, "lowrank": lowrank, "forward": forward, "calibration": calibration}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=sections)
+    only = parser.parse_args().only
+    print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads")
+    for key, section in sections.items():
+        if only in (None, key):
+            section()

@@ -1,0 +1,52 @@
+"""Golden values recorded from the published implementations, and small models that tests share."""
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from models import DiT
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def relative(value: Tensor, expected) -> float:
+    """``|value - expected| / |expected|``."""
+    expected = torch.as_tensor(np.asarray(expected)) if not isinstance(expected, Tensor) else expected
+    return float((value.double() - expected.double()).norm() / expected.double().norm())
+
+
+def golden(name: str) -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        return dict(file)
+
+
+def golden_model() -> DiT:
+    values = golden("dit")
+    model = DiT(**{key[4:]: int(value) for key, value in values.items() if key.startswith("cfg/")})
+    model.load_state_dict({key[3:]: torch.tensor(value) for key, value in values.items() if key.startswith("sd/")})
+    return model.eval()
+
+
+def replayed(noise: np.ndarray):
+    """A ``draw`` that hands out recorded noise (steps, N, C, H, W) in order."""
+    draws = iter(noise)
+    return lambda: torch.tensor(next(draws))
+
+
+def random_model(seed: int = 0, **kwargs) -> DiT:
+    """A small DiT whose every tensor is random, modulation and output included."""
+    torch.manual_seed(seed)
+    model = DiT(**{"input_size": 8, "hidden_size": 64, "depth": 2, "num_heads": 4, "num_classes": 10, **kwargs})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.08)
+    return model.eval()
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield

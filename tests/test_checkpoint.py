@@ -1,0 +1,152 @@
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from conftest import random_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import config
+from config import RECIPES, UserError
+from diffusion import ImageNoise, make_schedule
+from models import DiT_models
+from quant import checkpoint
+from quant.linear import block_linears, install
+from quant.pipeline import Start, act_spec, quantize_model
+
+MODEL = "DiT-Digits"
+
+
+def digits_model():
+    model = random_model(hidden_size=128, depth=10)
+    assert model.state_dict().keys() == DiT_models[MODEL].build(16).state_dict().keys()
+    return model
+
+
+def header(recipe_name, weight_bit, act_bit=8, **kwargs):
+    return checkpoint.Header(**{**dict(model=MODEL, image_size=16, num_classes=10, weight_bit=weight_bit, act_bit=act_bit, recipe_name=recipe_name,
+                                       recipe=RECIPES[recipe_name], seed=3, num_sampling_steps="2", svd="fast", alphas={"blocks.0.attn.qkv": 0.5}), **kwargs})
+
+
+def quantised(recipe_name, weight_bit):
+    noise = ImageNoise(0, range(2), (4, 8, 8))
+    return quantize_model(digits_model(), RECIPES[recipe_name], weight_bit, 8, make_schedule("2"), Start(noise(), noise, torch.arange(2)))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint") / "model.safetensors"
+    with torch.no_grad():
+        checkpoint.save(path, digits_model(), quantised("ditas", 4).layers, header("ditas", 4))
+    return path
+
+
+@pytest.mark.parametrize("recipe_name, weight_bit", [("rtn", 2), ("rtn", 3), ("smoothquant", 8), ("ditas", 4), ("ditas", 5), ("ditas-published", 4)])
+def test_a_reloaded_model_computes_the_same_bits(tmp_path, recipe_name, weight_bit):
+    result = quantised(recipe_name, weight_bit)
+    path = tmp_path / "model.safetensors"
+    checkpoint.save(path, digits_model(), result.layers, header(recipe_name, weight_bit))
+    back, model = checkpoint.load(path)
+    assert back == header(recipe_name, weight_bit)
+    expected = install(digits_model(), result.layers, act_spec(RECIPES[recipe_name], 8))
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([10, 800]), torch.tensor([0, 10])
+    assert torch.equal(model(x, t, y), expected(x, t, y))
+    assert os.listdir(tmp_path) == ["model.safetensors"]
+
+
+def test_codes_take_their_true_width(saved):
+    tensors = load_file(saved)
+    for name, linear in block_linears(digits_model()).items():
+        assert tensors[f"{name}.codes"].numel() == linear.weight.numel() // 2 and tensors[f"{name}.codes"].dtype == torch.uint8
+        assert f"{name}.weight" not in tensors
+    with safe_open(saved, framework="pt") as file:
+        fields = json.loads(file.metadata()["ditas"])
+    assert fields["model"] == MODEL and fields["recipe"]["weight_group"] == 64 and fields["format_version"] == 1
+
+
+def test_the_path_may_lack_its_extension(saved):
+    assert checkpoint.find(str(saved)) == saved == checkpoint.find(str(saved.with_suffix("")))
+    with pytest.raises(UserError, match="does not exist"):
+        checkpoint.find(str(saved) + "x")
+
+
+def damaged(saved, tmp_path, change_tensors=None, change_header=None, metadata=True):
+    tensors = load_file(saved)
+    with safe_open(saved, framework="pt") as file:
+        fields = json.loads(file.metadata()["ditas"])
+    if change_tensors:
+        change_tensors(tensors)
+    if change_header:
+        change_header(fields)
+    path = tmp_path / "damaged.safetensors"
+    save_file(tensors, path, metadata={"ditas": json.dumps(fields)} if metadata else None)
+    return path
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda f: f.update(format_version=99), "format version 99, expected 1"),
+    (lambda f: f.pop("format_version"), "damaged header"),
+    (lambda f: f.update(model="DiT-Nope"), "unknown here"),
+    (lambda f: f.update(weight_bit=9), "unknown here"),
+    (lambda f: f.update(weight_bit=5), "bytes for"),
+    (lambda f: f.update(image_size=256), "image size 256"),
+    (lambda f: f.update(num_classes=1000), "embedding_table"),
+    (lambda f: f.update(model="DiT-S/8", image_size=256), "another model"),
+    (lambda f: f["recipe"].update(weight_granularity="nonsense"), "unknown quantiser"),
+    (lambda f: f["recipe"].update(weight_group=32), "scale is"),
+    (lambda f: f["recipe"].update(surplus=1), "damaged header"),
+    (lambda f: f.update(recipe=[1]), "damaged header"),
+])
+def test_headers_that_lie_are_refused(saved, tmp_path, change, message):
+    with pytest.raises(UserError, match=message) as caught:
+        checkpoint.load(damaged(saved, tmp_path, change_header=change))
+    assert "\n" not in str(caught.value).strip()
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t.pop("blocks.3.mlp.fc1.codes"), "blocks.3.mlp.fc1.codes"),
+    (lambda t: t.pop("final_layer.linear.weight"), "final_layer.linear.weight"),
+    (lambda t: t.update(extra=torch.zeros(1)), "unexpected 'extra'"),
+    (lambda t: t.update({"blocks.0.attn.qkv.smooth": torch.ones(7)}), "expected \\(128,\\)"),
+    (lambda t: t.update({"blocks.0.attn.qkv.left": torch.ones(7, 7)}), "left"),
+])
+def test_tensors_that_do_not_fit_are_refused(saved, tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
+        checkpoint.load(damaged(saved, tmp_path, change_tensors=change))
+
+
+def test_other_files_are_refused_and_pickles_do_not_run(saved, tmp_path):
+    ran = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {ran}",)
+
+    evil = tmp_path / "evil.safetensors"
+    evil.write_bytes(pickle.dumps(Evil()))
+    half = tmp_path / "half.safetensors"
+    half.write_bytes(saved.read_bytes()[: saved.stat().st_size // 2])
+    empty = tmp_path / "empty.safetensors"
+    empty.touch()
+    for path in (evil, half, empty):
+        with pytest.raises(UserError, match="truncated, or not a safetensors file"):
+            checkpoint.load(path)
+    assert not ran.exists()
+    with pytest.raises(UserError, match="not a quantised checkpoint"):
+        checkpoint.load(damaged(saved, tmp_path, metadata=False))
+
+
+def test_a_failed_write_leaves_nothing(saved, tmp_path, monkeypatch):
+    def full_disk(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("no space left on device")
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    with pytest.raises(OSError):
+        checkpoint.save(tmp_path / "model.safetensors", digits_model(), {}, header("rtn", 4))
+    assert os.listdir(tmp_path) == []
+
+
+def test_default_names_say_what_was_done():
+    assert checkpoint.default_name("DiT-XL/2", 256, config.weight_bit, config.act_bit, "ditas") == "DiT-XL-2-256-W4A8-ditas.safetensors"

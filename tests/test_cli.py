@@ -1,0 +1,162 @@
+"""Wrong command lines: one line on stderr, exit status 2, nothing half-written."""
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import QuantDiT
+import sample_merge_TAS
+from quant.cli import run
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = {"quant": QuantDiT, "sample": sample_merge_TAS}
+QUICK = ["--model", "DiT-Digits", "--num-sampling-steps", "2", "--class-labels", "0,1"]
+
+
+def call(script: str, *argv: str) -> None:
+    module = SCRIPTS[script]
+    run(module.main, module.make_parser(), [str(word) for word in argv])
+
+
+def fails(capsys, script: str, *argv: str) -> str:
+    """Run a wrong command line; returns its one line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        call(script, *argv)
+    assert caught.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "it/s" not in line and "step" not in line.split(":")[0]]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_fresh_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def checkpoint_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli") / "digits.safetensors"
+    call("quant", *QUICK, "--recipe", "rtn", "--output", path)
+    return path
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--model", "DiT-XXL/2"], "unknown model 'DiT-XXL/2': expected one of DiT-XL/2"),
+    (["--recipe", "magic"], "--recipe magic is not available: expected one of rtn"),
+    (["--weight-bit", "1"], "--weight-bit 1 is not available: expected one of 2, 3"),
+    (["--weight-bit", "16"], "--weight-bit 16 is not available"),
+    (["--act-bit", "3"], "--act-bit 3 is not available: expected one of 4, 5, 6, 7, 8, 16"),
+    (["--act-bit", "eight"], "invalid int value"),
+    (["--nonsense"], "nonsense"),
+    (["--model", "DiT-Digits", "--image-size", "256"], "image size 256 does not fit this model: expected 16"),
+    (["--model", "DiT-XL/2", "--image-size", "128"], "image size 128 does not fit this model: expected 256 or 512"),
+    (["--num-sampling-steps", "0"], "expected 1 to 1000"),
+    (["--num-sampling-steps", "1001"], "expected 1 to 1000"),
+    (["--cfg-scale", "0.5"], "--cfg-scale 0.5 is too small: expected at least 1"),
+    (["--cfg-scale", "nan"], "--cfg-scale nan"),
+    (["--seed", "-1"], "--seed -1"),
+    (["--model", "DiT-Digits", "--class-labels", "3,10"], "expected numbers from 0 to 9"),
+    (["--model", "DiT-Digits", "--class-labels", "3;4"], "expected numbers from 0 to 9"),
+    (["--model", "DiT-Digits", "--recipe", "smoothquant", "--smooth-timestep", "50"], "expected 0 to 49"),
+    (["--model", "DiT-Digits", "--group-size", "48"], "group size 48 does not divide"),
+    (["--model", "DiT-Digits", "--group-size", "0"], "--group-size 0"),
+    (["--model", "DiT-Digits", "--rank", "-1"], "--rank -1"),
+    (["--model", "DiT-Digits", "--ckpt", "nothing.pt"], "weights 'nothing.pt' do not exist"),
+    (["--model", "DiT-B/2"], "no published weights of DiT-B/2"),
+    (["--model", "DiT-Digits", "--output", "/dev/null/x.safetensors"], "cannot write to folder '/dev/null'"),
+])
+def test_quantdit_refuses(capsys, argv, message):
+    words = argv if "--model" in argv else ["--model", "DiT-Digits", *argv]
+    assert message in fails(capsys, "quant", *words)
+    left = {path.name for path in Path.cwd().rglob("*")}
+    assert left <= {"results"}, left
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--path", "nothing"], "checkpoint 'nothing' does not exist"),
+    (["--weight-bit", "4"], "give it with --path"),
+    (["--model", "DiT-XXL/2"], "unknown model"),
+    (["--cfg-scale", "0.99"], "--cfg-scale 0.99 is too small"),
+    (["--num-sampling-steps", "1001"], "expected 1 to 1000"),
+    (["--num-fid-samples", "0"], "--num-fid-samples 0"),
+    (["--per-proc-batch-size", "0"], "--per-proc-batch-size 0"),
+    (["--model", "DiT-Digits", "--class-labels", "10"], "expected numbers from 0 to 9"),
+    (["--model", "DiT-Digits", "--sample-dir", "/dev/null"], "cannot write to folder"),
+    (["--eta", "2"], "--eta 2.0 is out of range"),
+    (["--threads", "0"], "--threads 0"),
+])
+def test_sampling_refuses(capsys, argv, message):
+    assert message in fails(capsys, "sample", *argv)
+    assert list(Path.cwd().iterdir()) == []
+
+
+@pytest.mark.parametrize("flag, value", [("--weight-bit", "8"), ("--act-bit", "4"), ("--image-size", "256"), ("--model", "DiT-XL/2"),
+                                         ("--num-classes", "1000"), ("--model", "DiT-Digits-Outliers")])
+def test_flags_that_contradict_the_checkpoint_are_refused(capsys, checkpoint_path, flag, value):
+    assert f"{flag} {value} contradicts" in fails(capsys, "sample", "--path", checkpoint_path, flag, value)
+
+
+def test_flags_that_agree_with_the_checkpoint_are_fine(capsys, checkpoint_path):
+    call("sample", "--path", checkpoint_path.with_suffix(""), "--model", "DiT-Digits", "--image-size", "16", "--weight-bit", "4", "--act-bit", "8",
+         "--num-fid-samples", "3", "--per-proc-batch-size", "2")
+    assert "wrote 3 images" in capsys.readouterr().out
+
+
+def test_other_checkpoints_are_refused(capsys, checkpoint_path, tmp_path):
+    tensors = load_file(checkpoint_path)
+    with safe_open(checkpoint_path, framework="pt") as file:
+        fields = json.loads(file.metadata()["ditas"])
+    save_file(tensors, "version.safetensors", metadata={"ditas": json.dumps({**fields, "format_version": 0})})
+    assert "format version 0, expected 1" in fails(capsys, "sample", "--path", "version")
+    save_file(tensors, "other.safetensors", metadata={"ditas": json.dumps({**fields, "model": "DiT-S/4", "image_size": 256})})
+    assert "another model" in fails(capsys, "sample", "--path", "other")
+    Path("cut.safetensors").write_bytes(checkpoint_path.read_bytes()[:-1000])
+    assert "truncated" in fails(capsys, "sample", "--path", "cut")
+    assert "give one of them" in fails(capsys, "sample", "--path", checkpoint_path, "--ckpt", "x.pt")
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+    Path("evil.pt").write_bytes(pickle.dumps(Evil()))
+    assert "not a safetensors file" in fails(capsys, "sample", "--path", "evil.pt")
+    assert "not a file of plain tensors" in fails(capsys, "quant", "--model", "DiT-Digits", "--ckpt", "evil.pt")
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "samples").exists()
+
+
+def test_weights_of_another_model_are_refused(capsys):
+    torch.save({"ema": random_model(depth=2).state_dict()}, "small.pt")
+    assert "does not hold the weights of DiT-Digits" in fails(capsys, "quant", "--model", "DiT-Digits", "--ckpt", "small.pt")
+
+
+def test_an_unreachable_server_is_reported_with_the_way_out(capsys, monkeypatch):
+    def offline(url, path):
+        raise OSError("no route to host")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    line = fails(capsys, "quant", "--model", "DiT-XL/2", "--image-size", "256")
+    assert "by hand" in line and not list(Path("results").iterdir())
+
+
+def test_the_published_command_lines_parse():
+    args = QuantDiT.make_parser().parse_args("--image-size 256 --seed 1 --model DiT-XL/2 --act-bit 8 --weight-bit 4 --num-sampling-steps 100".split())
+    assert (args.image_size, args.seed, args.model, args.act_bit, args.weight_bit, args.cfg_scale, args.vae) == (256, 1, "DiT-XL/2", 8, 4, 4.0, "ema")
+    args = sample_merge_TAS.make_parser().parse_args(
+        "--image-size 256 --model DiT-XL/2 --num-fid-samples 10000 --act-bit 8 --weight-bit 4 --path /path/DiTAS_Model --num-sampling-steps 100".split())
+    assert (args.path, args.num_fid_samples, args.cfg_scale, args.per_proc_batch_size) == ("/path/DiTAS_Model", 10000, 1.5, 64)
+    assert (args.global_seed, args.tf32, args.sample_dir, args.fold) == (0, True, "samples", True)
+
+
+@pytest.mark.parametrize("script, argv", [("QuantDiT.py", ["--model", "DiT-Nope"]), ("sample_merge_TAS.py", ["--path", "nothing"]),
+                                          ("QuantDiT.py", ["--act-bit"])])
+def test_a_real_process_exits_with_2_and_one_line(script, argv):
+    done = subprocess.run([sys.executable, ROOT / script, *argv], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith(f"{script}: error: ")

@@ -1,0 +1,137 @@
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from conftest import golden, golden_model, relative, replayed
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffusion import ImageNoise, ddim_step, ddpm_step, guided_denoiser, image_labels, make_schedule, sample
+from diffusion.loss import discretised_nll, gaussian_kl, training_loss
+from diffusion.schedule import space_timesteps
+
+
+@pytest.mark.parametrize("respacing", ["full", "250", "100", "50", "ddim25"])
+def test_schedule_matches_the_published_one(respacing):
+    values = golden("diffusion")
+    schedule = make_schedule("1000" if respacing == "full" else respacing)
+    for key in values:
+        if key.startswith(respacing + "/"):
+            assert np.allclose(getattr(schedule, key.split("/")[1]), values[key], rtol=1e-12, atol=0), key
+
+
+def test_sections_are_spaced_one_by_one():
+    steps = space_timesteps("10,5,1")
+    assert len(steps) == 16 and steps[0] == 0 and steps[9] == 333 and steps[10] == 334 and steps[14] == 666 and steps[15] == 667
+
+
+@given(st.integers(1, 1000))
+def test_any_number_of_steps_spans_the_range(count):
+    steps = space_timesteps(str(count))
+    assert len(set(steps)) == count and steps == sorted(steps) and steps[0] == 0 and (count == 1 or steps[-1] == 999)
+    assert len(make_schedule(str(count))) == count
+
+
+@pytest.mark.parametrize("bad", ["0", "-3", "1001", "abc", "", "10,,5", "ddim0", "ddim7.5", "ddim999", "400,400,400", "1e2"])
+def test_bad_respacing_is_refused(bad):
+    with pytest.raises(ValueError, match="expected|try"):
+        space_timesteps(bad)
+
+
+@pytest.mark.parametrize("key, step", [("ddpm", ddpm_step), ("ddim", ddim_step)])
+def test_guided_loops_match_the_published_samplers(key, step):
+    values = golden("diffusion")
+    denoise = guided_denoiser(golden_model(), torch.tensor(values["labels"]), float(values["cfg_scale"]))
+    out = sample(denoise, make_schedule("50"), torch.tensor(values["z"]), replayed(values["noise"][:, :4]), step)
+    assert relative(out, values[f"{key}_latents"]) < 1e-4
+
+
+class FakeModel:
+    """Some smooth function in place of a network, the same for both libraries."""
+
+    def __call__(self, x, t):
+        noise = 0.3 * x + 0.1 * torch.sin(x + t.view(-1, 1, 1, 1) / 100.0)
+        return torch.cat([noise, torch.tanh(x)], dim=1)
+
+
+def test_ddpm_matches_diffusers(monkeypatch):
+    from diffusers import DDPMScheduler
+    from diffusers.schedulers import scheduling_ddpm
+    theirs = DDPMScheduler(1000, 1e-4, 2e-2, "linear", variance_type="learned_range", timestep_spacing="linspace", clip_sample=False)
+    theirs.set_timesteps(50)
+    ours = make_schedule("50")
+    assert theirs.timesteps.tolist() == ours.timestep_map[::-1].tolist()
+    noise = torch.randn(50, 2, 4, 8, 8, dtype=torch.float64)
+    x = start = torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    draws = iter(noise)
+    monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *args, **kwargs: next(draws))
+    for t in theirs.timesteps:
+        x = theirs.step(FakeModel()(x, t.expand(2)), t, x).prev_sample
+    draws = iter(noise)
+    assert relative(sample(FakeModel(), ours, start, lambda: next(draws)), x) < 1e-4
+
+
+@pytest.mark.parametrize("respacing", ["ddim50", "ddim25"])
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_ddim_matches_diffusers(respacing, eta):
+    from diffusers import DDIMScheduler
+    steps = int(respacing[4:])
+    theirs = DDIMScheduler(1000, 1e-4, 2e-2, "linear", timestep_spacing="leading", clip_sample=False, set_alpha_to_one=True)
+    theirs.set_timesteps(steps)
+    ours = make_schedule(respacing)
+    assert theirs.timesteps.tolist() == ours.timestep_map[::-1].tolist()
+    noise = torch.randn(steps, 2, 4, 8, 8, dtype=torch.float64)
+    x = start = torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    for t, z in zip(theirs.timesteps, noise):
+        out = FakeModel()(x, t.expand(2))[:, :4]
+        x = theirs.step(out, t, x, eta=eta, variance_noise=z if eta else None).prev_sample
+    draws = iter(noise)
+    assert relative(sample(FakeModel(), ours, start, lambda: next(draws), partial(ddim_step, eta=eta)), x) < 1e-4
+
+
+def test_noise_of_an_image_depends_on_seed_and_index_alone():
+    together = ImageNoise(7, range(6), (4, 8, 8))
+    first, second = together(), together()
+    for i in range(6):
+        alone = ImageNoise(7, [i], (4, 8, 8))
+        assert torch.equal(alone()[0], first[i]) and torch.equal(alone()[0], second[i])
+    assert not torch.equal(first[0], first[1]) and not torch.equal(first, ImageNoise(8, range(6), (4, 8, 8))())
+    assert torch.equal(image_labels(3, [5, 9], 10), image_labels(3, range(20), 10)[[5, 9]])
+
+
+def test_noise_is_standard_normal_and_labels_uniform():
+    from scipy.stats import chisquare, kstest
+    draws = ImageNoise(0, range(64), (4, 8, 8))().flatten().numpy()
+    assert kstest(draws, "norm").pvalue > 1e-3
+    assert chisquare(np.bincount(image_labels(0, range(5000), 10), minlength=10)).pvalue > 1e-3
+
+
+def test_loss_terms_match_distributions():
+    m1, v1, m2, v2 = torch.randn(4, 100, dtype=torch.float64)
+    p, q = (torch.distributions.Normal(m, torch.exp(0.5 * v)) for m, v in ((m1, v1), (m2, v2)))
+    assert torch.allclose(gaussian_kl(m1, v1, m2, v2), torch.distributions.kl_divergence(p, q))
+    values = torch.linspace(-1, 1, 256, dtype=torch.float64)  # the 256 grey levels carry all the probability
+    mass = torch.exp(-discretised_nll(values, torch.full_like(values, 0.2), torch.full_like(values, -3.0)))
+    assert abs(mass.sum().item() - 1) < 1e-6
+    inner = torch.distributions.Normal(torch.tensor(0.2), torch.exp(torch.tensor(-1.5)))
+    exact = inner.cdf(values[1:-1] + 1 / 255) - inner.cdf(values[1:-1] - 1 / 255)
+    assert torch.allclose(mass[1:-1], exact, atol=2e-5)  # the tanh approximation of the normal CDF
+
+
+def test_loss_matches_the_published_formula_by_hand():
+    schedule = make_schedule()
+    x0, noise = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
+    t = torch.tensor([999, 400, 1])
+
+    def perfect(x, timesteps, y):  # right noise, and the variance of the posterior
+        return torch.cat([noise, torch.full_like(noise, -1.0)], dim=1)
+
+    assert training_loss(perfect, schedule, x0, t, None, noise).abs().max() < 1e-4
+
+    def off(x, timesteps, y):  # right noise, variance beta: KL of two normals of one mean
+        return torch.cat([noise, torch.ones_like(noise)], dim=1)
+
+    beta, posterior = (torch.as_tensor(v[t.numpy()]) for v in (schedule.betas, np.exp(schedule.posterior_log_variance_clipped)))
+    expected = 0.5 * (torch.log(beta / posterior) - 1 + posterior / beta) / np.log(2)
+    assert torch.allclose(training_loss(off, schedule, x0, t, None, noise).double(), expected, rtol=1e-3, atol=1e-5)

@@ -1,0 +1,97 @@
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from conftest import golden, golden_model, relative
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from config import RECIPES, lowrank_rank
+from download import find_state_dict
+from quant.linear import BLOCK_LINEARS
+from quant.lowrank import SOLVERS, exact_factors, fast_factors, lowrank_quantize
+from quant.quantizer import QuantSpec, quantize
+
+PUBLISHED = QuantSpec(4, "strided", 32, "published")
+GROUPS = QuantSpec(4, "group", 64)
+
+
+def error(weight, result):
+    return (weight - result.dense()).norm().item()
+
+
+def test_published_alternation_matches_golden():
+    values, model = golden("ditas"), golden_model()
+    for i in range(2):
+        for name in BLOCK_LINEARS:
+            key = f"blocks.{i}.{name}"
+            result = lowrank_quantize(model.get_submodule(key).weight, PUBLISHED, 4, 10, "last", "exact")
+            expected = values[f"{key}/lora_quant_weight"] + values[f"{key}/lora_left"] @ values[f"{key}/lora_right"]
+            assert relative(result.dense(), expected) < 1e-4, key
+
+
+def test_exact_factors_are_the_truncated_svd_of_scipy():
+    matrix = torch.randn(40, 60, dtype=torch.float64)
+    u, s, vt = scipy.linalg.svd(matrix.numpy(), full_matrices=False)
+    left, right, _ = exact_factors(matrix, 5, None)
+    assert np.allclose(left @ right, (u[:, :5] * s[:5]) @ vt[:5])
+    assert np.allclose(left.norm(dim=0), np.sqrt(s[:5])) and np.allclose(right.norm(dim=1), np.sqrt(s[:5]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 40), st.integers(2, 60), st.integers(1, 6), st.integers(0, 10 ** 6), st.sampled_from(sorted(SOLVERS)))
+def test_the_low_rank_step_never_raises_the_error(rows, columns, rank, seed, solver):
+    generator = torch.Generator().manual_seed(seed)
+    rank = min(rank, rows, columns)
+    old = torch.randn(rows, columns, generator=generator)
+    left, right, basis = SOLVERS[solver](old, rank, None)
+    new = old + 0.3 * torch.randn(rows, columns, generator=generator)  # what another rounding leaves over
+    before = (new - left @ right).norm()
+    left, right, _ = SOLVERS[solver](new, rank, basis)
+    assert (new - left @ right).norm() <= before * (1 + 1e-5)
+    assert left.shape == (rows, rank) and right.shape == (rank, columns)
+
+
+def test_the_best_round_is_kept_unless_told_otherwise():
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(3))
+    rounds = [error(weight, lowrank_quantize(weight, GROUPS, 4, n, "last", "exact")) for n in range(1, 11)]
+    best = error(weight, lowrank_quantize(weight, GROUPS, 4, 10, "best", "exact"))
+    assert best == pytest.approx(min(rounds), rel=1e-6)
+    assert rounds[-1] > min(rounds) * (1 + 1e-6)  # so that the two differ on this weight
+
+
+@pytest.mark.parametrize("solver", sorted(SOLVERS))
+@pytest.mark.parametrize("spec", [GROUPS, PUBLISHED, QuantSpec(3, "channel")])
+def test_alternation_beats_plain_rounding(spec, solver):
+    weight = torch.randn(96, 128)
+    result = lowrank_quantize(weight, spec, 4, 10, "best", solver)
+    assert error(weight, result) < 0.99 * (weight - quantize(weight, spec).dequantize()).norm()
+
+
+def test_rank_zero_is_plain_rounding():
+    weight = torch.randn(32, 64)
+    result = lowrank_quantize(weight, GROUPS, 0, 10, "best", "fast")
+    assert torch.equal(result.dense(), quantize(weight, GROUPS).dequantize())
+
+
+def test_rank_is_the_papers_share_of_the_width():
+    assert [lowrank_rank(RECIPES["ditas"], width) for width in (1152, 128, 768, 16)] == [32, 4, 21, 1]
+    assert lowrank_rank(RECIPES["ditas-published"], 128) == 32
+
+
+@pytest.mark.parametrize("model", ["DiT-Digits", "DiT-Digits-Outliers"])
+def test_fast_solver_is_as_good_as_the_exact_one_on_every_digits_layer(model):
+    _, state = find_state_dict(model, 16, None)
+    for i in range(10):
+        for name in BLOCK_LINEARS:
+            weight = state[f"blocks.{i}.{name}.weight"]
+            fast, exact = (error(weight, lowrank_quantize(weight, GROUPS, 4, 10, "best", solver)) for solver in ("fast", "exact"))
+            assert fast <= 1.001 * exact, (i, name, fast / exact - 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(1152, 1152), (1152, 4608), (4608, 1152)])
+def test_fast_solver_is_as_good_as_the_exact_one_at_full_width(shape):
+    weight = 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    fast, exact = (error(weight, lowrank_quantize(weight, GROUPS, 32, 10, "best", solver)) for solver in ("fast", "exact"))
+    assert fast <= 1.001 * exact

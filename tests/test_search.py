@@ -1,0 +1,64 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from quant.quantizer import QuantSpec, fake_quantize
+from quant.search import AlphaSearch
+from quant.smoothing import aggregate, check_step, smoothing_factors
+
+
+def brute_force(weight, factors, weight_spec, act, shared, x):
+    """The loss as the paper defines it: one product per candidate and timestep, in float64."""
+    losses = []
+    for s in factors:
+        quantised = fake_quantize(weight * s, weight_spec) if shared is None else shared * s
+        total = 0.0
+        for step in x:
+            got = F.linear(fake_quantize(step / s, act).double(), quantised.double())
+            total += (got - F.linear(step.double(), weight.double())).square().mean().item()
+        losses.append(total)
+    return torch.tensor(losses, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("rows, columns", [(256, 64), (192, 64), (64, 64), (64, 256)])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("granularity, convention", [("token", "affine"), ("image", "affine"), ("tensor", "published")])
+@pytest.mark.parametrize("weight_bits, act_bits", [(4, 8), (8, 8), (8, 16)])
+def test_streamed_losses_are_the_papers(rows, columns, shared, granularity, convention, weight_bits, act_bits):
+    torch.manual_seed(rows + columns)
+    weight, x = torch.randn(rows, columns), torch.randn(5, 3, 7, columns)
+    x[..., ::16] *= 40  # outlier channels
+    weight_spec, act = QuantSpec(weight_bits, "group", 64), QuantSpec(act_bits, granularity, convention=convention)
+    a = x.abs().amax((0, 1, 2))
+    factors = torch.stack([smoothing_factors(a, weight, alpha, 1e-4) for alpha in (0.0, 0.5, 0.85, 1.0)])
+    base = fake_quantize(weight, weight_spec) if shared else None
+    search = AlphaSearch(weight, factors, weight_spec, act, base)
+    for chunk in (x[:3], x[3:]):
+        search(chunk, F.linear(chunk, weight))
+    expected = brute_force(weight, factors, weight_spec, act, base, x)
+    assert torch.allclose(search.loss, expected, rtol=2e-5)
+    assert expected[search.best()] <= expected.min() * (1 + 2e-5)  # with nothing to smooth, all candidates are alike
+
+
+def test_the_first_of_equal_candidates_wins():
+    weight, x = torch.randn(8, 8), torch.randn(1, 2, 3, 8)
+    search = AlphaSearch(weight, torch.ones(4, 8), QuantSpec(4, "channel"), QuantSpec(8, "token"), None)
+    search(x, F.linear(x, weight))
+    assert search.best() == 0
+
+
+def test_factors_are_the_closed_form():
+    a, w = torch.tensor([4.0, 0.0, 100.0]), torch.tensor([[1.0, -2.0, 0.0], [-0.25, 0.5, 0.0]])
+    s = smoothing_factors(a, w, 0.5, 1e-4)
+    assert torch.allclose(s, torch.tensor([(4.0 / 1.0) ** 0.5, (1e-4 / 2.0) ** 0.5, (100.0 / 1e-4) ** 0.5]))
+    assert torch.allclose(smoothing_factors(a, w, 1.0, 1e-4), torch.tensor([4.0, 1e-4, 100.0]))
+    assert torch.allclose(smoothing_factors(a, w, 0.0, 1e-4), torch.tensor([1.0, 0.5, 1e4]))
+
+
+def test_tas_takes_all_steps_and_smoothquant_one():
+    absmax = torch.tensor([[1.0, 5.0], [3.0, 2.0], [2.0, 4.0]])
+    assert aggregate(absmax, "tas", 0).tolist() == [3.0, 5.0]
+    assert aggregate(absmax, "smoothquant", 1).tolist() == [3.0, 2.0]
+    check_step(2, 3)
+    with pytest.raises(ValueError, match="expected 0 to 2"):
+        check_step(3, 3)
