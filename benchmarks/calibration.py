@@ -4,7 +4,7 @@
     python benchmarks/calibration.py --only lowrank
 
 calibration  whole quantisation of the digits model: one trajectory per layer, each layer's input history stored and searched
-             candidate by candidate (as the published code does), against two trajectories for all layers
+             candidate by candidate (as the published code does), against two trajectories for all layers; same low-rank solver
 forward      fake-quantised against float forward of a DiT-B/2 with random weights, batch 8
 lowrank      ten alternations of a 1152 x 4608 layer at rank 32: full SVDs against the warm-started solver
 memory       growth of the resident set during calibration, against float model + 25 x the largest layer activation
@@ -51,7 +51,7 @@ def published_procedure(model, recipe, weight_bits, act_bits, schedule) -> tuple
     bases = {}
     if recipe.order == "lowrank-first":
         for name, linear in linears.items():
-            bases[name] = lowrank_quantize(linear.weight, spec, config.lowrank_rank(recipe, min(linear.weight.shape)), recipe.rounds, recipe.keep, "exact")
+            bases[name] = lowrank_quantize(linear.weight, spec, config.lowrank_rank(recipe, min(linear.weight.shape)), recipe.rounds, recipe.keep, "fast")
     begin = start(model)
     _, absmax = record(model, linears, schedule, begin.labels, config.calibration_cfg_scale, begin.x, begin.draw)
     for name, linear in linears.items():
@@ -76,7 +76,7 @@ def published_procedure(model, recipe, weight_bits, act_bits, schedule) -> tuple
         alphas[name] = recipe.alphas[int(loss.argmin())]
         if not bases:
             s = smoothing_factors(aggregate(absmax[name], recipe.balance, recipe.timestep), balanced, alphas[name], config.factor_floor)
-            lowrank_quantize(linear.weight * s, spec, config.lowrank_rank(recipe, min(linear.weight.shape)), recipe.rounds, recipe.keep, "exact")
+            lowrank_quantize(linear.weight * s, spec, config.lowrank_rank(recipe, min(linear.weight.shape)), recipe.rounds, recipe.keep, "fast")
     return alphas, losses
 
 

@@ -77,29 +77,28 @@ def grouped(x: Tensor, spec: QuantSpec) -> tuple[Tensor, tuple[int, ...]]:
     return x, _REDUCED[spec.granularity]
 
 
-def scale_and_zero(view: Tensor, dims: tuple[int, ...], spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Scale and (integer-valued) zero point of each group, reduced dimensions kept with size 1.
+def scale_and_zero(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Scale and (integer-valued) zero point of groups whose smallest and largest values are given.
 
     A group of one constant value is reproduced exactly under both conventions; an all-zero group gets scale 1.
+    In-place operations because this runs in every forward pass.
     """
-    low, high = view.amin(dims, keepdim=True), view.amax(dims, keepdim=True)
     if spec.convention == "affine":
-        low, high = low.clamp(max=0), high.clamp(min=0)
-        scale = (high - low) / spec.top
+        low = low.clamp(max=0)
+        scale = high.clamp(min=0).sub_(low).div_(spec.top)
     else:
-        scale = (high - low) / (spec.top + 1)
-    scale = torch.where(scale == 0, torch.maximum(low.abs(), high.abs()), scale)
-    scale = torch.where(scale == 0, 1.0, scale)
-    zero = torch.round(-low / scale)
-    if spec.convention == "affine":
-        zero = zero.clamp(0, spec.top)
-    return scale, zero
+        scale = torch.sub(high, low).div_(spec.top + 1)
+        scale = torch.where(scale == 0, torch.maximum(low.abs(), high.abs()), scale)
+    scale.masked_fill_(scale == 0, 1.0)
+    return scale, torch.div(low, scale).neg_().round_()
 
 
-def _signed_codes(view: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
-    """``q - zero``, integer-valued. The range is the view's own, so its low end rounds to code 0 and only the top needs a clamp."""
-    codes = torch.div(view, scale).round_()
-    return torch.minimum(codes, spec.top - zero, out=codes)
+def signed_codes_(values: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
+    """``q - zero`` (integer-valued) from values divided by their scale, in place.
+
+    The range is the values' own, so their low end rounds to code 0 and only the top needs a clamp.
+    """
+    return torch.minimum(values.round_(), spec.top - zero, out=values)
 
 
 @dataclass(frozen=True)
@@ -138,8 +137,8 @@ def quantize(x: Tensor, spec: QuantSpec) -> Quantized:
     if not torch.isfinite(x).all():
         raise ValueError("cannot quantise a tensor that holds NaN or infinity")
     view, dims = grouped(x, spec)
-    scale, zero = scale_and_zero(view, dims, spec)
-    codes = _signed_codes(view, scale, zero, spec).add_(zero).clamp_(0, spec.top)  # the clamp: a huge published zero point rounds
+    scale, zero = scale_and_zero(view.amin(dims, keepdim=True), view.amax(dims, keepdim=True), spec)
+    codes = signed_codes_(view / scale, zero, spec).add_(zero).clamp_(0, spec.top)  # the clamp: a huge published zero point rounds
     return Quantized(codes.to(torch.uint8).reshape(x.shape), scale, zero, spec)
 
 
@@ -148,8 +147,8 @@ def fake_quantize(x: Tensor, spec: QuantSpec) -> Tensor:
     if spec.bits == OFF_BITS:
         return x
     view, dims = grouped(x, spec)
-    scale, zero = scale_and_zero(view, dims, spec)
-    return _signed_codes(view, scale, zero, spec).mul_(scale).reshape(x.shape)
+    scale, zero = scale_and_zero(view.amin(dims, keepdim=True), view.amax(dims, keepdim=True), spec)
+    return signed_codes_(view / scale, zero, spec).mul_(scale).reshape(x.shape)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

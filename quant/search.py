@@ -11,23 +11,15 @@ of outputs is ``D V^T - X E^T``, so that its squared norm is
 Nothing large cancels in it: D and E are rounding errors. A candidate then costs one or two products with an I x I matrix
 where the plain form costs one with an O x I: cheaper when the layer widens.
 """
-from typing import NamedTuple
+from collections.abc import Iterator
+from itertools import cycle
 
 import torch
 from torch import Tensor
 
-from quant.quantizer import QuantSpec, fake_quantize
+from quant.quantizer import OFF_BITS, QuantSpec, fake_quantize, scale_and_zero, signed_codes_
 
-
-class _Products(NamedTuple):
-    gram: Tensor  # G (I, I)
-    cross: Tensor  # -2 X M (rows, I)
-    constant: Tensor  # <X^T X, F>
-
-
-def _products(weight: Tensor, v: Tensor, x: Tensor, covariance: Tensor) -> _Products:
-    e = v - weight
-    return _Products(v.T @ v, x @ (-2 * e.T @ v), (covariance * (e.T @ e)).sum(dtype=torch.float64))
+BLOCK = 2 ** 18  # input values handled at a time: small enough to stay in a CPU's cache between passes
 
 
 class AlphaSearch:
@@ -54,22 +46,62 @@ class AlphaSearch:
     def __call__(self, x: Tensor, y: Tensor) -> None:
         """Add the losses on inputs ``x`` (K, N, T, I) with float outputs ``y`` (K, N, T, O), without bias, of K timesteps."""
         step_size = y.numel() // len(y)  # outputs per timestep, over which the loss takes a mean
-        x = x.flatten(1, 2) if self._range_per_step else x.flatten(0, 1)  # (K, N*T, I) or (K*N, T, I)
-        rows, y = x.flatten(0, 1), y.flatten(0, 2)  # (K*N*T, I), (K*N*T, O)
-        covariance = rows.T @ rows if self._wide else None
-        products = None
-        for i, s in enumerate(self._factors):
-            v = fake_quantize(self._weight * s, self._weight_spec).div_(s) if self._shared is None else self._shared
-            q = fake_quantize(x / s, self._act).flatten(0, 1)
-            if self._wide:
-                if products is None or self._shared is None:
-                    products = _products(self._weight, v, rows, covariance)
-                d = torch.addcmul(rows, q, s, value=-1)
-                energy = torch.linalg.vecdot(d, torch.addmm(products.cross, d, products.gram)).sum(dtype=torch.float64) + products.constant
-            else:
-                energy = torch.addmm(y, q, (v * s).T, beta=-1).square_().sum(dtype=torch.float64)
-            self.loss[i] += energy / step_size
+        stack = x.flatten(1, 2) if self._range_per_step else x.flatten(0, 1)  # whatever shares a range is an entry: (B, R, I)
+        entries = max(1, BLOCK // stack[0].numel())
+        blocks, outputs = stack.split(entries), y.reshape(*stack.shape[:2], -1).split(entries)
+        energies = self._wide_energies(blocks) if self._wide else self._plain_energies(blocks, outputs)
+        self.loss += energies / step_size
 
     def best(self) -> int:
         """Index of the first candidate of least loss."""
         return int(self.loss.argmin())
+
+    def _candidates(self) -> list[Tensor]:
+        """V of each candidate, (O, I); one where all share it."""
+        if self._shared is not None:
+            return [self._shared]
+        return [fake_quantize(self._weight * s, self._weight_spec).div_(s) for s in self._factors]
+
+    def _codes(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each candidate, integer-valued codes of X/s (B, R, I) in a buffer that the next one reuses, and their scale."""
+        buffer, act = torch.empty_like(x), self._act
+        if act.bits == OFF_BITS:
+            yield from ((torch.div(x, s, out=buffer), x.new_ones(1, 1, 1)) for s in self._factors)
+        elif act.granularity == "image":  # division keeps order: the extremes of X/s come from those of X's columns
+            factors = self._factors[:, None, None]
+            lows = (x.amin(1, keepdim=True) / factors).amin(-1, keepdim=True)  # (A, B, 1, 1)
+            highs = (x.amax(1, keepdim=True) / factors).amax(-1, keepdim=True)
+            for s, scale, zero in zip(self._factors, *scale_and_zero(lows, highs, act)):
+                yield signed_codes_(torch.div(x, s, out=buffer).div_(scale), zero, act), scale
+        else:
+            for s in self._factors:
+                torch.div(x, s, out=buffer)
+                scale, zero = scale_and_zero(buffer.amin(-1, keepdim=True), buffer.amax(-1, keepdim=True), act)
+                yield signed_codes_(buffer.div_(scale), zero, act), scale
+
+    def _plain_energies(self, blocks: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> Tensor:
+        """Squared norm of the difference of outputs for each candidate, (A,) float64."""
+        weights = [(v * s).T for v, s in zip(cycle(self._candidates()), self._factors)]
+        energies = []
+        for x, y in zip(blocks, outputs):  # a block stays in the cache for all candidates
+            for (codes, scale), weight in zip(self._codes(x), weights):
+                difference = torch.matmul(codes, weight).mul_(scale).sub_(y).view(-1)
+                energies.append(torch.dot(difference, difference))
+        return torch.stack(energies).view(len(blocks), -1).sum(0, dtype=torch.float64)
+
+    def _wide_energies(self, blocks: tuple[Tensor, ...]) -> Tensor:
+        """The same by the formula above."""
+        candidates = self._candidates()
+        errors = [v - self._weight for v in candidates]
+        grams, crosses = [v.T @ v for v in candidates], [-2 * e.T @ v for v, e in zip(candidates, errors)]
+        covariance = sum(x.flatten(0, 1).T @ x.flatten(0, 1) for x in blocks).view(-1)  # X^T X
+        constant = torch.stack([torch.dot(covariance, (e.T @ e).view(-1)) for e in errors]).double()
+        energies = []
+        for x in blocks:
+            rows = x.flatten(0, 1)
+            for i, (codes, scale) in enumerate(self._codes(x)):
+                if i < len(candidates):  # a shared one is used throughout
+                    cross, gram = rows @ crosses[i], grams[i]  # -2 X M, G
+                d = torch.addcmul(x, codes.mul_(scale), self._factors[i], value=-1, out=codes).flatten(0, 1)
+                energies.append(torch.dot(d.view(-1), torch.addmm(cross, d, gram).view(-1)))
+        return torch.stack(energies).view(len(blocks), -1).sum(0, dtype=torch.float64) + constant

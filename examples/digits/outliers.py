@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 WEIGHTS = Path(__file__).with_name("dit.safetensors")
-SHARE, LOW, HIGH, SEED = 0.03, 8.0, 64.0, 0
+SHARE, LOW, HIGH, SEED = 0.03, 8.0, 64.0, 1
 
 
 def plain_weights() -> dict[str, Tensor]:
