@@ -12,7 +12,6 @@ Nothing large cancels in it: D and E are rounding errors. A candidate then costs
 where the plain form costs one with an O x I: cheaper when the layer widens.
 """
 from collections.abc import Iterator
-from itertools import cycle
 
 import torch
 from torch import Tensor
@@ -56,11 +55,10 @@ class AlphaSearch:
         """Index of the first candidate of least loss."""
         return int(self.loss.argmin())
 
-    def _candidates(self) -> list[Tensor]:
-        """V of each candidate, (O, I); one where all share it."""
+    def _candidate(self, s: Tensor) -> Tensor:
         if self._shared is not None:
-            return [self._shared]
-        return [fake_quantize(self._weight * s, self._weight_spec).div_(s) for s in self._factors]
+            return self._shared
+        return fake_quantize(self._weight * s, self._weight_spec).div_(s)  # V, (O, I)
 
     def _codes(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """For each candidate, integer-valued codes of X/s (B, R, I) in a buffer that the next one reuses, and their scale."""
@@ -81,7 +79,7 @@ class AlphaSearch:
 
     def _plain_energies(self, blocks: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> Tensor:
         """Squared norm of the difference of outputs for each candidate, (A,) float64."""
-        weights = [(v * s).T for v, s in zip(cycle(self._candidates()), self._factors)]
+        weights = [(self._candidate(s) * s).T for s in self._factors]
         energies = []
         for x, y in zip(blocks, outputs):  # a block stays in the cache for all candidates
             for (codes, scale), weight in zip(self._codes(x), weights):
@@ -91,17 +89,19 @@ class AlphaSearch:
 
     def _wide_energies(self, blocks: tuple[Tensor, ...]) -> Tensor:
         """The same by the formula above."""
-        candidates = self._candidates()
-        errors = [v - self._weight for v in candidates]
-        grams, crosses = [v.T @ v for v in candidates], [-2 * e.T @ v for v, e in zip(candidates, errors)]
         covariance = sum(x.flatten(0, 1).T @ x.flatten(0, 1) for x in blocks).view(-1)  # X^T X
-        constant = torch.stack([torch.dot(covariance, (e.T @ e).view(-1)) for e in errors]).double()
+        products, constants = [], []
+        for s in self._factors if self._shared is None else self._factors[:1]:
+            v = self._candidate(s)
+            e = v - self._weight
+            products.append((v.T @ v, -2 * e.T @ v))  # G, -2 M
+            constants.append(torch.dot(covariance, (e.T @ e).view(-1)))
         energies = []
         for x in blocks:
             rows = x.flatten(0, 1)
             for i, (codes, scale) in enumerate(self._codes(x)):
-                if i < len(candidates):  # a shared one is used throughout
-                    cross, gram = rows @ crosses[i], grams[i]  # -2 X M, G
+                if i < len(products):  # a shared one is used throughout
+                    gram, cross = products[i][0], rows @ products[i][1]
                 d = torch.addcmul(x, codes.mul_(scale), self._factors[i], value=-1, out=codes).flatten(0, 1)
                 energies.append(torch.dot(d.view(-1), torch.addmm(cross, d, gram).view(-1)))
-        return torch.stack(energies).view(len(blocks), -1).sum(0, dtype=torch.float64) + constant
+        return torch.stack(energies).view(len(blocks), -1).sum(0, dtype=torch.float64) + torch.stack(constants).double()

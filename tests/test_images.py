@@ -16,7 +16,8 @@ def test_bytes_are_the_published_formula():
     out = to_bytes(values)
     assert out.shape == (4, 5, 5, 3) and out.dtype == np.uint8
     for index in np.ndindex(4, 5, 5):
-        expected = int(min(max(127.5 * values[index[0], 0, index[1], index[2]].item() + 128.0, 0), 255))  # truncation
+        value = np.float32(127.5) * values[index[0], 0, index[1], index[2]].numpy() + np.float32(128.0)
+        expected = int(min(max(value, 0), 255))  # truncation
         assert out[index].tolist() == [expected] * 3
 
 

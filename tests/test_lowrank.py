@@ -54,10 +54,11 @@ def test_the_low_rank_step_never_raises_the_error(rows, columns, rank, seed, sol
 
 def test_the_best_round_is_kept_unless_told_otherwise():
     weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(3))
-    rounds = [error(weight, lowrank_quantize(weight, GROUPS, 4, n, "last", "exact")) for n in range(1, 11)]
-    best = error(weight, lowrank_quantize(weight, GROUPS, 4, 10, "best", "exact"))
+    coarse = QuantSpec(2, "channel")  # here the error rises again after a few rounds
+    rounds = [error(weight, lowrank_quantize(weight, coarse, 4, n, "last", "exact")) for n in range(1, 11)]
+    best = error(weight, lowrank_quantize(weight, coarse, 4, 10, "best", "exact"))
     assert best == pytest.approx(min(rounds), rel=1e-6)
-    assert rounds[-1] > min(rounds) * (1 + 1e-6)  # so that the two differ on this weight
+    assert rounds[-1] > min(rounds) * 1.005  # so that the two differ on this weight
 
 
 @pytest.mark.parametrize("solver", sorted(SOLVERS))
