@@ -1,6 +1,6 @@
 """How fast quantisation is, against the same recipe done the published way, and what it costs in memory.
 
-    python benchmarks/calibration.py                 # everything, about 8 minutes on two CPU cores
+    python benchmarks/calibration.py                 # everything; the published way alone takes minutes
     python benchmarks/calibration.py --only lowrank
 
 calibration  whole quantisation of the digits model: one trajectory per layer, each layer's input history stored and searched

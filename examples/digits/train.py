@@ -1,6 +1,6 @@
 """Train the digits DiT and its classifier and write their weights beside this file.
 
-    python -m examples.digits.train              # both; about 20 minutes on two CPU cores
+    python -m examples.digits.train              # both; 41 minutes on two CPU cores that also did other work
     python -m examples.digits.train --steps 50   # a quick check
 """
 import argparse
