@@ -1,4 +1,4 @@
-"""Finds, fetches and verifies weights; loads decoders.
+"""Finds, fetches and verifies weights; loads decoders and the networks that judge images.
 
 Published DiT-XL/2 weights (CC BY-NC 4.0) come from the DiT authors' server or, with ``--ckpt FOLDER``, from a copy of the hub's
 ``facebook/DiT-XL-2-256`` (a diffusers ``DiTTransformer2DModel``). Nothing is ever unpickled beyond plain tensors.
@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from config import UserError
+from evaluation.features import Extractor
 from models import DiT, ModelCard
+from quant.files import sha256
 
 FOLDER = Path("pretrained_models")
 PUBLISHED_URL = "https://dl.fbaipublicfiles.com/DiT/models/"
@@ -76,8 +78,11 @@ def find_state_dict(name: str, image_size: int, ckpt: str | None) -> tuple[str, 
     return str(path), read_state_dict(path)
 
 
-def fetch(url: str, path: Path) -> None:
+def fetch(url: str, path: Path, flag: str = "--ckpt") -> None:
     """Download to a temporary name, then rename; shows a progress bar.
+
+    Args:
+        flag: the command-line flag that takes such a file.
 
     Raises:
         UserError: the download failed; says where to put the file by hand.
@@ -86,7 +91,7 @@ def fetch(url: str, path: Path) -> None:
     try:
         torch.hub.download_url_to_file(url, str(path))
     except OSError as error:
-        raise UserError(f"cannot download {url} ({error}): put the file at '{path}' by hand, or give one with --ckpt") from None
+        raise UserError(f"cannot download {url} ({error}): put the file at '{path}' by hand, or give one with {flag}") from None
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -165,3 +170,42 @@ def load_decoder(card: ModelCard, vae: str, device: torch.device) -> Decoder:
         raise UserError(f"cannot load the VAE from '{source}' ({type(error).__name__}): put config.json and "
                         f"diffusion_pytorch_model.safetensors into '{local}' by hand") from None
     return lambda latents: model.decode(latents / VAE_SCALE).sample
+
+
+FEATURES = ("inception", "digits")
+
+
+def load_extractor(kind: str, weights: str | None, device: torch.device) -> Extractor:
+    """The network that judges images: a value of ``FEATURES``; ``weights`` overrides the fetched file of ``inception``.
+
+    Raises:
+        UserError: its weights cannot be had, or are not the published ones.
+    """
+    if kind == "digits":
+        from examples.digits.classifier import digits_extractor
+        return digits_extractor(device)
+    from evaluation.inception import SHA256, URL, build_network, inception_extractor
+    path = Path(weights) if weights is not None else FOLDER / URL.rsplit("/", 1)[1]
+    if weights is None and not path.exists():
+        fetch(URL, path, "--inception")
+    if not path.is_file():
+        raise UserError(f"Inception weights '{path}' do not exist: give {URL.rsplit('/', 1)[1]} (from {URL})")
+    found = sha256(path)
+    if found != SHA256:
+        raise UserError(f"'{path}' has SHA-256 {found[:16]}…, expected {SHA256[:16]}…: give {URL.rsplit('/', 1)[1]} (from {URL})")
+    return inception_extractor(build_network(read_state_dict(path)), device)
+
+
+def load_reference(card: ModelCard, given: str | None, folder: Path) -> Path:
+    """The ``.npz`` of real images that samples of a model are compared with: the one given, or the bundled model's data.
+
+    Raises:
+        UserError: none was given and none is bundled.
+    """
+    if given is not None:
+        return Path(given)
+    if card.features == "digits":
+        from examples.digits.data import write_reference
+        return write_reference(folder / "digits-reference.npz")
+    raise UserError("--reference is missing: give ADM's file of real images and their statistics, for 256 pixels "
+                    "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/VIRTUAL_imagenet256_labeled.npz")

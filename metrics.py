@@ -1,8 +1,18 @@
-"""Distances between what two models make: the mathematics only, on arrays, in float64."""
+"""Distances between sets of images: the mathematics only, on feature arrays, in float64 where it matters.
+
+FID, sFID, Inception Score, precision and recall are those of the ADM evaluation suite (Dhariwal & Nichol, 2021).
+"""
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+ROWS = 1000  # rows of a distance matrix, or features of a covariance, handled at a time
+NEIGHBOURS = 3
+IS_SPLIT = 5000
 
 
 def sqnr_db(reference: Tensor, test: Tensor) -> float:
@@ -12,15 +22,131 @@ def sqnr_db(reference: Tensor, test: Tensor) -> float:
     return float(10 * torch.log10(reference.square().sum() / noise)) if noise > 0 else float("inf")
 
 
-def frechet_distance(a: NDArray, b: NDArray) -> float:
-    """Fréchet distance of two normals fitted to features (N, D) (Heusel et al., 2017, eq. 6).
+def psnr_db(reference: NDArray, test: NDArray) -> NDArray:
+    """Peak signal to noise ratio in dB of each pair of uint8 images (N, H, W, C): ``20 log10(255 / rms)``, (N,); inf where equal."""
+    error = np.square(reference.astype(np.float64) - test).mean(axis=(1, 2, 3))
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10(255.0 ** 2 / error)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """A normal distribution fitted to features: ``mean`` (D,), ``covariance`` (D, D), float64."""
+
+    mean: NDArray
+    covariance: NDArray
+
+    def __post_init__(self):
+        if self.covariance.shape != (len(self.mean),) * 2 or self.mean.ndim != 1:
+            raise ValueError(f"a mean of shape {self.mean.shape} does not go with a covariance of {self.covariance.shape}")
+        if not (np.isfinite(self.mean).all() and np.isfinite(self.covariance).all()):
+            raise ValueError("the statistics hold NaN or infinity")
+
+
+def statistics(features: NDArray) -> Statistics:
+    """Mean and unbiased covariance of features (N, D).
+
+    Raises:
+        ValueError: fewer than two of them, or a value is not finite.
+    """
+    check_features(features)
+    if len(features) < 2:
+        raise ValueError(f"a covariance needs at least 2 images, got {len(features)}")
+    mean = features.mean(axis=0, dtype=np.float64)
+    scatter = np.zeros((len(mean),) * 2)
+    for begin in range(0, len(features), ROWS):
+        centred = features[begin:begin + ROWS] - mean
+        scatter += centred.T @ centred
+    return Statistics(mean, scatter / (len(features) - 1))
+
+
+def check_features(features: NDArray) -> None:
+    """Raises:
+        ValueError: not (N, D), or a value is not finite.
+    """
+    if features.ndim != 2 or not features.size:
+        raise ValueError(f"expected features of shape (N, D), got {features.shape}")
+    if not np.isfinite(features).all():
+        raise ValueError("the features hold NaN or infinity")
+
+
+def frechet_distance(a: Statistics, b: Statistics) -> float:
+    """Fréchet distance of two normals (Heusel et al., 2017, eq. 6).
 
     ``|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))``; the trace of the root is that of the symmetric
-    ``C_a^(1/2) C_b C_a^(1/2)``, whose eigenvalues are real.
+    ``C_a^(1/2) C_b C_a^(1/2)``, whose eigenvalues are real, also where a covariance is singular.
+
+    Raises:
+        ValueError: the dimensions differ.
     """
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    values, vectors = np.linalg.eigh(cov_a)
-    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    overlap = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(min=0)).sum()
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * overlap)
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(f"statistics of width {len(a.mean)} and {len(b.mean)} cannot be compared")
+    values, vectors = np.linalg.eigh(a.covariance)
+    root = vectors * np.sqrt(values.clip(min=0))  # any root will do: root root^T = C_a
+    overlap = np.sqrt(np.linalg.eigvalsh(root.T @ b.covariance @ root).clip(min=0)).sum()
+    distance = np.square(a.mean - b.mean).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * overlap
+    return float(max(distance, 0.0))
+
+
+def inception_score(logits: NDArray, split: int = IS_SPLIT) -> float:
+    """Mean over splits of ``exp(mean KL(p(y|x) || p(y)))`` (Salimans et al., 2016), from logits (N, K).
+
+    Splits are taken in order; a short last one counts as much as the others.
+    """
+    check_features(logits)
+    scores = []
+    for begin in range(0, len(logits), split):
+        log_p = torch.from_numpy(np.asarray(logits[begin:begin + split], np.float64)).log_softmax(1)
+        log_marginal = log_p.logsumexp(0) - np.log(len(log_p))
+        scores.append(float(((log_p - log_marginal) * log_p.exp()).sum(1).mean().exp()))
+    return float(np.mean(scores))
+
+
+def precision_recall(reference: NDArray, samples: NDArray, half: bool = False, device: str | torch.device = "cpu") -> tuple[float, float]:
+    """Improved precision and recall (Kynkäänniemi et al., 2019) with 3 neighbours.
+
+    Precision is the share of samples inside the union of balls around reference features, recall the share of reference
+    features inside the union of balls around samples. A ball's squared radius is the squared distance to the third neighbour
+    (the fourth smallest, itself included), its surface belongs to it.
+
+    Args:
+        reference, samples: (N, D), (M, D).
+        half: squared distances in float16 where they stay finite, as ADM's evaluator computes them; else float32.
+
+    Raises:
+        ValueError: widths differ, fewer than 4 features, or a value is not finite.
+    """
+    for features in (reference, samples):
+        check_features(features)
+        if len(features) <= NEIGHBOURS:
+            raise ValueError(f"precision and recall need at least {NEIGHBOURS + 1} images, got {len(features)}")
+    if reference.shape[1] != samples.shape[1]:
+        raise ValueError(f"features of width {reference.shape[1]} and {samples.shape[1]} cannot be compared")
+    distances = _half_distances if half else _distances
+    real, made = (torch.as_tensor(features, dtype=torch.float32, device=device) for features in (reference, samples))
+    real_radii, made_radii = (
+        torch.cat([d.topk(NEIGHBOURS + 1, largest=False).values[:, -1] for d in _strips(x, x, distances)]) for x in (real, made))
+    covered = torch.zeros(len(made), dtype=torch.bool, device=device)
+    recalled = []
+    for d, radii in zip(_strips(real, made, distances), real_radii.split(ROWS)):
+        covered |= (d <= radii[:, None]).any(0)
+        recalled.append((d <= made_radii).any(1))
+    return float(covered.double().mean()), float(torch.cat(recalled).double().mean())
+
+
+def _strips(a: Tensor, b: Tensor, distances: Callable[[Tensor, Tensor], Tensor]) -> Iterator[Tensor]:
+    """Squared distances (<= ROWS, M) of a's rows to all of b's."""
+    return (distances(rows, b) for rows in a.split(ROWS))
+
+
+def _distances(a: Tensor, b: Tensor) -> Tensor:
+    norms = a.square().sum(1)[:, None] + b.square().sum(1)
+    return torch.addmm(norms, a, b.T, alpha=-2).clamp_(min=0)
+
+
+def _half_distances(a: Tensor, b: Tensor) -> Tensor:
+    """Every intermediate rounded to float16 (products accumulate in float32), float32 instead if one overflows."""
+    x, y = a.half(), b.half()
+    products = (x.float() @ y.float().T).half()
+    d = (x.float().square().sum(1).half()[:, None] - 2 * products + y.float().square().sum(1).half()).clamp_(min=0)
+    return d.float() if torch.isfinite(d).all() else _distances(a, b)

@@ -176,6 +176,7 @@ class ModelCard:
     image_sizes: tuple[int, ...] = (256, 512)  # pixels per side; the first is the default
     downsample: int = 8  # pixels per latent cell and side
     decoder: str = "vae"  # what turns latents into images (see download.load_decoder)
+    features: str = "inception"  # what judges the images (see download.load_extractor)
 
     def build(self, image_size: int, num_classes: int | None = None) -> DiT:
         """A randomly initialised model for images of ``image_size`` pixels.
@@ -190,7 +191,7 @@ class ModelCard:
 
 
 _FAMILIES = {"XL": (28, 1152, 16), "L": (24, 1024, 16), "B": (12, 768, 12), "S": (12, 384, 6)}
-_DIGITS = ModelCard(10, 128, 4, 2, num_classes=10, image_sizes=(16,), downsample=2, decoder="digits")
+_DIGITS = ModelCard(10, 128, 4, 2, num_classes=10, image_sizes=(16,), downsample=2, decoder="digits", features="digits")
 
 DiT_models: dict[str, ModelCard] = {
     **{f"DiT-{name}/{patch}": ModelCard(*shape, patch) for name, shape in _FAMILIES.items() for patch in (2, 4, 8)},

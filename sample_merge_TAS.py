@@ -20,7 +20,8 @@ import config
 from config import UserError
 from diffusion import ddim_step, ddpm_step, make_schedule
 from diffusion.generate import batch_indices, generate_images, labels_for
-from diffusion.images import grid, write_npz
+from diffusion.images import grid
+from diffusion.npz import write_npz
 from download import load_decoder, load_model
 from models import ModelCard
 from quant import checkpoint

@@ -1,8 +1,4 @@
-"""Images: bytes, grids, and the ``.npz`` that the ADM evaluator reads."""
-import zipfile
-from collections.abc import Iterable
-from pathlib import Path
-
+"""Images: bytes and grids."""
 import numpy as np
 import torch
 from PIL import Image
@@ -41,22 +37,3 @@ def side_by_side(pictures: list[Image.Image], titles: list[str], gap: int = 16, 
         draw.text((x + picture.width / 2, band / 2), title, fill="black", anchor="mm", font=ImageFont.load_default(size=14))
         x += picture.width + gap
     return canvas
-
-
-def write_npz(path: Path, images: Iterable[np.ndarray], shape: tuple[int, int, int, int]) -> None:
-    """Write ``arr_0``, uint8 ``shape`` (N, H, W, 3), one image at a time; byte for byte what ``np.savez(arr_0=…)`` writes.
-
-    Raises:
-        ValueError: an image is not uint8 (H, W, 3), or there are not N of them.
-    """
-    count = 0
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-            np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            for image in images:
-                if image.dtype != np.uint8 or image.shape != shape[1:]:
-                    raise ValueError(f"image {count} is {image.dtype} {image.shape}, expected uint8 {shape[1:]}")
-                member.write(np.ascontiguousarray(image).tobytes())
-                count += 1
-    if count != shape[0]:
-        raise ValueError(f"got {count} images, expected {shape[0]}")

@@ -1,4 +1,5 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and their fingerprints."""
+import hashlib
 import os
 import socket
 from collections.abc import Iterator
@@ -33,3 +34,12 @@ def writable_folder(folder: Path) -> Path:
     except OSError as error:
         raise UserError(f"cannot write to folder '{folder}': {error.strerror}; give another one") from None
     return folder
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes, 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2 ** 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,7 +1,13 @@
 """Real handwritten digits as 16x16 images and as 4x8x8 latents (a pixel-unshuffle stands in for a VAE)."""
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from diffusion.images import to_bytes
+from diffusion.npz import write_npz
+from quant.files import atomic
 
 IMAGE_SIZE = 16
 
@@ -23,3 +29,11 @@ def encode(images: Tensor) -> Tensor:
 def decode(latents: Tensor) -> Tensor:
     """Latents (N, 4, 8, 8) to images (N, 1, 16, 16)."""
     return F.pixel_shuffle(latents, 2)
+
+
+def write_reference(path: Path) -> Path:
+    """All 1797 real digits as an ``.npz`` (``arr_0``, uint8, (1797, 16, 16, 3)); returns ``path``."""
+    images = to_bytes(load_images()[0])
+    with atomic(path) as temporary:
+        write_npz(temporary, images, images.shape)
+    return path

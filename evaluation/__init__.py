@@ -1,0 +1,1 @@
+"""Judging images: features of a network, ADM's metrics of them, and fidelity to the float model."""
