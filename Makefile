@@ -4,7 +4,8 @@ READY := .venv/.ready
 
 .PHONY: demo test
 demo: $(READY)
-	.venv/bin/python -m examples.digits.demo
+	.venv/bin/python compare.py --model DiT-Digits-Outliers --recipes rtn smoothquant ditas-published ditas \
+	    --num-fid-samples 100 --num-fidelity-samples 100 --output results/demo --report results/demo/report
 
 test: $(READY)
 	.venv/bin/python -m pytest

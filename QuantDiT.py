@@ -5,6 +5,7 @@
     python QuantDiT.py --model DiT-Digits-Outliers --recipe smoothquant --smooth-timestep 25
 """
 import argparse
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,11 +22,14 @@ from download import load_decoder, load_model
 from quant import checkpoint
 from quant.cli import Parser, add_model_flags, at_least, class_labels, find_card, one_of, run, user_value
 from quant.files import atomic, writable_folder
-from quant.linear import install
+from quant.linear import block_linears, install
 from quant.lowrank import SOLVERS
 from quant.pipeline import Start, act_spec, quantize_model
 from quant.quantizer import ACT_BITS, WEIGHT_BITS
 from quant.smoothing import check_step
+from report.layers import IMAGES, default_layers, observe
+from report.page import write_page
+from report.quantisation import quantisation_figures
 
 
 def build_recipe(args: argparse.Namespace) -> Recipe:
@@ -38,7 +42,13 @@ def build_recipe(args: argparse.Namespace) -> Recipe:
     return replace(recipe, **{key: value for key, value in given.items() if value is not None})
 
 
-def main(args: argparse.Namespace) -> None:
+def report_layers(text: str | None, names: list[str]) -> list[str]:
+    """The layers whose inputs a report draws."""
+    return default_layers(names) if text is None else [one_of(name, names, "--report-layers") for name in text.split(",")]
+
+
+def main(args: argparse.Namespace) -> float:
+    """Returns the seconds that quantisation took, loading and picture not counted."""
     name = args.model or config.default_model
     card = find_card(name)
     image_size, num_classes = args.image_size or card.image_sizes[0], args.num_classes or card.num_classes
@@ -53,31 +63,49 @@ def main(args: argparse.Namespace) -> None:
     output = Path(args.output or Path("results") / checkpoint.default_name(name, image_size, weight_bit, act_bit, args.recipe))
     output = output if output.suffix == checkpoint.SUFFIX else output.with_name(output.name + checkpoint.SUFFIX)
     writable_folder(output.parent)
+    if args.report is not None:
+        writable_folder(Path(args.report))
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(name, card, image_size, num_classes, args.ckpt, device)
     decode = load_decoder(card, args.vae, device)
+    shown = report_layers(args.report_layers, list(block_linears(model)))
 
     indices, labels = range(len(labels)), torch.tensor(labels, device=device)
-    noise = ImageNoise(args.seed, indices, (model.in_channels, model.input_size, model.input_size), device)
-    result = user_value(partial(quantize_model, svd=args.svd), model, recipe, weight_bit, act_bit, schedule, Start(noise(), noise, labels))
+
+    def start(count: int) -> Start:
+        noise = ImageNoise(args.seed, indices[:count], (model.in_channels, model.input_size, model.input_size), device)
+        return Start(noise(), noise, labels[:count])
+
+    began = time.perf_counter()
+    result = user_value(partial(quantize_model, svd=args.svd), model, recipe, weight_bit, act_bit, schedule, start(len(indices)))
+    seconds = time.perf_counter() - began
     checkpoint.save(output, model, result.layers, checkpoint.Header(
         model=name, image_size=image_size, num_classes=num_classes, weight_bit=weight_bit, act_bit=act_bit, recipe_name=args.recipe,
         recipe=recipe, seed=args.seed, num_sampling_steps=args.num_sampling_steps, svd=args.svd, alphas=result.alphas))
-    print(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)")
+    print(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB), quantised in {seconds:.1f} s")
 
     def picture() -> Image.Image:
         images = user_value(generate_images, model, decode, schedule, indices[:16], labels[:16], args.seed, args.cfg_scale, ddpm_step)
         return grid(images, columns=4)
 
     float_picture = picture()
-    install(model, result.layers, act_spec(recipe, act_bit))
+    act = act_spec(recipe, act_bit)
+    observed = None if args.report is None else observe(model, result.layers, act, schedule, start(IMAGES), shown)
+    install(model, result.layers, act)
     pair = side_by_side([float_picture, picture()], ["float", f"W{weight_bit}A{act_bit} {args.recipe}"])
     with atomic(output.with_suffix(".png")) as temporary:
         pair.save(temporary, format="PNG")
     print(f"wrote {output.with_suffix('.png')}: the same seeds from the float and the quantised model, guidance {args.cfg_scale:g}")
+    if observed is not None:
+        drawn = quantisation_figures(observed, recipe, result, pair)
+        page = write_page(Path(args.report), f"{name}, W{weight_bit}A{act_bit}, {args.recipe}",
+                          f"{image_size} pixels, {len(schedule)} steps, seed {args.seed}, calibrated on {len(indices)} images. "
+                          f"{card.origin}", [("", drawn)])
+        print(f"wrote {page} and its {len(drawn)} figures")
     print(f"next: torchrun --nnodes=1 --nproc_per_node=1 sample_merge_TAS.py --image-size {image_size} --model {name} --num-fid-samples 10000 "
           f"--act-bit {act_bit} --weight-bit {weight_bit} --path {output} --num-sampling-steps {args.num_sampling_steps}")
+    return seconds
 
 
 def make_parser() -> Parser:
@@ -93,6 +121,8 @@ def make_parser() -> Parser:
     parser.add_argument("--group-size", type=int, help="weights per scale in recipes with groups (default: the recipe's)")
     parser.add_argument("--rank", type=int, help="rank of the low-rank branch, 0 for none (default: the recipe's)")
     parser.add_argument("--svd", choices=tuple(SOLVERS), default="fast", help="how the low-rank branch is found (default: fast)")
+    parser.add_argument("--report", metavar="DIR", help="draw figures of what quantisation did into this folder, with a page report.html")
+    parser.add_argument("--report-layers", help="layers whose inputs are drawn, separated by commas, such as blocks.9.mlp.fc2 (default: the last fc2 and qkv)")
     parser.add_argument("--output", help="where to write (default: results/<model>-<size>-W<w>A<a>-<recipe>.safetensors)")
     return parser
 

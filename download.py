@@ -5,6 +5,7 @@ Published DiT-XL/2 weights (CC BY-NC 4.0) come from the DiT authors' server or, 
 """
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from config import UserError
 from evaluation.features import Extractor
+from evaluation.fidelity import Perceptual
 from models import DiT, ModelCard
 from quant.files import sha256
 
@@ -74,24 +76,25 @@ def find_state_dict(name: str, image_size: int, ckpt: str | None) -> tuple[str, 
         raise UserError(f"there are no published weights of {name}: give a file with --ckpt")
     path = FOLDER / f"DiT-XL-2-{image_size}x{image_size}.pt"
     if not path.exists():
-        fetch(PUBLISHED_URL + path.name, path)
+        fetch(PUBLISHED_URL + path.name, path, "--ckpt")
     return str(path), read_state_dict(path)
 
 
-def fetch(url: str, path: Path, flag: str = "--ckpt") -> None:
+def fetch(url: str, path: Path, flag: str | None = None) -> None:
     """Download to a temporary name, then rename; shows a progress bar.
 
     Args:
-        flag: the command-line flag that takes such a file.
+        flag: the command-line flag that takes such a file, if one does.
 
     Raises:
         UserError: the download failed; says where to put the file by hand.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    alternative = f", or give one with {flag}" if flag else ""
     try:
         torch.hub.download_url_to_file(url, str(path))
     except OSError as error:
-        raise UserError(f"cannot download {url} ({error}): put the file at '{path}' by hand, or give one with {flag}") from None
+        raise UserError(f"cannot download {url} ({error}): put the file at '{path}' by hand{alternative}") from None
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -209,3 +212,30 @@ def load_reference(card: ModelCard, given: str | None, folder: Path) -> Path:
         return write_reference(folder / "digits-reference.npz")
     raise UserError("--reference is missing: give ADM's file of real images and their statistics, for 256 pixels "
                     "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/VIRTUAL_imagenet256_labeled.npz")
+
+
+ALEXNET_URL = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
+
+
+def load_lpips(device: torch.device) -> Perceptual:
+    """LPIPS (Zhang et al., 2018) with AlexNet; the calibrated linear layers come with the package, the trunk is fetched.
+
+    Raises:
+        UserError: the trunk's weights cannot be had, or are not the published ones.
+    """
+    path = FOLDER / ALEXNET_URL.rsplit("/", 1)[1]
+    if not path.exists():
+        fetch(ALEXNET_URL, path)
+    if not sha256(path).startswith(path.stem.rsplit("-", 1)[1]):
+        raise UserError(f"'{path}' is not the published file (its SHA-256 does not begin as its name ends): delete it")
+    return build_lpips(read_state_dict(path)).to(device)
+
+
+def build_lpips(trunk: dict[str, Tensor]) -> torch.nn.Module:
+    """LPIPS on torchvision's AlexNet weights: images (N, 3, H, W) in [-1, 1], twice, to distances."""
+    from lpips import LPIPS
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it calls torchvision the old way
+        model = LPIPS(net="alex", pnet_rand=True, verbose=False)
+    model.net.load_state_dict({key: trunk[f"features.{key.split('.', 1)[1]}"] for key in model.net.state_dict()})  # slice1.0.weight
+    return model.eval()

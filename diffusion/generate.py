@@ -1,5 +1,5 @@
 """Batches of images by global index: what an image looks like does not depend on who makes it."""
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from diffusion.images import to_bytes
 from diffusion.noise import ImageNoise, image_labels
-from diffusion.sampler import Step, guided_denoiser, sample
+from diffusion.sampler import Step, guided_denoiser, sample_loop
 from diffusion.schedule import Schedule
 
 
@@ -23,13 +23,21 @@ def labels_for(indices: Sequence[int], seed: int, num_classes: int, listed: list
     return torch.tensor([listed[i % len(listed)] for i in indices])
 
 
+def latents_by_step(model: nn.Module, schedule: Schedule, indices: Sequence[int], labels: Tensor, seed: int, cfg_scale: float,
+                    step: Step) -> Iterator[Tensor]:
+    """Latents (N, C, H, W) after each step of the images with these global indices and labels (N,), on the model's device."""
+    device = model.pos_embed.device
+    noise = ImageNoise(seed, indices, (model.in_channels, model.input_size, model.input_size), device)
+    return sample_loop(guided_denoiser(model, labels.to(device), cfg_scale), schedule, noise(), noise, step)
+
+
 @torch.inference_mode()
 def generate_latents(model: nn.Module, schedule: Schedule, indices: Sequence[int], labels: Tensor, seed: int, cfg_scale: float,
                      step: Step) -> Tensor:
-    """Final latents (N, C, H, W) of the images with these global indices and labels (N,), on the model's device."""
-    device = model.pos_embed.device
-    noise = ImageNoise(seed, indices, (model.in_channels, model.input_size, model.input_size), device)
-    return sample(guided_denoiser(model, labels.to(device), cfg_scale), schedule, noise(), noise, step)
+    """The last of ``latents_by_step``."""
+    for latents in latents_by_step(model, schedule, indices, labels, seed, cfg_scale, step):
+        pass
+    return latents
 
 
 @torch.inference_mode()

@@ -23,12 +23,14 @@ class Extractor:
         name: identifies network and weights; part of a cache file's key.
         widths: of ``pool`` (FID, precision, recall), ``spatial`` (sFID) and ``logits`` (Inception Score).
         run: uint8 images (B, 3, H, W) on ``device`` to these three, float32 (B, width).
+        side: H = W that it needs, None for any.
     """
 
     name: str
     widths: tuple[int, int, int]
     run: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
-    device: torch.device = torch.device("cpu")
+    device: torch.device
+    side: int | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ def load_set(path: Path, extractor: Extractor, batch: int = 64, cache: bool = Fa
     """Read an ``.npz``: statistics ``mu sigma mu_s sigma_s`` if it holds them, else those of its ``arr_0``.
 
     Raises:
-        ValueError: the file is damaged, holds neither, or its statistics are of another width than the features.
+        ValueError: the file is damaged, holds neither, its images are of a size that the network does not take, or its statistics of
+            another width than the features.
     """
     arrays = read_arrays(path)
     given = [key for key in ("mu", "sigma", "mu_s", "sigma_s") if key in arrays]
@@ -122,6 +125,9 @@ def load_set(path: Path, extractor: Extractor, batch: int = 64, cache: bool = Fa
     features, images = None, None
     if "arr_0" in arrays or not given:
         images = read_images(path, arrays)
+        if extractor.side is not None and images.shape[1:3] != (extractor.side, extractor.side):
+            raise ValueError(f"'{path}' holds images of {images.shape[1]}x{images.shape[2]} pixels: features {extractor.name} need "
+                             f"{extractor.side}x{extractor.side}")
         features = cached_features(path, images, extractor, batch, cache)
     if given:
         pairs = (("mu", "sigma", extractor.widths[0]), ("mu_s", "sigma_s", extractor.widths[1]))

@@ -47,7 +47,7 @@ def hooked(layers: dict[str, nn.Module], see: Callable[[str, Tensor, Tensor], No
 
 @torch.inference_mode()
 def record(model: nn.Module, layers: dict[str, nn.Linear], schedule: Schedule, labels: Tensor, cfg_scale: float,
-           x: Tensor, draw: Callable[[], Tensor]) -> tuple[Trajectory, dict[str, Tensor]]:
+           x: Tensor, draw: Callable[[], Tensor], desc: str = "trajectory") -> tuple[Trajectory, dict[str, Tensor]]:
     """Sample once and observe the maxima.
 
     Args:
@@ -68,7 +68,7 @@ def record(model: nn.Module, layers: dict[str, nn.Linear], schedule: Schedule, l
     latents = [x]
     with hooked(layers, see):
         loop = sample_loop(guided_denoiser(model, labels, cfg_scale), schedule, x, draw)
-        for x in tqdm(loop, total=len(schedule), desc="trajectory", unit="step"):
+        for x in tqdm(loop, total=len(schedule), desc=desc, unit="step"):
             latents.append(x)
             step += 1
     bad = {name: ~torch.isfinite(values).all(1) for name, values in absmax.items()}  # (steps,) each
@@ -81,16 +81,16 @@ def record(model: nn.Module, layers: dict[str, nn.Linear], schedule: Schedule, l
 
 @torch.inference_mode()
 def replay(model: nn.Module, layers: dict[str, nn.Linear], trajectory: Trajectory, observers: dict[str, Observer],
-           tokens: int) -> None:
+           tokens: int, desc: str) -> None:
     """Run the recorded latents through the model once more, with and without label.
 
     Each observer gets its layer's input (K, 2N, T, I) and output without bias (K, 2N, T, O) for K timesteps at a time, where
-    K is as many as fit ``tokens`` tokens, at least one.
+    K is as many as fit ``tokens`` tokens, at least one. ``desc`` names the progress bar.
     """
     steps, n = trajectory.latents.shape[:2]
     per_step = 2 * n * (model.input_size // model.patch_size) ** 2
     both = torch.cat([trajectory.labels, torch.full_like(trajectory.labels, model.num_classes)])
-    with tqdm(total=steps, desc="search", unit="step") as bar:
+    with tqdm(total=steps, desc=desc, unit="step") as bar:
         for chunk in torch.arange(steps, device=both.device).split(max(1, tokens // per_step)):
             k = len(chunk)
 

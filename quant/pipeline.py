@@ -103,7 +103,7 @@ def _search(model: nn.Module, linears: dict[str, nn.Linear], trajectory: Traject
         return dict.fromkeys(candidates, 0), {}
     searches = {name: AlphaSearch(linear.weight, candidates[name], spec, act, bases[name].dense() if name in bases else None)
                 for name, linear in linears.items()}
-    replay(model, linears, trajectory, searches, config.replay_tokens)
+    replay(model, linears, trajectory, searches, config.replay_tokens, "search")
     return {name: search.best() for name, search in searches.items()}, {name: search.loss for name, search in searches.items()}
 
 

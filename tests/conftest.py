@@ -50,3 +50,14 @@ def random_model(seed: int = 0, **kwargs) -> DiT:
 def _no_gradients():
     with torch.no_grad():
         yield
+
+
+def error_line(capsys, call) -> str:
+    """The one line that a wrong command line leaves on stderr, progress bars aside; its exit status is 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        call()
+    assert caught.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "it/s" not in line and "step" not in line.split(":")[0]]
+    assert len(lines) == 1, lines
+    return lines[0]

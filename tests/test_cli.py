@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import error_line, random_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -27,14 +27,7 @@ def call(script: str, *argv: str) -> None:
 
 
 def fails(capsys, script: str, *argv: str) -> str:
-    """Run a wrong command line; returns its one line."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        call(script, *argv)
-    assert caught.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if "it/s" not in line and "step" not in line.split(":")[0]]
-    assert len(lines) == 1, lines
-    return lines[0]
+    return error_line(capsys, lambda: call(script, *argv))
 
 
 @pytest.fixture(autouse=True)

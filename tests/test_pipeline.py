@@ -118,7 +118,7 @@ def test_replay_shows_the_same_inputs_however_many_timesteps_go_at_once():
     handle.remove()
     for tokens in (1, 200, 10 ** 6):
         seen = {name: [] for name in linears}
-        replay(model, linears, trajectory, {name: lambda x, y, name=name: seen[name].append((x.clone(), y.clone())) for name in linears}, tokens)
+        replay(model, linears, trajectory, {name: lambda x, y, name=name: seen[name].append((x.clone(), y.clone())) for name in linears}, tokens, "test")
         inputs, outputs = (torch.cat(parts) for parts in zip(*seen["blocks.1.mlp.fc2"]))
         assert relative(inputs, torch.stack([i for i, _ in recorded])) < 1e-5
         assert relative(outputs + linears["blocks.1.mlp.fc2"].bias, torch.stack([o for _, o in recorded])) < 1e-5

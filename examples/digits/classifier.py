@@ -1,4 +1,4 @@
-"""A small CNN that reads the digits: the demo's judge of generated images."""
+"""A small CNN that reads the digits: the judge of generated images."""
 from pathlib import Path
 
 import torch
@@ -47,7 +47,7 @@ def digits_extractor(device: torch.device) -> Extractor:
         pool = model.pooled(maps)
         return pool, maps[:, :7].permute(0, 2, 3, 1).flatten(1), pool @ model.head.weight.T
 
-    return Extractor("digits", (64, 7 * 4 * 4, 10), run, device)
+    return Extractor("digits", (64, 7 * 4 * 4, 10), run, device, side=16)
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:

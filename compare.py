@@ -1,0 +1,310 @@
+"""Quantise one model with several recipes and bit widths, sample, judge: one table, as text, CSV, Markdown and pictures.
+
+    python compare.py --model DiT-Digits-Outliers --report results/report         # bundled, about ten minutes on two CPU cores
+    python compare.py --model DiT-Digits-Outliers --recipes rtn ditas ditas:rank=0 ditas:group-size=32 --bits W4A8 W8A8
+    python compare.py --model DiT-XL/2 --image-size 256 512 --num-sampling-steps 50 100 --bits W8A8 W6A8 W4A8 --num-fid-samples 10000 \\
+        --reference VIRTUAL_imagenet256_labeled.npz VIRTUAL_imagenet512.npz --nproc 8
+"""
+import argparse
+import csv
+import io
+import json
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import config
+import QuantDiT
+from config import RECIPES, UserError
+from diffusion import ddpm_step, make_schedule
+from diffusion.generate import labels_for
+from diffusion.npz import read_arrays, read_images
+from download import load_decoder, load_extractor, load_lpips, load_model, load_reference
+from evaluate import HEADINGS, cells
+from evaluation import fidelity
+from evaluation.features import ImageSet, Scores, load_set, score
+from models import ModelCard
+from quant import checkpoint
+from quant.cli import Parser, at_least, find_card, one_of, run, user_value
+from quant.files import atomic, writable_folder
+from quant.merge import fold
+from quant.quantizer import ACT_BITS, WEIGHT_BITS
+from report import figures
+from report.page import Figure, html_table, write_page
+
+SCRIPTS = Path(__file__).parent
+LPIPS_SIZE = 64  # pixels per side that its network needs
+SHOWN = 12  # images per row of the picture
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row to fill: a recipe with overrides (None: the float model) at one bit width, and the words QuantDiT.py gets for it."""
+
+    label: str
+    bits: str
+    words: tuple[str, ...] | None
+
+    @property
+    def name(self) -> str:
+        return re.sub(r"[^\w.=-]", "-", f"{self.label}-W{self.bits.replace('/', 'A')}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A filled row; ``key`` is everything that decides its numbers."""
+
+    label: str
+    bits: str
+    megabytes: float
+    seconds: float | None
+    scores: Scores
+    fidelity: fidelity.Fidelity | None
+    npz: str
+    key: list[str]
+
+    def cells(self) -> list[str]:
+        near = self.fidelity
+        return [self.label, self.bits, f"{self.megabytes:.1f}", "-" if self.seconds is None else f"{self.seconds:.0f}", *cells(self.scores),
+                "-" if near is None else f"{near.sqnr_db[-1]:.1f}", "-" if near is None else f"{near.psnr_db:.1f}",
+                "-" if near is None else "n/a" if near.lpips is None else f"{near.lpips:.4f}"]
+
+
+COLUMNS = ["recipe", "W/A", "MB", "calibration s", *HEADINGS, "SQNR dB", "PSNR dB", "LPIPS"]
+
+
+def default_recipes(steps: int) -> list[str]:
+    """Every recipe; SmoothQuant at the first, middle and last step, as in figures 10 to 12 of the DiTAS paper's appendix."""
+    smooth = [f"smoothquant:smooth-timestep={step}" for step in sorted({0, steps // 2, steps - 1})]
+    return [name for recipe in RECIPES for name in (smooth if recipe == "smoothquant" else [recipe])]
+
+
+def parse_job(recipe: str, bits: str) -> Job:
+    """``recipe[:flag=value,…]`` and ``W4A8``; every flag of QuantDiT.py is allowed.
+
+    Raises:
+        UserError: unknown recipe, flag or bit width.
+    """
+    name, _, overrides = recipe.partition(":")
+    one_of(name, RECIPES, "--recipes")
+    match = re.fullmatch(r"W(\d+)A(\d+)", bits)
+    if match is None:
+        raise UserError(f"bad bit width '{bits}': expected W<weight bits>A<activation bits>, such as W4A8")
+    weight, act = (int(number) for number in match.groups())
+    one_of(weight, WEIGHT_BITS, "--bits: weight width")
+    one_of(act, ACT_BITS, "--bits: activation width")
+    words = ["--recipe", name, "--weight-bit", str(weight), "--act-bit", str(act)]
+    for override in filter(None, overrides.split(",")):
+        flag, equals, value = override.partition("=")
+        if not equals:
+            raise UserError(f"bad override '{override}' of recipe '{recipe}': expected flag=value, such as rank=0")
+        words += [f"--{flag}", value]
+    QuantDiT.build_recipe(QuantDiT.make_parser().parse_args(words))
+    return Job(recipe, f"{weight}/{act}", tuple(words))
+
+
+class Comparison:
+    """All rows of one model at one image size and number of steps."""
+
+    def __init__(self, args: argparse.Namespace, card: ModelCard, image_size: int, steps: str, reference: Path):
+        self.args, self.card, self.image_size, self.steps = args, card, image_size, steps
+        self.schedule = user_value(make_schedule, steps)
+        self.title = f"{args.model}, {image_size} pixels, {steps} steps"
+        self.folder = writable_folder(Path(args.output) / f"{args.model.replace('/', '-')}-{image_size}-{steps}")
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.extractor = load_extractor(card.features, args.inception, self.device)
+        self.reference_path = reference
+        self._reference: ImageSet | None = None
+        self._float_run: fidelity.Run | None = None
+        self.perceptual = None
+        if image_size >= LPIPS_SIZE:
+            try:
+                self.perceptual = load_lpips(self.device)
+            except UserError as error:
+                print(f"LPIPS is n/a: {error}", file=sys.stderr)
+
+    def jobs(self) -> list[Job]:
+        recipes = self.args.recipes or default_recipes(len(self.schedule))
+        return [Job("float", "32/32", None), *(parse_job(recipe, bits) for bits in self.args.bits for recipe in recipes)]
+
+    def row(self, job: Job) -> Row:
+        """Quantise, sample and judge, unless an earlier call with the same settings did."""
+        args, folder = self.args, self.folder / job.name
+        model_words = ["--model", args.model, "--image-size", str(self.image_size), "--num-sampling-steps", self.steps]
+        model_words += ["--ckpt", args.ckpt] if args.ckpt else []
+        sample_words = ["--num-fid-samples", str(args.num_fid_samples), "--per-proc-batch-size", str(args.per_proc_batch_size),
+                        "--cfg-scale", f"{args.cfg_scale:g}", "--global-seed", str(args.global_seed), "--vae", args.vae,
+                        "--sample-dir", str(folder)]
+        path, quantise = folder / f"checkpoint{checkpoint.SUFFIX}", None
+        if job.words is None:
+            sample_words = [*model_words, *sample_words]
+        else:
+            quantise = [*model_words, *job.words, "--seed", str(args.seed), "--vae", args.vae, "--output", str(path)]
+            quantise += ["--report", str(self.report_folder(job))] if args.report else []
+            sample_words = ["--path", str(path), "--num-sampling-steps", self.steps, *sample_words]
+        key = [*(quantise or []), *sample_words, str(self.reference_path), self.extractor.name, args.pr_dtype, str(args.num_fidelity_samples)]
+        if (done := read_row(folder / "row.json")) and done.key == key and Path(done.npz).is_file():
+            print(f"{job.name}: done before, in {folder}", flush=True)
+            return done
+
+        writable_folder(folder)
+        seconds = None
+        if quantise is not None:
+            print(f"\n$ python QuantDiT.py {shlex.join(quantise)}", flush=True)
+            seconds = QuantDiT.main(QuantDiT.make_parser().parse_args(quantise))
+        npz = self.sample(sample_words, folder)
+        near = None if job.words is None or args.num_fidelity_samples == 0 else self.fidelity(path)
+        scores = user_value(score, self.reference(), user_value(load_set, npz, self.extractor), args.pr_dtype == "float16", self.device)
+        size = self.float_bytes() if job.words is None else path.stat().st_size
+        done = Row(job.label, job.bits, size / 1e6, seconds, scores, near, str(npz), key)
+        with atomic(folder / "row.json") as temporary:
+            temporary.write_text(json.dumps(asdict(done), indent=1))
+        return done
+
+    def report_folder(self, job: Job) -> Path:
+        return Path(self.args.report) / self.folder.name / job.name
+
+    def sample(self, words: list[str], folder: Path) -> Path:
+        """Run the sampling script on ``--nproc`` processes; returns the ``.npz``."""
+        launcher = [] if self.args.nproc == 1 else ["-m", "torch.distributed.run", "--nnodes=1", f"--nproc_per_node={self.args.nproc}"]
+        command = [*launcher, str(SCRIPTS / "sample_merge_TAS.py"), *words]
+        print(f"\n$ python {shlex.join(command)}", flush=True)
+        for old in folder.glob("*.npz"):
+            old.unlink()
+        if status := subprocess.run([sys.executable, *command]).returncode:
+            raise UserError(f"sampling ended with status {status}: see above, then run the same command again")
+        return next(folder.glob("*.npz"))
+
+    def reference(self) -> ImageSet:
+        if self._reference is None:
+            self._reference = user_value(partial(load_set, cache=True), self.reference_path, self.extractor)
+            if (size := self._reference.size) not in (None, (self.image_size,) * 2):
+                raise UserError(f"images of '{self.reference_path}' are {size[0]}x{size[1]}, expected {self.image_size}x{self.image_size}: "
+                                "give another --reference")
+        return self._reference
+
+    def load_float(self) -> nn.Module:
+        return load_model(self.args.model, self.card, self.image_size, self.card.num_classes, self.args.ckpt, self.device)
+
+    def float_bytes(self) -> int:
+        return sum(4 * parameter.numel() for parameter in self.load_float().parameters())
+
+    def run(self, model: nn.Module) -> fidelity.Run:
+        count = self.args.num_fidelity_samples
+        labels = labels_for(range(count), self.args.global_seed, model.num_classes, None).tolist()
+        return fidelity.run(model, load_decoder(self.card, self.args.vae, self.device), self.schedule, labels, self.args.global_seed,
+                            self.args.cfg_scale, ddpm_step, self.args.per_proc_batch_size)
+
+    def fidelity(self, path: Path) -> fidelity.Fidelity:
+        """Against the float model, on the first images of the sample."""
+        if self._float_run is None:
+            self._float_run = self.run(self.load_float())
+        return fidelity.fidelity(self._float_run, self.run(fold(checkpoint.load(path, self.device)[1])), self.perceptual)
+
+    def describe(self) -> str:
+        args = self.args
+        return " ".join(filter(None, (
+            f"Guidance {args.cfg_scale:g}, {args.num_fid_samples} images, seed {args.global_seed}; features {self.extractor.name}, reference "
+            f"{self.reference_path.name} (N = {self.reference().count or 'n/a'}); SQNR, PSNR and LPIPS against the float model with the same noise, "
+            f"{args.num_fidelity_samples} images.", self.card.origin)))
+
+
+def read_row(path: Path) -> Row | None:
+    """A row that ``Comparison.row`` wrote; None where there is none."""
+    try:
+        stored = json.loads(path.read_text())
+        near = stored.pop("fidelity")
+        return Row(**{**stored, "scores": Scores(**stored["scores"])}, fidelity=near and fidelity.Fidelity(**near))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines)
+
+
+def pictures(comparison: Comparison, rows: list[Row]) -> list[Figure]:
+    """The same seeds from every row, and the distance from the float model along the trajectory."""
+    images = {f"{row.label} {row.bits}": read_images(Path(row.npz), read_arrays(Path(row.npz)))[:SHOWN] for row in rows}
+    made = [Figure(f"{comparison.folder.name}-same-seeds", figures.same_seeds(images), "The same seeds from every row (figures 9 to 13 of the paper's appendix).")]
+    curves = {f"{row.label} {row.bits}": row.fidelity.sqnr_db for row in rows if row.fidelity is not None}
+    if curves:
+        made.append(Figure(f"{comparison.folder.name}-sqnr", figures.sqnr_over_steps(curves), "SQNR of the latents against the float model's, after each step."))
+    return made
+
+
+def main(args: argparse.Namespace) -> None:
+    card = find_card(args.model)
+    sizes = args.image_size or [card.image_sizes[0]]
+    for flag, minimum in (("num_fid_samples", 4), ("per_proc_batch_size", 1), ("nproc", 1), ("num_fidelity_samples", 0), ("cfg_scale", 1.0),
+                          ("global_seed", 0), ("seed", 0)):
+        at_least(getattr(args, flag), minimum, f"--{flag.replace('_', '-')}")
+    for size in sizes:
+        one_of(size, card.image_sizes, "--image-size")
+    if args.reference is not None and len(args.reference) != len(sizes):
+        raise UserError(f"--reference has {len(args.reference)} files and --image-size {len(sizes)} sizes: expected one file per size")
+    output = writable_folder(Path(args.output))
+    references = [load_reference(card, given, output) for given in args.reference or [None] * len(sizes)]
+    comparisons = [Comparison(args, card, size, steps, reference) for size, reference in zip(sizes, references) for steps in args.num_sampling_steps]
+    for comparison in comparisons:
+        comparison.jobs()  # a wrong recipe or reference is found before any work is done
+        comparison.reference()
+
+    texts, table, sections = [], [], []
+    for comparison in comparisons:
+        rows = [comparison.row(job) for job in comparison.jobs()]
+        lines = [row.cells() for row in rows]
+        texts.append(f"### {comparison.title}\n\n{comparison.describe()}\n\n{markdown(COLUMNS, lines)}\n")
+        table += [[args.model, str(comparison.image_size), comparison.steps, *line] for line in lines]
+        if args.report:
+            sections.append((comparison.title, pictures(comparison, rows)))
+    buffer = io.StringIO()
+    csv.writer(buffer).writerows([["model", "image size", "steps", *COLUMNS], *table])
+    for name, text in (("table.md", "\n".join(texts)), ("table.csv", buffer.getvalue())):
+        with atomic(output / name) as temporary:
+            temporary.write_text(text, "utf-8")
+    print("\n" + "\n".join(texts))
+    print(f"wrote {output / 'table.md'} and {output / 'table.csv'}")
+    if args.report:
+        header = ["model", "image size", "steps", *COLUMNS]
+        page = write_page(writable_folder(Path(args.report)), f"Comparison of recipes on {args.model}", comparisons[0].describe(), sections,
+                          html_table(header, table))
+        print(f"wrote {page}; every row's own report is in a folder beside it")
+
+
+def make_parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=config.default_model, help=f"as in QuantDiT.py (default: {config.default_model})")
+    parser.add_argument("--image-size", type=int, nargs="+", help="one or several (default: the model's first)")
+    parser.add_argument("--num-sampling-steps", nargs="+", default=["50"], help="of calibration and sampling, one or several (default: 50)")
+    parser.add_argument("--recipes", nargs="+", metavar="RECIPE[:FLAG=VALUE,…]",
+                        help="rows, with flags of QuantDiT.py on top (default: every recipe, smoothquant at three steps)")
+    parser.add_argument("--bits", nargs="+", default=["W4A8"], metavar="W<w>A<a>", help="bit widths of every recipe (default: W4A8)")
+    parser.add_argument("--num-fid-samples", type=int, default=500, help="images per row (default: 500)")
+    parser.add_argument("--num-fidelity-samples", type=int, default=64, help="images per row compared with the float model's, 0 for none (default: 64)")
+    parser.add_argument("--per-proc-batch-size", type=int, default=64, help="images in a batch (default: 64)")
+    parser.add_argument("--nproc", type=int, default=1, help="sampling processes, one per GPU (default: 1)")
+    parser.add_argument("--cfg-scale", type=float, default=1.5, help="guidance of the samples (default: 1.5)")
+    parser.add_argument("--seed", type=int, default=0, help="of the calibration noise (default: 0)")
+    parser.add_argument("--global-seed", type=int, default=0, help="of the samples (default: 0)")
+    parser.add_argument("--ckpt", help="float weights (default: the published or bundled ones)")
+    parser.add_argument("--vae", choices=("ema", "mse"), default="ema")
+    parser.add_argument("--reference", nargs="+", help=".npz of real images, one per image size (default: the bundled model's data)")
+    parser.add_argument("--inception", help="Inception weights (default: fetched on first use)")
+    parser.add_argument("--pr-dtype", choices=("float32", "float16"), default="float32", help="see evaluate.py")
+    parser.add_argument("--output", default="results/compare", help="folder of checkpoints, samples and tables; finished rows are kept (default: results/compare)")
+    parser.add_argument("--report", metavar="DIR", help="draw figures into this folder, with a page report.html per row and one for all")
+    return parser
+
+
+if __name__ == "__main__":
+    run(main, make_parser())

@@ -1,0 +1,1 @@
+"""Pictures of a quantisation: figures and the page that shows them."""

@@ -1,0 +1,111 @@
+"""The figures of a report, each drawn from plain arrays, as PNG bytes."""
+import io
+
+import numpy as np
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+DPI = 110
+_KINDS = {"attn.qkv": "qkv", "attn.proj": "proj", "mlp.fc1": "fc1", "mlp.fc2": "fc2"}
+
+
+def _png(canvas: Canvas) -> bytes:
+    buffer = io.BytesIO()
+    canvas.savefig(buffer, format="png", dpi=DPI)
+    return buffer.getvalue()
+
+
+def _thinned(values: NDArray, rows: int, columns: int) -> NDArray:
+    """At most ``rows`` x ``columns`` values, each the maximum of a block, so that no outlier is lost."""
+    for axis, most in enumerate((rows, columns)):
+        starts = np.unique(np.linspace(0, values.shape[axis], most, endpoint=False).astype(int))
+        values = np.maximum.reduceat(values, starts, axis=axis)
+    return values
+
+
+def channel_magnitude(name: str, before: NDArray, after: NDArray) -> bytes:
+    """Magnitude over tokens and input channels of one layer's input (T, I), before and after smoothing (DiTAS, appendix, figures 1 to 4)."""
+    canvas = Canvas(figsize=(11, 4.6), layout="constrained")
+    for i, (values, title) in enumerate(((before, "before"), (after, "after"))):
+        axes = canvas.add_subplot(1, 2, i + 1, projection="3d")
+        heights = _thinned(values, 64, 512)
+        tokens, channels = np.meshgrid(*(np.linspace(0, full - 1, n) for full, n in zip(values.shape, heights.shape)), indexing="ij")
+        axes.plot_surface(channels, tokens, heights, cmap="coolwarm", rstride=1, cstride=1, linewidth=0, antialiased=False)
+        axes.set(title=f"{name}, {title} smoothing", xlabel="input channel", ylabel="token", zlabel="magnitude")
+        axes.set_zlim(bottom=0)
+        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.set_box_aspect((2, 1, 1), zoom=0.95)
+        axes.view_init(elev=25, azim=-60)
+    return _png(canvas)
+
+
+def channel_maxima(name: str, absmax: NDArray) -> bytes:
+    """Largest magnitude of each input channel at each step, (steps, I), log scale, beside the maximum over steps that TAS uses."""
+    canvas = Canvas(figsize=(11, 4.6), layout="constrained")
+    left, right = canvas.subplots(1, 2, width_ratios=(3, 2))
+    image = left.imshow(np.log10(absmax.clip(min=1e-4)), aspect="auto", cmap="viridis", interpolation="nearest")
+    canvas.colorbar(image, ax=left, label="log10 of the maximum")
+    left.set(title=name, xlabel="input channel", ylabel="step (0 is the noisiest)")
+    order = np.argsort(-absmax.max(0))
+    right.semilogy(absmax.max(0)[order], color="black", label="over all steps (TAS)")
+    for step in sorted({0, len(absmax) // 2, len(absmax) - 1}):
+        right.semilogy(absmax[step][order], linewidth=0.8, label=f"at step {step}")
+    right.set(title="channel maxima, sorted", xlabel="rank of the channel")
+    right.legend()
+    return _png(canvas)
+
+
+def alpha_losses(losses: dict[str, NDArray], alphas: tuple[float, ...], chosen: dict[str, float]) -> bytes:
+    """Loss of every candidate over the layer's least, as a heat map of layers and migration strengths; a dot is the one chosen."""
+    table = np.stack([np.asarray(values) / np.min(values) for values in losses.values()])
+    canvas = Canvas(figsize=(9, 1.5 + 0.2 * len(table)), layout="constrained")
+    axes = canvas.subplots()
+    image = axes.imshow(np.log10(table), aspect="auto", cmap="magma", interpolation="nearest")
+    canvas.colorbar(image, ax=axes, label="log10 (loss / least loss of the layer)")
+    axes.plot([int(np.argmin(np.abs(np.array(alphas) - chosen[name]))) for name in losses], range(len(losses)), "o", color="cyan", markersize=4)
+    axes.set_xticks(range(0, len(alphas), 2), [f"{alpha:.1f}" for alpha in alphas[::2]])
+    axes.set_yticks(range(len(losses)), list(losses), fontsize=7)
+    axes.set(xlabel="migration strength α", title="loss against α (dot: chosen)")
+    return _png(canvas)
+
+
+def layer_errors(error_db: dict[str, float]) -> bytes:
+    """SQNR of every layer's output over blocks, a line per kind of layer."""
+    canvas = Canvas(figsize=(9, 4), layout="constrained")
+    axes = canvas.subplots()
+    for kind, label in _KINDS.items():
+        values = [value for name, value in error_db.items() if name.endswith(kind)]
+        if values:
+            axes.plot(values, "o-", label=label)
+    axes.set(xlabel="block", ylabel="SQNR of the output, dB", title="error of each layer on the float model's inputs (higher is better)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return _png(canvas)
+
+
+def sqnr_over_steps(curves: dict[str, list[float]]) -> bytes:
+    """SQNR of the latents after each step, a line per row of the comparison."""
+    canvas = Canvas(figsize=(9, 4.5), layout="constrained")
+    axes = canvas.subplots()
+    for label, values in curves.items():
+        axes.plot(range(len(values)), values, label=label)
+    axes.set(xlabel="step (0 is the noisiest)", ylabel="SQNR of the latents, dB", title="distance from the float model along the trajectory")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return _png(canvas)
+
+
+def same_seeds(rows: dict[str, NDArray]) -> bytes:
+    """The same seeds from several models: a row of images, uint8 (N, H, W, 3), per label."""
+    count = min(len(images) for images in rows.values())
+    canvas = Canvas(figsize=(1.6 + 0.95 * count, 0.1 + 0.98 * len(rows)), layout="constrained")
+    grid = canvas.subplots(len(rows), count, squeeze=False)
+    for line, (label, images) in zip(grid, rows.items()):
+        for axes, image in zip(line, images):
+            axes.imshow(image, interpolation="nearest")
+            axes.set_xticks([])
+            axes.set_yticks([])
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center")
+    return _png(canvas)

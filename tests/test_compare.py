@@ -1,0 +1,157 @@
+"""The comparison: its numbers against the scripts it stands for, resuming, wrong command lines, fidelity."""
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import error_line
+from torchvision.models import alexnet
+
+import compare
+import evaluate
+from diffusion import ddpm_step, make_schedule
+from diffusion.generate import generate_latents, labels_for
+from diffusion.npz import read_arrays
+from download import build_lpips, load_decoder, load_model
+from evaluation import fidelity
+from metrics import sqnr_db
+from models import DiT_models
+from quant import checkpoint
+from quant.cli import run
+
+MODEL, STEPS, COUNT = "DiT-Digits-Outliers", 3, 12
+
+
+def words(folder, *more):
+    return ["--model", MODEL, "--recipes", "rtn", "ditas:rank=0,group-size=32", "--num-sampling-steps", str(STEPS), "--num-fid-samples", str(COUNT),
+            "--per-proc-batch-size", "4", "--num-fidelity-samples", "6", "--output", str(folder), *more]
+
+
+def call(*argv):
+    run(compare.main, compare.make_parser(), [str(word) for word in argv])
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
+    with torch.no_grad():
+        call(*words(folder / "out", "--report", folder / "report"))
+    with open(folder / "out/table.csv") as file:
+        return folder, list(csv.DictReader(file))
+
+
+def test_table_has_every_row_and_says_where_outliers_came_from(compared):
+    folder, rows = compared
+    assert [(row["recipe"], row["W/A"]) for row in rows] == [("float", "32/32"), ("rtn", "4/8"), ("ditas:rank=0,group-size=32", "4/8")]
+    assert all(row["N"] == str(COUNT) and row["steps"] == str(STEPS) and row["LPIPS"] in ("-", "n/a") for row in rows)
+    text = (folder / "out/table.md").read_text()
+    assert "by construction" in text and text.count("\n| ") == 4 + 1
+    assert float(rows[0]["MB"]) > float(rows[2]["MB"]) > float(rows[1]["MB"])
+
+
+def test_scores_equal_those_of_evaluate(compared, capsys):
+    folder, rows = compared
+    files = [json.loads((folder / "out" / f"{MODEL}-16-{STEPS}" / name / "row.json").read_text())["npz"]
+             for name in ("float-W32A32", "rtn-W4A8", "ditas-rank=0-group-size=32-W4A8")]
+    run(evaluate.main, evaluate.make_parser(), [str(folder / "out/digits-reference.npz"), *files, "--features", "digits", "--json"])
+    for row, expected in zip(rows, json.loads(capsys.readouterr().out)):
+        assert row["FID"] == f"{expected['fid']:.3f}" and row["sFID"] == f"{expected['sfid']:.3f}" and row["recall"] == f"{expected['recall']:.4f}"
+
+
+def test_overrides_reach_the_checkpoint_and_sqnr_is_that_of_the_final_latents(compared):
+    folder, rows = compared
+    header, quantised = checkpoint.load(folder / "out" / f"{MODEL}-16-{STEPS}/ditas-rank=0-group-size=32-W4A8/checkpoint.safetensors")
+    assert header.recipe.rank == 0 and header.recipe.weight_group == 32
+    model = load_model(MODEL, DiT_models[MODEL], 16, 10, None, torch.device("cpu"))
+    made = [generate_latents(each, make_schedule(str(STEPS)), range(6), labels_for(range(6), 0, 10, None), 0, 1.5, ddpm_step) for each in (model, quantised)]
+    assert float(rows[2]["SQNR dB"]) == pytest.approx(sqnr_db(*made), abs=0.06)
+
+
+def test_report_shows_the_comparison_and_each_row(compared):
+    folder, _ = compared
+    page = (folder / "report/report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2 and "ditas:rank=0,group-size=32" in page
+    assert sorted(path.parent.name for path in folder.glob("report/*/*/report.html")) == ["ditas-rank=0-group-size=32-W4A8", "rtn-W4A8"]
+
+
+def test_finished_rows_are_kept_and_changed_settings_make_them_anew(compared, monkeypatch, capsys):
+    folder, rows = compared
+    made = []
+    monkeypatch.setattr(compare.QuantDiT, "main", lambda args: made.append(args.recipe) or 0.0)
+    monkeypatch.setattr(compare.Comparison, "sample", lambda self, *_: pytest.fail("sampled again"))
+    call(*words(folder / "out", "--report", folder / "report"))
+    with open(folder / "out/table.csv") as file:
+        assert list(csv.DictReader(file)) == rows
+    assert not made and capsys.readouterr().out.count("done before") == 3
+    with pytest.raises(pytest.fail.Exception, match="sampled again"):
+        call(*words(folder / "out", "--report", folder / "report"), "--global-seed", "1")
+
+
+@pytest.mark.parametrize("change, expected", [
+    (["--model", "DiT-None"], "unknown model 'DiT-None'"),
+    (["--recipes", "none"], "--recipes none is not available"),
+    (["--recipes", "ditas:rank"], "bad override 'rank'"),
+    (["--recipes", "ditas:colour=red"], "--colour"),
+    (["--recipes", "ditas:rank=-1"], "--rank -1 is too small"),
+    (["--bits", "4/8"], "bad bit width '4/8'"),
+    (["--bits", "W9A8"], "weight width 9"),
+    (["--bits", "W4A3"], "activation width 3"),
+    (["--image-size", "256"], "--image-size 256"),
+    (["--num-sampling-steps", "0"], "0"),
+    (["--num-fid-samples", "3"], "--num-fid-samples 3 is too small"),
+    (["--cfg-scale", "0.5"], "--cfg-scale 0.5 is too small"),
+    (["--reference", "a.npz", "b.npz"], "--reference has 2 files"),
+    (["--reference", "missing.npz"], "'missing.npz' does not exist"),
+    (["--reference", "large.npz"], "'large.npz' holds images of 32x32 pixels: features digits need 16x16"),
+])
+def test_wrong_command_lines(tmp_path, monkeypatch, capsys, change, expected):
+    monkeypatch.chdir(tmp_path)
+    np.savez("large.npz", arr_0=np.zeros((4, 32, 32, 3), np.uint8))
+    line = error_line(capsys, lambda: call(*words(tmp_path / "out"), *change))
+    assert expected in line and not list(tmp_path.glob("out/*/*"))
+
+
+def test_a_model_without_bundled_data_needs_a_reference(tmp_path, capsys):
+    line = error_line(capsys, lambda: call("--model", "DiT-S/8", "--output", tmp_path))
+    assert "--reference is missing" in line and "VIRTUAL_imagenet256_labeled.npz" in line
+
+
+def digits_run(model, count=5, batch=2):
+    decode = load_decoder(DiT_models["DiT-Digits"], "ema", torch.device("cpu"))
+    return fidelity.run(model, decode, make_schedule("4"), [1, 2, 3, 4, 5][:count], 0, 1.5, ddpm_step, batch)
+
+
+def test_fidelity_of_a_model_to_itself_is_infinite_and_of_a_changed_one_per_step():
+    model = load_model("DiT-Digits", DiT_models["DiT-Digits"], 16, 10, None, torch.device("cpu"))
+    one = digits_run(model)
+    assert one.latents.shape == (4, 5, 4, 8, 8) and one.images.shape == (5, 16, 16, 3)
+    same = fidelity.fidelity(one, digits_run(model))
+    assert same == fidelity.Fidelity([float("inf")] * 4, float("inf"), None)
+    model.blocks[0].mlp.fc1.weight += 0.02 * torch.randn(model.blocks[0].mlp.fc1.weight.shape, generator=torch.Generator().manual_seed(0))
+    other = digits_run(model)
+    near = fidelity.fidelity(one, other)
+    a, b = one.latents.double().numpy(), other.latents.double().numpy()
+    expected = [10 * np.log10((a[i] ** 2).sum() / ((a[i] - b[i]) ** 2).sum()) for i in range(4)]
+    assert near.sqnr_db == pytest.approx(expected)
+    mse = np.mean((one.images.astype(float) - other.images.astype(float)) ** 2)
+    assert near.psnr_db == pytest.approx(20 * np.log10(255 / np.sqrt(mse)))
+
+
+def test_lpips_runs_on_the_trunk_it_is_given():
+    torch.manual_seed(0)
+    trunk = alexnet(weights=None).eval()
+    model = build_lpips(trunk.state_dict())
+    x = torch.rand(2, 3, 64, 64) * 2 - 1
+    torch.testing.assert_close(model.net(x).relu5, trunk.features[:12](x))  # AlexNet's fifth ReLU
+    images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    runs = [fidelity.Run(torch.ones(1, 3, 1), pixels) for pixels in (images, images[::-1].copy())]
+    assert fidelity.fidelity(runs[0], runs[0], model).lpips == pytest.approx(0, abs=1e-7)
+    pair = [torch.tensor(run.images).permute(0, 3, 1, 2) / 127.5 - 1 for run in runs]
+    assert fidelity.fidelity(*runs, model, batch=2).lpips == pytest.approx(float(model(*pair).mean()), rel=1e-5)
+
+
+def test_npz_of_a_row_holds_its_images(compared):
+    folder, _ = compared
+    files = list((folder / "out").glob("*/*/*.npz"))
+    assert len(files) == 3 and all(read_arrays(file)["arr_0"].shape == (COUNT, 16, 16, 3) for file in files)

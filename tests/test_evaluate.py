@@ -1,0 +1,307 @@
+"""evaluate.py from files to numbers, files that are refused, and how Inception's layers become features."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+import evaluation.features
+from diffusion.npz import read_arrays
+from evaluation.features import Extractor
+from evaluation.inception import WIDTHS, build_network, inception_extractor
+from examples.digits.classifier import load_classifier
+from metrics import frechet_distance, inception_score, precision_recall, statistics
+from quant.cli import run
+
+ROOT = Path(__file__).parents[1]
+UNIT = {"mu": np.zeros(64), "sigma": np.eye(64), "mu_s": np.zeros(112), "sigma_s": np.eye(112)}
+KEYS = ("n", "fid", "sfid", "inception_score", "precision", "recall")
+
+
+def random_images(seed: int, count: int = 40, size: int = 16, low: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(low, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+def seen(images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pool features, spatial features and logits of the digits classifier, read off its layers."""
+    model = load_classifier()
+    maps = model.spatial(torch.tensor(images[:, None, :, :, 0] / 127.5 - 1, dtype=torch.float32))
+    pool = model.pooled(maps)
+    return pool.numpy(), np.moveaxis(maps.numpy()[:, :7], 1, 3).reshape(len(images), -1), (model.head(pool) - model.head.bias).numpy()
+
+
+def given_statistics(images: np.ndarray) -> dict[str, np.ndarray]:
+    pool, spatial, _ = seen(images)
+    return {"mu": pool.mean(0), "sigma": np.cov(pool.T), "mu_s": spatial.mean(0), "sigma_s": np.cov(spatial.T)}
+
+
+def call(*argv) -> None:
+    run(evaluate.main, evaluate.make_parser(), [str(word) for word in ("--features", "digits", *argv)])
+
+
+def table(capsys, *argv) -> list[list[str]]:
+    call(*argv)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def scores(capsys, *argv) -> list[dict]:
+    call(*argv, "--json")
+    return json.loads(capsys.readouterr().out)
+
+
+def messages(stderr: str) -> list[str]:
+    return [line for line in stderr.splitlines() if line and not line.startswith("features of ")]
+
+
+def fails(capsys, *argv) -> str:
+    """Run a wrong command line; returns its one line."""
+    before, _ = set(Path.cwd().rglob("*")), capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        call(*argv)
+    printed = capsys.readouterr()
+    assert (caught.value.code, printed.out, len(messages(printed.err))) == (2, "", 1), printed.err
+    assert set(Path.cwd().rglob("*")) == before
+    return messages(printed.err)[0]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_with_two_sets(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savez("real.npz", arr_0=random_images(0, 50))
+    np.savez("made.npz", arr_0=random_images(1, low=20))
+
+
+def saved(**arrays):
+    return lambda: np.savez("bad.npz", **arrays)
+
+
+def flipped(mask: int, position: int = 0, after: bytes = b"", save=np.savez):
+    """Write images of which one byte is changed."""
+    def write():
+        save("bad.npz", arr_0=random_images(2))
+        raw = bytearray(Path("bad.npz").read_bytes())
+        raw[raw.index(after) + position] ^= mask
+        Path("bad.npz").write_bytes(raw)
+    return write
+
+
+BAD_FILES = {
+    "no arr_0": (saved(images=random_images(2)), "'bad.npz' holds no 'arr_0' (it has images)"),
+    "dtype": (saved(arr_0=random_images(2).astype(np.float32)), "is float32 (40, 16, 16, 3): expected uint8 images"),
+    "grey": (saved(arr_0=random_images(2)[..., :1]), "(40, 16, 16, 1): expected uint8 images (N, H, W, 3)"),
+    "one image without N": (saved(arr_0=random_images(2)[0]), "(16, 16, 3): expected uint8 images"),
+    "empty": (saved(arr_0=random_images(2)[:0]), "(0, 16, 16, 3): expected uint8 images (N, H, W, 3), at least one"),
+    "single image": (saved(arr_0=random_images(2)[:1]), "at least 2 images, got 1"),
+    "few images": (saved(arr_0=random_images(2)[:3]), "at least 4 images, got 3"),
+    "other size than the classifier's": (saved(arr_0=random_images(2, size=32)), "16"),
+    "missing": (lambda: None, "'bad.npz' does not exist"),
+    "no zip": (lambda: Path("bad.npz").write_text("hello"), "cannot read 'bad.npz' (File is not a zip file)"),
+    "truncated": (lambda: Path("bad.npz").write_bytes(Path("made.npz").read_bytes()[:-1000]), "cannot read 'bad.npz'"),
+    "flipped pixel": (flipped(255, 5000), "wrong checksum"),
+    "flipped header": (flipped(255, 30, after=b"NUMPY"), "cannot read 'bad.npz'"),
+    "flipped when compressed": (flipped(255, 5000, save=np.savez_compressed), "cannot read 'bad.npz'"),
+    "encrypted": (flipped(1, 8, after=b"PK\x01\x02"), "cannot read 'bad.npz'"),
+    "wider statistics": (saved(**{**UNIT, "mu": np.zeros(65), "sigma": np.eye(65)}), "(65,) and (65, 65): expected width 64"),
+    "wrong sigma_s": (saved(**{**UNIT, "sigma_s": np.eye(111)}), "'sigma_s' of 'bad.npz' are (112,) and (111, 111): expected width 112"),
+    "some statistics": (saved(arr_0=random_images(2), mu=np.zeros(64), sigma=np.eye(64)), "holds mu, sigma only"),
+    "NaN statistics": (saved(**{**UNIT, "mu": np.full(64, np.nan)}), "NaN or infinity"),
+}
+
+
+@pytest.mark.parametrize("order", [("bad.npz", "made.npz"), ("real.npz", "made.npz", "bad.npz")], ids=["reference", "samples"])
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_files_are_refused(capsys, case, order):
+    write, message = BAD_FILES[case]
+    write()
+    assert message in fails(capsys, *order)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_pickled_objects_do_not_run(capsys, tmp_path, save):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+    save("evil.npz", arr_0=np.array([Evil()], dtype=object))
+    assert "cannot read 'evil.npz'" in fails(capsys, "real.npz", "evil.npz")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_different_resolutions_are_refused(capsys, monkeypatch):
+    def moments(x):
+        return torch.stack([x.float().mean((1, 2, 3)), x.float().std((1, 2, 3))], 1)
+    anything = Extractor("moments", (2, 2, 2), lambda x: (moments(x),) * 3)
+    monkeypatch.setattr(evaluate, "load_extractor", lambda *_: anything)
+    np.savez("large.npz", arr_0=random_images(2, size=24))
+    assert "'real.npz' are 16x16, those of 'large.npz' 24x24" in fails(capsys, "real.npz", "large.npz")
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--batch-size", "0"], "--batch-size 0 is too small"), (["--features", "vgg"], "invalid choice: 'vgg'"),
+    (["--features", "inception", "--inception", "none.pth"], "'none.pth' do not exist"),
+    (["--features", "inception", "--inception", "real.npz"], "expected 6726825d0af5f729"),
+])
+def test_bad_flags_are_refused(capsys, argv, message):
+    assert message in fails(capsys, "real.npz", "made.npz", *argv)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_scores_are_the_metrics_of_what_the_network_sees(capsys, half):
+    (pool, spatial, _), (made_pool, made_spatial, logits) = (seen(np.load(name)["arr_0"]) for name in ("real.npz", "made.npz"))
+    fid, sfid = (frechet_distance(statistics(a), statistics(b)) for a, b in ((pool, made_pool), (spatial, made_spatial)))
+    expected = (40, fid, sfid, inception_score(logits), *precision_recall(pool, made_pool, half))
+    assert expected[4] != expected[5]
+    found, = scores(capsys, "real.npz", "made.npz", "--pr-dtype", "float16" if half else "float32", "--batch-size", "7")
+    assert [found[key] for key in KEYS] == pytest.approx(expected, rel=1e-4)
+    assert (found["reference"], found["samples"], found["features"]) == ("real.npz", "made.npz", "digits")
+
+
+def test_float16_is_handed_on(capsys, monkeypatch):
+    monkeypatch.setattr(evaluation.features, "precision_recall", lambda real, made, half, device: (float(half), 0.5))
+    assert [table(capsys, "real.npz", "made.npz", *flags)[0][5] for flags in ([], ["--pr-dtype", "float16"])] == ["0.0000", "1.0000"]
+
+
+def test_json_and_table_agree_for_several_samples(capsys):
+    names = ("made.npz", "real.npz")
+    rows, found = table(capsys, "real.npz", *names), scores(capsys, "real.npz", *names)
+    assert [row[0] for row in rows] == [each["samples"] for each in found] == list(names)
+    for row, each in zip(rows, found):
+        assert [float(cell) for cell in row[1:]] == pytest.approx([each[key] for key in KEYS], abs=0.00501)
+    assert rows[1][1:4] == ["50", "0.000", "0.000"] and rows[1][5:] == ["1.0000", "1.0000"]
+    call("real.npz", "made.npz")
+    assert "fewer images than the 64 features" in capsys.readouterr().out
+
+
+def test_a_reference_may_hold_statistics_only(capsys):
+    np.savez("numbers.npz", **given_statistics(np.load("real.npz")["arr_0"]))
+    (row,), (full,) = table(capsys, "numbers.npz", "made.npz"), table(capsys, "real.npz", "made.npz")
+    assert row[5:] == ["n/a", "n/a"] and row[1:5] == full[1:5]
+    assert table(capsys, "real.npz", "numbers.npz") == [["numbers.npz", "n/a", "0.000", "0.000", "n/a", "n/a", "n/a"]]
+
+
+def test_statistics_take_precedence_over_images(capsys):
+    images, others = np.load("real.npz")["arr_0"], random_images(5, low=40)
+    np.savez("both.npz", arr_0=images, **given_statistics(others))
+    np.savez("others.npz", arr_0=others)
+    both, real, other = (table(capsys, name, "made.npz")[0] for name in ("both.npz", "real.npz", "others.npz"))
+    assert both[2:4] == other[2:4] != real[2:4] and both[5:] == real[5:] != other[5:]
+
+
+def test_compressed_files_are_read_the_same(capsys):
+    np.savez_compressed("small.npz", arr_0=np.load("made.npz")["arr_0"])
+    plain, small = (scores(capsys, "real.npz", name)[0] for name in ("made.npz", "small.npz"))
+    assert [plain[key] for key in KEYS] == [small[key] for key in KEYS]
+
+
+def test_cached_features_serve_as_long_as_the_images_are_the_same(capsys, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("extracts features")
+    first = scores(capsys, "real.npz", "made.npz", "--cache")
+    assert {path.name for path in Path.cwd().iterdir()} == {f"{name}.npz" for name in (
+        "real", "made", "real.features-digits", "made.features-digits")}
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation.features, "extract", refuse)
+        assert scores(capsys, "real.npz", "made.npz", "--cache") == first
+        np.savez("made.npz", arr_0=random_images(3, low=30))
+        for flags in (["--cache"], []):
+            with pytest.raises(AssertionError, match="extracts features"):
+                call("real.npz", "made.npz", *flags)
+    new = scores(capsys, "real.npz", "made.npz")
+    assert new == scores(capsys, "real.npz", "made.npz", "--cache") == scores(capsys, "real.npz", "made.npz", "--cache") != first
+
+
+def test_features_files_that_do_not_fit_are_refused(capsys):
+    call("real.npz", "made.npz", "--cache")
+    path = Path("made.features-digits.npz")
+    arrays, raw = dict(np.load(path)), path.read_bytes()
+    for name in ("pool", "spatial", "logits"):
+        np.savez(path, **{**arrays, name: arrays[name][:, 1:]})
+        assert f"does not fit ('{name}' is (40, " in fails(capsys, "real.npz", "made.npz", "--cache")
+    for damaged in (raw[:-500], raw[:3000] + bytes([raw[3000] ^ 1]) + raw[3001:], b""):
+        path.write_bytes(damaged)
+        assert "delete it" in fails(capsys, "real.npz", "made.npz", "--cache")
+
+
+def test_a_real_process_prints_nothing_but_the_table_and_progress():
+    call("real.npz", "made.npz", "--cache")
+    for argv, code in ((["real.npz", "made.npz", "--cache"], 0), (["real.npz", "none.npz"], 2)):
+        done = subprocess.run([sys.executable, ROOT / "evaluate.py", "--features", "digits", *argv], capture_output=True, text=True)
+        assert done.returncode == code and bool(done.stdout) == (code == 0)
+        assert [line[:19] for line in messages(done.stderr)] == ["evaluate.py: error:"] * (code == 2), done.stderr
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_arrays_are_those_that_numpy_reads(save):
+    rng = np.random.default_rng(0)
+    arrays = {f"{dtype}{order}": rng.uniform(0, 100, (3, 4, 5)).astype(dtype).copy(order)
+              for dtype in ("u1", "<i8", ">i4", "<f2", "<f4", "<f8", "?", "<c16", "<U5") for order in "CF"}
+    arrays |= {"scalar": np.float64(3), "empty": np.empty((0, 7), np.int16), "row": np.arange(5), "fields": np.zeros(2, "i4,f8")}
+    save("arrays.npz", **arrays)
+    found, expected = read_arrays(Path("arrays.npz")), np.load("arrays.npz")
+    assert set(found) == set(expected)
+    for name, array in expected.items():
+        assert np.array_equal(found[name], array) and found[name].dtype == array.dtype and found[name].shape == array.shape
+        assert found[name].flags.f_contiguous == array.flags.f_contiguous
+        assert isinstance(found[name], np.memmap) == (save is np.savez and name != "empty")
+
+
+@pytest.fixture(scope="module")
+def random_inception() -> torch.nn.Module:
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    with pytest.MonkeyPatch.context() as patch:  # the class insists on loading weights
+        patch.setattr(torch, "load", lambda *_, **__: {})
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        state = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path="none").state_dict()
+    torch.manual_seed(0)
+    for name, value in state.items():
+        if value.ndim > 1:
+            value.normal_(std=(2 / value[0].numel()) ** 0.5)
+        elif value.is_floating_point():
+            value.uniform_(0.5, 1.5) if name.endswith(("running_var", "bn.weight")) else value.normal_(std=0.3)
+    return build_network(state)
+
+
+def test_inception_layers_are_those_of_adm(random_inception):
+    network, seen_by_hooks = random_inception, {}
+    def keep(name):
+        return lambda _module, _inputs, output: seen_by_hooks.update({name: output.clone()})
+    hooks = [module.register_forward_hook(keep(name)) for name, module in (
+        ("unrectified", network.Mixed_6d.branch1x1.bn), ("branch", network.Mixed_6d.branch1x1), ("last", network.Mixed_7c))]
+    extractor = inception_extractor(network, torch.device("cpu"))
+    pool, spatial, logits = extractor.run(torch.from_numpy(random_images(0, 2, 299)).permute(0, 3, 1, 2))
+    for hook in hooks:
+        hook.remove()
+    assert extractor.name == "inception-6726825d" and extractor.widths == WIDTHS == (2048, 2023, 1008)
+    assert [tuple(values.shape) for values in (pool, spatial, logits)] == [(2, 2048), (2, 2023), (2, 1008)]
+    maps = seen_by_hooks["branch"].tolist()
+    written_out = [[maps[n][c][y][x] for y in range(17) for x in range(17) for c in range(7)] for n in range(2)]
+    assert spatial.tolist() == written_out and (spatial >= 0).all()
+    assert (seen_by_hooks["unrectified"] < 0).any() and torch.equal(seen_by_hooks["branch"], seen_by_hooks["unrectified"].relu())
+    assert torch.allclose(pool, seen_by_hooks["last"].mean((2, 3)), rtol=1e-4)
+    unbiased = pool @ network.fc.weight.T
+    assert torch.allclose(logits, unbiased, atol=1e-3) and (network.fc.bias.abs() > 0.01).any()
+
+
+@pytest.mark.parametrize("size", [(16, 16), (40, 300)])
+def test_inception_takes_images_of_any_size(random_inception, size):
+    images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
+    features = inception_extractor(random_inception, torch.device("cpu")).run(images)
+    assert [values.shape[1] for values in features] == list(WIDTHS) and all(torch.isfinite(values).all() for values in features)
+
+
+@pytest.mark.slow
+def test_the_numbers_published_for_adm(capsys):
+    """README of openai/guided-diffusion: ImageNet 256, ADM-G, ADM-U. DITAS_INCEPTION: its weights, if they are not to be fetched."""
+    reference, samples, weights = (os.environ.get(f"DITAS_{name}") for name in ("ADM_REFERENCE", "ADM_SAMPLES", "INCEPTION"))
+    if not (reference and samples):
+        pytest.skip("set DITAS_ADM_REFERENCE=VIRTUAL_imagenet256_labeled.npz and DITAS_ADM_SAMPLES=admnet_guided_upsampled_imagenet256.npz")
+    flags = ["--features", "inception", "--pr-dtype", "float16"] + (["--inception", weights] if weights else [])
+    found, = scores(capsys, reference, samples, *flags)
+    assert found["inception_score"] == pytest.approx(215.84, rel=1e-3, abs=0.05)
+    assert [found["fid"], found["sfid"]] == pytest.approx([3.943, 6.140], abs=0.01)
+    assert [found["precision"], found["recall"]] == pytest.approx([0.8265, 0.5309], abs=0.002)

@@ -1,0 +1,205 @@
+"""metrics.py against closed forms, scipy's general matrix root and loops written out."""
+import math
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+import metrics
+from metrics import Statistics, frechet_distance, inception_score, precision_recall, psnr_db, sqnr_db, statistics
+
+
+@pytest.fixture
+def small_strips(monkeypatch):
+    monkeypatch.setattr(metrics, "ROWS", 7)
+
+
+def gaussian(seed: int, count: int, width: int, scale: float = 1.0, shift: float = 0.0) -> np.ndarray:
+    """Correlated features, float32."""
+    rng = np.random.default_rng(seed)
+    return (scale * rng.normal(size=(count, width)) @ rng.normal(size=(width, width)) + shift).astype(np.float32)
+
+
+def grid_points(seed: int, count: int, width: int = 2, side: int = 12) -> np.ndarray:
+    """Small integers: their distances are exact in float32, and often tie."""
+    return np.random.default_rng(seed).integers(0, side, (count, width)).astype(np.float32)
+
+
+def test_statistics_are_numpys_mean_and_covariance(small_strips):
+    features = gaussian(0, 50, 6, shift=100.0)
+    found = statistics(features)
+    assert np.allclose(found.mean, features.astype(np.float64).mean(0), rtol=1e-12)
+    assert np.allclose(found.covariance, np.cov(features.T, dtype=np.float64), rtol=1e-9)
+
+
+def test_fid_of_diagonal_normals_in_closed_form():
+    rng = np.random.default_rng(0)
+    means, deviations = rng.normal(size=(2, 9)), rng.uniform(0, 3, size=(2, 9))
+    a, b = (Statistics(m, np.diag(s ** 2)) for m, s in zip(means, deviations))
+    assert frechet_distance(a, b) == pytest.approx(np.square(means[0] - means[1]).sum() + np.square(deviations[0] - deviations[1]).sum())
+
+
+def test_fid_of_shifted_normals_is_the_squared_shift():
+    features, shift = gaussian(1, 40, 5), np.array([3.0, 0, 0, -4, 0])
+    a = statistics(features)
+    distances = [frechet_distance(a, Statistics(a.mean + size * shift, a.covariance)) for size in (0, 0.1, 1, 2, 30)]
+    assert distances == pytest.approx([0, 0.25, 25, 100, 22500], abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_fid_with_scipys_matrix_root(seed):
+    a, b = gaussian(seed, 200, 20), gaussian(seed + 100, 300, 20, scale=1.5, shift=0.3)
+    first, second = (np.cov(x.T.astype(np.float64)) for x in (a, b))
+    expected = np.square(a.mean(0, np.float64) - b.mean(0, np.float64)).sum() + np.trace(
+        first + second - 2 * scipy.linalg.sqrtm(first @ second).real)
+    found = frechet_distance(statistics(a), statistics(b))
+    assert found == pytest.approx(expected, rel=1e-8)
+    assert frechet_distance(statistics(b), statistics(a)) == pytest.approx(found, rel=1e-8)
+
+
+@pytest.mark.parametrize("samples", [(20, 30), (20, 500)])
+def test_fid_where_covariances_are_singular(samples):
+    """tr (C_a C_b)^(1/2) is the sum of the singular values of X_a X_b^T, centred, over ((n - 1)(m - 1))^(1/2)."""
+    a, b = (gaussian(seed, count, 64).astype(np.float64) for seed, count in zip((5, 6), samples))
+    overlap = np.linalg.svd((a - a.mean(0)) @ (b - b.mean(0)).T, compute_uv=False).sum() / math.sqrt((len(a) - 1) * (len(b) - 1))
+    variances = a.var(0, ddof=1).sum() + b.var(0, ddof=1).sum()
+    expected = np.square(a.mean(0) - b.mean(0)).sum() + variances - 2 * overlap
+    assert abs(frechet_distance(statistics(a), statistics(b)) - expected) < 1e-6 * variances
+
+
+@pytest.mark.parametrize("count", [10, 400])
+def test_fid_of_a_set_with_itself_is_zero(count):
+    features = gaussian(7, count, 32)
+    a, b = statistics(features), statistics(features[::-1])
+    assert 0 <= frechet_distance(a, a) <= 1e-6 * np.trace(a.covariance) and 0 <= frechet_distance(a, b) <= 1e-6 * np.trace(a.covariance)
+
+
+@pytest.mark.parametrize("features, message", [
+    (np.array([[1.0, np.nan], [0, 0]]), "NaN or infinity"), (np.array([[1.0, np.inf], [0, 0]]), "NaN or infinity"),
+    (np.ones((1, 4)), "at least 2 images, got 1"), (np.ones((0, 4)), "shape"), (np.ones(4), "shape"),
+])
+def test_statistics_refuse(features, message):
+    with pytest.raises(ValueError, match=message):
+        statistics(features)
+
+
+def test_fid_refuses():
+    with pytest.raises(ValueError, match="width 2 and 3"):
+        frechet_distance(Statistics(np.zeros(2), np.eye(2)), Statistics(np.zeros(3), np.eye(3)))
+    with pytest.raises(ValueError, match="does not go with"):
+        Statistics(np.zeros(2), np.eye(3))
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        Statistics(np.zeros(2), np.full((2, 2), np.inf))
+
+
+def naive_inception_score(logits: np.ndarray, split: int) -> float:
+    scores = []
+    for begin in range(0, len(logits), split):
+        p = [[math.exp(value) / sum(math.exp(v) for v in row) for value in row] for row in logits[begin:begin + split].tolist()]
+        marginal = [sum(column) / len(p) for column in zip(*p)]
+        scores.append(math.exp(sum(q * math.log(q / m) for row in p for q, m in zip(row, marginal)) / len(p)))
+    return sum(scores) / len(scores)
+
+
+@pytest.mark.parametrize("count, split", [(7, 3), (9, 3), (7, 100), (1, 5)])
+def test_inception_score_written_out(count, split):
+    logits = np.random.default_rng(count).normal(size=(count, 5)).astype(np.float32) * 3
+    assert inception_score(logits, split) == pytest.approx(naive_inception_score(logits, split), rel=1e-9)
+
+
+def test_inception_score_by_hand():
+    assert inception_score(np.full((12, 6), 4.2, np.float32)) == pytest.approx(1)
+    logits = np.tile(np.eye(6, dtype=np.float32) * 1000, (3, 1))
+    assert inception_score(logits) == pytest.approx(6)
+    assert inception_score(logits[:7], split=6) == pytest.approx((6 + 1) / 2)
+
+
+def test_inception_score_of_logits_that_underflow():
+    assert inception_score(np.array([[3e38, -3e38], [-3e38, 3e38]], np.float32)) == pytest.approx(2)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        inception_score(np.array([[np.inf, 0.0]]))
+
+
+def count_covered(centres: list, points: list, distance) -> float:
+    """Share of points within the third-neighbour ball of at least one centre, one pair at a time."""
+    radii = [sorted(distance(centre, other) for other in centres)[3] for centre in centres]
+    return sum(any(distance(centre, point) <= radius for centre, radius in zip(centres, radii)) for point in points) / len(points)
+
+
+def exact_distance(a, b) -> float:
+    return float(sum((x - y) ** 2 for x, y in zip(a.tolist(), b.tolist())))
+
+
+def half_distance(a, b):
+    """In numpy's float16, products summed exactly."""
+    a, b = a.astype(np.float16).astype(np.float64), b.astype(np.float16).astype(np.float64)
+    return max(np.float16(a @ a) - np.float16(2) * np.float16(a @ b) + np.float16(b @ b), np.float16(0))
+
+
+@pytest.mark.parametrize("seed, counts", [(0, (4, 4)), (1, (7, 14)), (2, (15, 6)), (3, (40, 33)), (4, (29, 50))])
+def test_precision_and_recall_pair_by_pair(small_strips, seed, counts):
+    real, made = grid_points(seed, counts[0]), grid_points(seed + 50, counts[1]) + 3
+    expected = count_covered(real, made, exact_distance), count_covered(made, real, exact_distance)
+    assert precision_recall(real, made) == pytest.approx(expected)
+    assert precision_recall(made, real) == pytest.approx(expected[::-1])
+
+
+def test_precision_and_recall_of_equal_and_of_distant_sets():
+    features = gaussian(0, 60, 8)
+    assert precision_recall(features, features[::-1].copy()) == (1, 1)
+    assert precision_recall(features, features + 1000) == (0, 0)
+
+
+def test_collapsed_samples_are_precise_and_recall_nothing():
+    real = np.random.default_rng(0).normal(size=(200, 8)).astype(np.float32)
+    collapsed = real[:1] + 0.01 * np.random.default_rng(1).normal(size=(100, 8)).astype(np.float32)
+    precision, recall = precision_recall(real, collapsed)
+    assert precision == 1 and recall <= 1 / 200
+    assert precision_recall(collapsed, real) == (recall, precision)
+
+
+def test_the_surface_belongs_to_the_ball():
+    real = np.array([[0, 0], [3, 0], [-3, 0], [0, 3]], np.float32)  # the first one's ball has radius 3
+    far = np.array([[900, 0], [900, 1], [900, 2]], np.float32)
+    assert precision_recall(real, np.vstack([far, [[0, -3]]]))[0] == 0.25
+    alone = np.array([[0, 0], [1, 0], [0, 1], [1, 1]], np.float32)  # radius 2 ** 0.5 each
+    assert precision_recall(alone, np.vstack([far, [[2, 2]]]))[0] == 0.25
+    assert precision_recall(alone, np.vstack([far, [[2, 2.001]]]))[0] == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_float16_distances_round_as_numpys(small_strips, seed):
+    real, made = (grid_points(seed + 50 * i, count, width=3, side=25) / 4 + 30 + 2 * i for i, count in enumerate((30, 26)))
+    rounded = count_covered(real, made, half_distance), count_covered(made, real, half_distance)
+    assert precision_recall(real, made, half=True) == pytest.approx(rounded)
+    assert precision_recall(real, made) != pytest.approx(rounded)
+
+
+def test_float16_gives_way_to_float32_where_it_overflows():
+    real, made = grid_points(8, 30) + 1000, grid_points(9, 30) + 1003
+    expected = count_covered(real, made, exact_distance), count_covered(made, real, exact_distance)
+    assert 0 < expected[0] < 1 and precision_recall(real, made, half=True) == pytest.approx(expected)
+
+
+def test_precision_and_recall_refuse():
+    fine = gaussian(0, 10, 4)
+    for bad, message in ((fine[:3], "at least 4 images, got 3"), (fine[:, :3], "width"), (fine * np.nan, "NaN"), (fine * np.inf, "NaN"),
+                         (fine.ravel(), "shape")):
+        for pair in ((fine, bad), (bad, fine)):
+            with pytest.raises(ValueError, match=message):
+                precision_recall(*pair)
+
+
+def test_psnr_in_closed_form():
+    black, grey, white = (np.full((2, 3, 5, 3), value, np.uint8) for value in (0, 51, 255))
+    assert psnr_db(black, grey) == pytest.approx([20 * math.log10(5)] * 2) and psnr_db(grey, black) == pytest.approx(psnr_db(black, grey))
+    assert psnr_db(black, white) == pytest.approx([0, 0]) and psnr_db(grey, grey).tolist() == [math.inf] * 2
+    grey[1, 0, 0, 0] = 96  # error 45 in one of 45 values
+    assert psnr_db(np.full_like(grey, 51), grey) == pytest.approx([math.inf, 20 * math.log10(255 / math.sqrt(45))])
+
+
+def test_sqnr_in_closed_form():
+    signal = torch.tensor([3.0, -4.0])
+    assert sqnr_db(signal, signal + torch.tensor([0.3, 0.4])) == pytest.approx(20, rel=1e-5)
+    assert sqnr_db(signal, torch.zeros(2)) == pytest.approx(0) and sqnr_db(signal, signal.clone()) == math.inf
