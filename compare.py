@@ -154,7 +154,11 @@ class Comparison:
             print(f"{job.name}: done before, in {folder}", flush=True)
             return done
 
-        writable_folder(folder)
+        begun = writable_folder(folder) / "begun.json"
+        if begun.exists() and begun.read_text() != json.dumps(key):
+            sample_words.append("--overwrite")
+        with atomic(begun) as temporary:
+            temporary.write_text(json.dumps(key))
         seconds = None
         if quantise is not None:
             print(f"\n$ python QuantDiT.py {shlex.join(quantise)}", flush=True)

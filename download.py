@@ -8,6 +8,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,12 +20,22 @@ from config import UserError
 from evaluation.features import Extractor
 from evaluation.fidelity import Perceptual
 from models import DiT, ModelCard
-from quant.files import sha256
+from quant.files import sha256, weights_sha256
 
 FOLDER = Path("pretrained_models")
 PUBLISHED_URL = "https://dl.fbaipublicfiles.com/DiT/models/"
 VAE_SCALE = 0.18215  # latents are this many times what the VAE decodes
-Decoder = Callable[[Tensor], Tensor]  # latents (N, C, H, W) -> images (N, 1 or 3, H', W') in [-1, 1]
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Turns latents (N, C, H, W) into images (N, 1 or 3, H', W') in [-1, 1]; ``name`` identifies it, weights included."""
+
+    name: str
+    run: Callable[[Tensor], Tensor]
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        return self.run(latents)
 
 
 def load_model(name: str, card: ModelCard, image_size: int, num_classes: int, ckpt: str | None, device: torch.device) -> DiT:
@@ -163,7 +174,7 @@ def load_decoder(card: ModelCard, vae: str, device: torch.device) -> Decoder:
     """
     if card.decoder == "digits":
         from examples.digits.data import decode
-        return decode
+        return Decoder("digits", decode)
     from diffusers.models import AutoencoderKL
     local = FOLDER / f"sd-vae-ft-{vae}"
     source = str(local) if local.is_dir() else f"stabilityai/sd-vae-ft-{vae}"
@@ -172,7 +183,7 @@ def load_decoder(card: ModelCard, vae: str, device: torch.device) -> Decoder:
     except Exception as error:  # the hub client raises types of several libraries
         raise UserError(f"cannot load the VAE from '{source}' ({type(error).__name__}): put config.json and "
                         f"diffusion_pytorch_model.safetensors into '{local}' by hand") from None
-    return lambda latents: model.decode(latents / VAE_SCALE).sample
+    return Decoder(f"vae-{vae}-{weights_sha256(model)[:16]}", lambda latents: model.decode(latents / VAE_SCALE).sample)
 
 
 FEATURES = ("inception", "digits")

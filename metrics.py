@@ -123,7 +123,7 @@ def precision_recall(reference: NDArray, samples: NDArray, half: bool = False, d
     if reference.shape[1] != samples.shape[1]:
         raise ValueError(f"features of width {reference.shape[1]} and {samples.shape[1]} cannot be compared")
     distances = _half_distances if half else _distances
-    real, made = (torch.as_tensor(features, dtype=torch.float32, device=device) for features in (reference, samples))
+    real, made = (torch.tensor(features, dtype=torch.float32, device=device) for features in (reference, samples))
     real_radii, made_radii = (
         torch.cat([d.topk(NEIGHBOURS + 1, largest=False).values[:, -1] for d in _strips(x, x, distances)]) for x in (real, made))
     covered = torch.zeros(len(made), dtype=torch.bool, device=device)
@@ -145,8 +145,9 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _half_distances(a: Tensor, b: Tensor) -> Tensor:
-    """Every intermediate rounded to float16 (products accumulate in float32), float32 instead if one overflows."""
+    """Every intermediate rounded to float16 (sums and products accumulate in float32), float32 instead if one overflows."""
     x, y = a.half(), b.half()
     products = (x.float() @ y.float().T).half()
-    d = (x.float().square().sum(1).half()[:, None] - 2 * products + y.float().square().sum(1).half()).clamp_(min=0)
+    norms = [half.square().sum(1, dtype=torch.float32).half() for half in (x, y)]
+    d = (norms[0][:, None] - 2 * products + norms[1]).clamp_(min=0)
     return d.float() if torch.isfinite(d).all() else _distances(a, b)

@@ -4,30 +4,36 @@
         --act-bit 8 --weight-bit 4 --path /path/DiTAS_Model --num-sampling-steps 100
     python sample_merge_TAS.py --path results/DiT-Digits-16-W4A8-ditas --num-fid-samples 64      # one process, no torchrun
     python sample_merge_TAS.py --model DiT-Digits --num-fid-samples 64                           # the float model
+    python sample_merge_TAS.py --path … --shard 3/16                                             # one job of an array of 16
+    python sample_merge_TAS.py --path … --assemble                                               # the .npz of what 16 shards made
+
+The same command again continues where a killed one stopped.
 """
 import argparse
+import os
+import sys
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import PartialState
-from PIL import Image
 from torch import nn
-from tqdm import tqdm
 
 import config
 from config import UserError
 from diffusion import ddim_step, ddpm_step, make_schedule
 from diffusion.generate import batch_indices, generate_images, labels_for
-from diffusion.images import grid
-from diffusion.npz import write_npz
 from download import load_decoder, load_model
 from models import ModelCard
 from quant import checkpoint
 from quant.cli import Parser, add_model_flags, at_least, class_labels, find_card, run, user_value
-from quant.files import atomic, writable_folder
+from quant.files import sha256, weights_sha256, writable_folder
 from quant.merge import fold
+from sampling import manifest
+from sampling.folder import ImageFolder
+from sampling.job import Job, sample_all
+from sampling.ranks import Ranks, Stopped
+from sampling.stop import STATUS, StopFlag, die_with_launcher
 
 
 def open_checkpoint(args: argparse.Namespace, path: Path) -> checkpoint.Header:
@@ -46,69 +52,97 @@ def open_checkpoint(args: argparse.Namespace, path: Path) -> checkpoint.Header:
     return header
 
 
-def load(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, ModelCard, str, str]:
-    """Model, its card, the name of its output folder and its default number of steps."""
+def load(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, ModelCard, str, manifest.Settings]:
+    """Model, its card, the name of its output folder, and what its images depend on."""
     if args.path is not None:
         path = checkpoint.find(args.path)
-        open_checkpoint(args, path)
-        header, model = checkpoint.load(path, device)
-        return (fold(model) if args.fold else model), find_card(header.model), path.stem, header.num_sampling_steps
+        header = open_checkpoint(args, path)
+        _, model = checkpoint.load(path, device)
+        about = {"model": header.model, "image_size": header.image_size, "weights_sha256": sha256(path), "fold": args.fold,
+                 "steps": args.num_sampling_steps or header.num_sampling_steps}
+        return (fold(model) if args.fold else model), find_card(header.model), path.stem, about
     if args.weight_bit is not None or args.act_bit is not None:
         raise UserError("--weight-bit and --act-bit describe a quantised checkpoint: give it with --path (without, the float model is sampled)")
     name = args.model or config.default_model
     card = find_card(name)
     image_size = args.image_size or card.image_sizes[0]
     model = load_model(name, card, image_size, args.num_classes or card.num_classes, args.ckpt, device)
-    return model, card, f"{name.replace('/', '-')}-{image_size}-float", "50"
+    about = {"model": name, "image_size": image_size, "weights_sha256": weights_sha256(model), "steps": args.num_sampling_steps or "50"}
+    return model, card, f"{name.replace('/', '-')}-{image_size}-float", about
 
 
-def read_image(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image)
+def parse_shard(text: str | None) -> tuple[int, int] | None:
+    """``k/K`` as (k, K), 0 <= k < K.
+
+    Raises:
+        UserError: it is not that.
+    """
+    if text is None:
+        return None
+    parts = text.split("/")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts) or int(parts[0]) >= int(parts[1]):
+        raise UserError(f"bad --shard '{text}': expected k/K with k from 0 to K - 1, such as 0/16")
+    return int(parts[0]), int(parts[1])
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises:
+        UserError: a flag is out of range.
+    """
+    at_least(args.cfg_scale, 1.0, "--cfg-scale")
+    for flag, minimum in (("num_fid_samples", 1), ("per_proc_batch_size", 1), ("global_seed", 0), ("threads", 1), ("decode_batch_size", 1)):
+        if getattr(args, flag) is not None:
+            at_least(getattr(args, flag), minimum, f"--{flag.replace('_', '-')}")
+    if not 0.0 <= args.eta <= 1.0:
+        raise UserError(f"--eta {args.eta} is out of range: expected 0 to 1")
+    if args.num_sampling_steps is not None:
+        user_value(make_schedule, args.num_sampling_steps)
+    if args.shard is not None and (args.assemble or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+        raise UserError("--shard is for jobs of one process each, before --assemble: drop one of them, or torchrun")
 
 
 def main(args: argparse.Namespace) -> None:
-    at_least(args.cfg_scale, 1.0, "--cfg-scale")
-    for flag, minimum in (("num_fid_samples", 1), ("per_proc_batch_size", 1), ("global_seed", 0)):
-        at_least(getattr(args, flag), minimum, f"--{flag.replace('_', '-')}")
-    if args.threads is not None:
-        torch.set_num_threads(at_least(args.threads, 1, "--threads"))
+    check(args)
+    shard = parse_shard(args.shard)
+    stopped = StopFlag()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_launcher()
+    state = PartialState(cpu=not torch.cuda.is_available())
+    cuda = state.device.type == "cuda"
+    # Products on a CPU change bits with the thread count. torchrun sets one thread for several processes, and none for a single one.
+    threads = args.threads or (1 if cuda else max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
-    if args.num_sampling_steps is not None:
-        user_value(make_schedule, args.num_sampling_steps)
-    if not 0.0 <= args.eta <= 1.0:
-        raise UserError(f"--eta {args.eta} is out of range: expected 0 to 1")
+
+    model, card, stem, about = load(args, state.device)
+    schedule = user_value(make_schedule, about["steps"])
+    named = {"random": None, "balanced": range(model.num_classes)}
+    listed = named[args.class_labels] if args.class_labels in named else class_labels(args.class_labels, model.num_classes)
+    decoder = load_decoder(card, args.vae, state.device)
+    settings = {**about, "num_classes": model.num_classes, "cfg_scale": args.cfg_scale, "sampler": args.sampler, "eta": args.eta,
+                "seed": args.global_seed, "class_labels": args.class_labels, "decoder": decoder.name, "batch": args.per_proc_batch_size,
+                "decode_batch": args.decode_batch_size, "threads": threads, "dtype": "float32", "backend": "fake", "device": state.device.type,
+                "tf32": args.tf32 and cuda, "torch": torch.__version__}
     step = partial(ddim_step, eta=args.eta) if args.sampler == "ddim" else ddpm_step
 
-    state = PartialState(cpu=not torch.cuda.is_available())
-    model, card, stem, steps = load(args, state.device)
-    steps = args.num_sampling_steps or steps
-    schedule = user_value(make_schedule, steps)
-    listed = None if args.class_labels == "random" else class_labels(args.class_labels, model.num_classes)
-    decode = load_decoder(card, args.vae, state.device)
-    folder = writable_folder(Path(args.sample_dir) / f"{stem}-cfg-{args.cfg_scale:g}-{args.sampler}-{steps}-seed-{args.global_seed}")
-
-    size, wanted = args.per_proc_batch_size, args.num_fid_samples
-    batches = range(-(-wanted // size))[state.process_index::state.num_processes]
-    for batch in tqdm(batches, desc="sampling", unit="batch", disable=not state.is_main_process):
-        indices = batch_indices(batch, size)
+    def make(batch: int):
+        indices = batch_indices(batch, args.per_proc_batch_size)
         labels = labels_for(indices, args.global_seed, model.num_classes, listed)
-        images = user_value(generate_images, model, decode, schedule, indices, labels, args.global_seed, args.cfg_scale, step)
-        for index, image in zip(indices, images):
-            if index < wanted:
-                with atomic(folder / f"{index:06d}.png") as temporary:
-                    Image.fromarray(image).save(temporary, format="PNG")
+        return user_value(partial(generate_images, decode_batch=args.decode_batch_size), model, decoder, schedule, indices, labels,
+                          args.global_seed, args.cfg_scale, step)
 
-    state.wait_for_everyone()
-    if state.is_main_process:
-        files = [folder / f"{index:06d}.png" for index in range(wanted)]
-        first = read_image(files[0])
-        npz = folder.with_name(folder.name + ".npz")
-        with atomic(npz) as temporary:
-            write_npz(temporary, map(read_image, tqdm(files, desc="npz", unit="image")), (wanted, *first.shape))
-        with atomic(folder / "samples.png") as temporary:
-            grid(np.stack([read_image(file) for file in files[:16]]), columns=4).save(temporary, format="PNG")
-        print(f"wrote {wanted} images to {folder}, a grid of the first to {folder / 'samples.png'} and all of them to {npz}")
+    path = writable_folder(Path(args.sample_dir) / f"{stem}-cfg-{args.cfg_scale:g}-{args.sampler}-{about['steps']}-seed-{args.global_seed}")
+    job = Job(ImageFolder(path, manifest.fingerprint(settings), about["image_size"]), settings, args.num_fid_samples, args.per_proc_batch_size,
+              shard, args.overwrite, args.assemble, None if args.log_file is None else Path(args.log_file))
+    try:
+        sample_all(job, make, Ranks(state.process_index, state.num_processes, stopped), stopped)
+    except Stopped:
+        print(f"stopped by SIGTERM; the same command continues in {path}", file=sys.stderr)
+        sys.exit(STATUS)
+    except OSError as error:
+        print(f"sample_merge_TAS.py: error: cannot write to '{path}': {error.strerror or error}; make room, then run the same command again",
+              file=sys.stderr)
+        sys.exit(1)
     state.destroy_process_group()
 
 
@@ -116,18 +150,25 @@ def make_parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)
     parser.add_argument("--path", help="quantised checkpoint written by QuantDiT.py (default: sample the float model)")
-    parser.add_argument("--num-fid-samples", type=int, default=50_000, help="images to make (default: 50000)")
-    parser.add_argument("--per-proc-batch-size", type=int, default=64, help="images per batch; part of what fixes an image's bytes (default: 64)")
+    parser.add_argument("--num-fid-samples", type=int, default=50_000, help="how many images; may grow later (default: 50000)")
+    parser.add_argument("--per-proc-batch-size", type=int, default=64,
+                        help="images in a batch; part of what fixes an image's bytes (default: 64)")
+    parser.add_argument("--decode-batch-size", type=int, help="latents the VAE decodes at once (default: the whole batch)")
     parser.add_argument("--sample-dir", default="samples", help="where folders of images go (default: samples)")
+    parser.add_argument("--overwrite", action="store_true", help="delete what the folder holds and start anew")
+    parser.add_argument("--shard", metavar="k/K", help="make only every K-th batch, beginning with the k-th (0 to K-1); no .npz")
+    parser.add_argument("--assemble", action="store_true", help="make no image, only the .npz of those that are there")
+    parser.add_argument("--log-file", help="append a line per batch: time, images done, images per second")
     parser.add_argument("--cfg-scale", type=float, default=1.5, help="classifier-free guidance, 1 for none (default: 1.5)")
     parser.add_argument("--num-sampling-steps", help="1 to 1000, 'ddimN' or a list (default: the checkpoint's, or 50)")
     parser.add_argument("--sampler", choices=("ddpm", "ddim"), default="ddpm")
     parser.add_argument("--eta", type=float, default=0.0, help="of ddim: 0 is deterministic (default), 1 as noisy as ddpm")
-    parser.add_argument("--class-labels", default="random", help="'random' (default), or classes separated by commas, used in turn")
+    parser.add_argument("--class-labels", default="random", metavar="random|balanced|LIST",
+                        help="random (default), balanced: image i is of class i modulo their number, or classes separated by commas, used in turn")
     parser.add_argument("--global-seed", type=int, default=0, help="with an image's index, all that its noise depends on (default: 0)")
     parser.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 matrix products on NVIDIA GPUs (default: on)")
     parser.add_argument("--fold", action=argparse.BooleanOptionalAction, default=True, help="fold the smoothing factors (default: on)")
-    parser.add_argument("--threads", type=int, help="CPU threads per process (default: PyTorch's)")
+    parser.add_argument("--threads", type=int, help="CPU threads per process; part of what fixes an image's bytes on a CPU (default: all cores, shared)")
     return parser
 
 

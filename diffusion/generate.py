@@ -16,7 +16,7 @@ def batch_indices(batch: int, size: int) -> range:
     return range(batch * size, (batch + 1) * size)
 
 
-def labels_for(indices: Sequence[int], seed: int, num_classes: int, listed: list[int] | None) -> Tensor:
+def labels_for(indices: Sequence[int], seed: int, num_classes: int, listed: Sequence[int] | None) -> Tensor:
     """(N,) int64: random by (seed, index), or ``listed`` over and over."""
     if listed is None:
         return image_labels(seed, indices, num_classes)
@@ -42,10 +42,11 @@ def generate_latents(model: nn.Module, schedule: Schedule, indices: Sequence[int
 
 @torch.inference_mode()
 def generate_images(model: nn.Module, decode: Callable[[Tensor], Tensor], schedule: Schedule, indices: Sequence[int], labels: Tensor,
-                    seed: int, cfg_scale: float, step: Step) -> np.ndarray:
-    """uint8 (N, H, W, 3); as ``generate_latents``, decoded.
+                    seed: int, cfg_scale: float, step: Step, decode_batch: int | None = None) -> np.ndarray:
+    """uint8 (N, H, W, 3); as ``generate_latents``, decoded ``decode_batch`` at a time (None: all at once).
 
     Raises:
         ValueError: the model produced NaN.
     """
-    return to_bytes(decode(generate_latents(model, schedule, indices, labels, seed, cfg_scale, step)))
+    latents = generate_latents(model, schedule, indices, labels, seed, cfg_scale, step)
+    return np.concatenate([to_bytes(decode(part)) for part in latents.split(decode_batch or len(latents))])

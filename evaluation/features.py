@@ -80,6 +80,13 @@ def extract(images: NDArray, extractor: Extractor, batch: int, desc: str) -> dic
     return found
 
 
+def _digest(images: NDArray) -> NDArray:
+    """SHA-256 of images and their shape, uint8 (32,)."""
+    digest = hashlib.sha256(str(images.shape).encode())
+    digest.update(np.ascontiguousarray(images).data)
+    return np.frombuffer(digest.digest(), np.uint8)
+
+
 def cache_path(path: Path, extractor: Extractor) -> Path:
     """Where the features of the ``.npz`` at ``path`` are kept."""
     return path.with_name(f"{path.stem}.features-{extractor.name}.npz")
@@ -89,11 +96,11 @@ def cached_features(path: Path, images: NDArray, extractor: Extractor, batch: in
     """``extract``, or what an earlier call with ``cache`` left beside the file, if the images are still the same.
 
     Raises:
-        ValueError: the cache file is damaged or of another width.
+        ValueError: the cache file is damaged, of another width, or cannot be written.
     """
     if not cache:
         return extract(images, extractor, batch, f"features of {path.name}")
-    file, key = cache_path(path, extractor), np.frombuffer(hashlib.sha256(np.ascontiguousarray(images).data).digest(), np.uint8)
+    file, key = cache_path(path, extractor), _digest(images)
     if file.exists():
         try:
             found = read_arrays(file)
@@ -106,9 +113,18 @@ def cached_features(path: Path, images: NDArray, extractor: Extractor, batch: in
         except (ValueError, KeyError) as error:
             raise ValueError(f"features file '{file}' does not fit ({error}): delete it to have it made anew") from None
     found = extract(images, extractor, batch, f"features of {path.name}")
-    with atomic(file) as temporary, open(temporary, "wb") as stream:
-        np.savez(stream, images=key, **found)
+    try:
+        with atomic(file) as temporary, open(temporary, "wb") as stream:
+            np.savez(stream, images=key, **found)
+    except OSError as error:
+        raise ValueError(f"cannot write features file '{file}': {error.strerror}; drop --cache") from None
     return found
+
+
+def _real(array: NDArray) -> NDArray:
+    if array.dtype.kind != "f":
+        raise ValueError(f"statistics are {array.dtype}, expected floating-point numbers")
+    return np.asarray(array, np.float64)
 
 
 def load_set(path: Path, extractor: Extractor, batch: int = 64, cache: bool = False) -> ImageSet:
@@ -135,9 +151,13 @@ def load_set(path: Path, extractor: Extractor, batch: int = 64, cache: bool = Fa
             if arrays[mean].shape != (width,) or arrays[covariance].shape != (width, width):
                 raise ValueError(f"'{mean}' and '{covariance}' of '{path}' are {arrays[mean].shape} and {arrays[covariance].shape}: "
                                  f"expected width {width} (features {extractor.name})")
-        pool, spatial = (Statistics(np.asarray(arrays[m], np.float64), np.asarray(arrays[c], np.float64)) for m, c, _ in pairs)
+        made = [lambda pair=pair: Statistics(*(_real(arrays[key]) for key in pair[:2])) for pair in pairs]
     else:
-        pool, spatial = statistics(features["pool"]), statistics(features["spatial"])
+        made = [lambda key=key: statistics(features[key]) for key in ("pool", "spatial")]
+    try:
+        pool, spatial = (make() for make in made)
+    except ValueError as error:
+        raise ValueError(f"'{path}': {error}") from None
     return ImageSet(str(path), None if images is None else len(images), None if images is None else images.shape[1:3], pool, spatial,
                     None if features is None else features["pool"], None if features is None else features["logits"])
 

@@ -6,15 +6,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from config import UserError
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that is renamed to it if the block succeeds and removed if not."""
+def atomic(path: Path, durable: bool = False) -> Iterator[Path]:
+    """A temporary path beside ``path`` that is renamed to it if the block succeeds and removed if not.
+
+    Args:
+        durable: make sure that the content is on disk before the name is, so that a power failure leaves no empty file.
+    """
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         yield temporary
+        if durable:
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -42,4 +52,13 @@ def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         while block := file.read(2 ** 20):
             digest.update(block)
+    return digest.hexdigest()
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Of a model's tensors, names included."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""evaluate.py from files to numbers, files that are refused, and how Inception's layers become features."""
+"""evaluate.py from files to numbers, and files that are refused."""
 import json
 import os
 import subprocess
@@ -13,7 +13,6 @@ import evaluate
 import evaluation.features
 from diffusion.npz import read_arrays
 from evaluation.features import Extractor
-from evaluation.inception import WIDTHS, build_network, inception_extractor
 from examples.digits.classifier import load_classifier
 from metrics import frechet_distance, inception_score, precision_recall, statistics
 from quant.cli import run
@@ -99,13 +98,14 @@ BAD_FILES = {
     "empty": (saved(arr_0=random_images(2)[:0]), "(0, 16, 16, 3): expected uint8 images (N, H, W, 3), at least one"),
     "single image": (saved(arr_0=random_images(2)[:1]), "at least 2 images, got 1"),
     "few images": (saved(arr_0=random_images(2)[:3]), "at least 4 images, got 3"),
-    "other size than the classifier's": (saved(arr_0=random_images(2, size=32)), "16"),
+    "other size than the classifier's": (saved(arr_0=random_images(2, size=32)), "of 32x32 pixels: features digits need 16x16"),
     "missing": (lambda: None, "'bad.npz' does not exist"),
     "no zip": (lambda: Path("bad.npz").write_text("hello"), "cannot read 'bad.npz' (File is not a zip file)"),
     "truncated": (lambda: Path("bad.npz").write_bytes(Path("made.npz").read_bytes()[:-1000]), "cannot read 'bad.npz'"),
     "flipped pixel": (flipped(255, 5000), "wrong checksum"),
     "flipped header": (flipped(255, 30, after=b"NUMPY"), "cannot read 'bad.npz'"),
     "flipped when compressed": (flipped(255, 5000, save=np.savez_compressed), "cannot read 'bad.npz'"),
+    "not deflated": (flipped(6, len("arr_0.npy") + 20, after=b"arr_0.npy", save=np.savez_compressed), "cannot read 'bad.npz'"),
     "encrypted": (flipped(1, 8, after=b"PK\x01\x02"), "cannot read 'bad.npz'"),
     "wider statistics": (saved(**{**UNIT, "mu": np.zeros(65), "sigma": np.eye(65)}), "(65,) and (65, 65): expected width 64"),
     "wrong sigma_s": (saved(**{**UNIT, "sigma_s": np.eye(111)}), "'sigma_s' of 'bad.npz' are (112,) and (111, 111): expected width 112"),
@@ -135,7 +135,7 @@ def test_pickled_objects_do_not_run(capsys, tmp_path, save):
 def test_different_resolutions_are_refused(capsys, monkeypatch):
     def moments(x):
         return torch.stack([x.float().mean((1, 2, 3)), x.float().std((1, 2, 3))], 1)
-    anything = Extractor("moments", (2, 2, 2), lambda x: (moments(x),) * 3)
+    anything = Extractor("moments", (2, 2, 2), lambda x: (moments(x),) * 3, torch.device("cpu"))
     monkeypatch.setattr(evaluate, "load_extractor", lambda *_: anything)
     np.savez("large.npz", arr_0=random_images(2, size=24))
     assert "'real.npz' are 16x16, those of 'large.npz' 24x24" in fails(capsys, "real.npz", "large.npz")
@@ -248,60 +248,3 @@ def test_arrays_are_those_that_numpy_reads(save):
         assert np.array_equal(found[name], array) and found[name].dtype == array.dtype and found[name].shape == array.shape
         assert found[name].flags.f_contiguous == array.flags.f_contiguous
         assert isinstance(found[name], np.memmap) == (save is np.savez and name != "empty")
-
-
-@pytest.fixture(scope="module")
-def random_inception() -> torch.nn.Module:
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    with pytest.MonkeyPatch.context() as patch:  # the class insists on loading weights
-        patch.setattr(torch, "load", lambda *_, **__: {})
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
-        state = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path="none").state_dict()
-    torch.manual_seed(0)
-    for name, value in state.items():
-        if value.ndim > 1:
-            value.normal_(std=(2 / value[0].numel()) ** 0.5)
-        elif value.is_floating_point():
-            value.uniform_(0.5, 1.5) if name.endswith(("running_var", "bn.weight")) else value.normal_(std=0.3)
-    return build_network(state)
-
-
-def test_inception_layers_are_those_of_adm(random_inception):
-    network, seen_by_hooks = random_inception, {}
-    def keep(name):
-        return lambda _module, _inputs, output: seen_by_hooks.update({name: output.clone()})
-    hooks = [module.register_forward_hook(keep(name)) for name, module in (
-        ("unrectified", network.Mixed_6d.branch1x1.bn), ("branch", network.Mixed_6d.branch1x1), ("last", network.Mixed_7c))]
-    extractor = inception_extractor(network, torch.device("cpu"))
-    pool, spatial, logits = extractor.run(torch.from_numpy(random_images(0, 2, 299)).permute(0, 3, 1, 2))
-    for hook in hooks:
-        hook.remove()
-    assert extractor.name == "inception-6726825d" and extractor.widths == WIDTHS == (2048, 2023, 1008)
-    assert [tuple(values.shape) for values in (pool, spatial, logits)] == [(2, 2048), (2, 2023), (2, 1008)]
-    maps = seen_by_hooks["branch"].tolist()
-    written_out = [[maps[n][c][y][x] for y in range(17) for x in range(17) for c in range(7)] for n in range(2)]
-    assert spatial.tolist() == written_out and (spatial >= 0).all()
-    assert (seen_by_hooks["unrectified"] < 0).any() and torch.equal(seen_by_hooks["branch"], seen_by_hooks["unrectified"].relu())
-    assert torch.allclose(pool, seen_by_hooks["last"].mean((2, 3)), rtol=1e-4)
-    unbiased = pool @ network.fc.weight.T
-    assert torch.allclose(logits, unbiased, atol=1e-3) and (network.fc.bias.abs() > 0.01).any()
-
-
-@pytest.mark.parametrize("size", [(16, 16), (40, 300)])
-def test_inception_takes_images_of_any_size(random_inception, size):
-    images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
-    features = inception_extractor(random_inception, torch.device("cpu")).run(images)
-    assert [values.shape[1] for values in features] == list(WIDTHS) and all(torch.isfinite(values).all() for values in features)
-
-
-@pytest.mark.slow
-def test_the_numbers_published_for_adm(capsys):
-    """README of openai/guided-diffusion: ImageNet 256, ADM-G, ADM-U. DITAS_INCEPTION: its weights, if they are not to be fetched."""
-    reference, samples, weights = (os.environ.get(f"DITAS_{name}") for name in ("ADM_REFERENCE", "ADM_SAMPLES", "INCEPTION"))
-    if not (reference and samples):
-        pytest.skip("set DITAS_ADM_REFERENCE=VIRTUAL_imagenet256_labeled.npz and DITAS_ADM_SAMPLES=admnet_guided_upsampled_imagenet256.npz")
-    flags = ["--features", "inception", "--pr-dtype", "float16"] + (["--inception", weights] if weights else [])
-    found, = scores(capsys, reference, samples, *flags)
-    assert found["inception_score"] == pytest.approx(215.84, rel=1e-3, abs=0.05)
-    assert [found["fid"], found["sfid"]] == pytest.approx([3.943, 6.140], abs=0.01)
-    assert [found["precision"], found["recall"]] == pytest.approx([0.8265, 0.5309], abs=0.002)

@@ -132,9 +132,11 @@ def exact_distance(a, b) -> float:
 
 
 def half_distance(a, b):
-    """In numpy's float16, products summed exactly."""
-    a, b = a.astype(np.float16).astype(np.float64), b.astype(np.float16).astype(np.float64)
-    return max(np.float16(a @ a) - np.float16(2) * np.float16(a @ b) + np.float16(b @ b), np.float16(0))
+    """In numpy's float16, squares rounded one by one, sums exact."""
+    a, b = a.astype(np.float16), b.astype(np.float16)
+    squares = [np.float16((half * half).astype(np.float64).sum()) for half in (a, b)]
+    product = np.float16(a.astype(np.float64) @ b.astype(np.float64))
+    return max(squares[0] - np.float16(2) * product + squares[1], np.float16(0))
 
 
 @pytest.mark.parametrize("seed, counts", [(0, (4, 4)), (1, (7, 14)), (2, (15, 6)), (3, (40, 33)), (4, (29, 50))])

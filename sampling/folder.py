@@ -1,0 +1,90 @@
+"""A folder of numbered images: written so that a half-written, foreign or damaged one is never taken for done."""
+import io
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from diffusion.npz import write_npz
+from quant.files import atomic
+
+MARK = "ditas"  # keyword of the PNG text chunk
+_END = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk of a PNG
+_TEMPORARY = re.compile(r"\.(\d{6,})\.png\..*\.tmp")
+
+
+class ImageFolder:
+    """Images ``%06d.png``, each marked with its index and the hash of the settings it was made with.
+
+    Args:
+        path: an existing folder.
+        fingerprint: of its manifest.
+        size: pixels per side.
+    """
+
+    def __init__(self, path: Path, fingerprint: str, size: int):
+        self.path, self.fingerprint, self.size = path, fingerprint, size
+
+    def file(self, index: int) -> Path:
+        return self.path / f"{index:06d}.png"
+
+    def save(self, index: int, pixels: np.ndarray) -> None:
+        """Write one image, uint8 (H, W, 3)."""
+        info = PngInfo()
+        info.add_text(MARK, f"{index} {self.fingerprint}")
+        with atomic(self.file(index)) as temporary:
+            Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=info)
+
+    def load(self, index: int) -> np.ndarray | None:
+        """The image, uint8 (H, W, 3); None if it is missing, damaged, or not the one that belongs here."""
+        try:
+            data = self.file(index).read_bytes()
+            with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+                pixels = np.asarray(image)  # decodes every chunk but the last
+                marked = image.text.get(MARK) == f"{index} {self.fingerprint}"
+                return pixels if marked and data.endswith(_END) and image.mode == "RGB" and image.size == (self.size, self.size) else None
+        except (OSError, SyntaxError, ValueError, EOFError):
+            return None
+
+    def missing(self, indices: Iterable[int]) -> Iterator[int]:
+        """Those of ``indices`` whose image has to be made; files are decoded on several threads."""
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for index, there in pool.map(lambda index: (index, self.load(index) is not None), indices):
+                if not there:
+                    yield index
+
+    def remove_leftovers(self, mine: Callable[[int], bool] | None) -> None:
+        """Delete temporary files of killed processes: all, or those of images whose index ``mine`` accepts.
+
+        Only for the holder of the lock.
+        """
+        for file in self.path.glob(".*.tmp"):
+            match = _TEMPORARY.fullmatch(file.name)
+            if mine is None or (match and mine(int(match[1]))):
+                file.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Delete all images, the manifest and the grid."""
+        for file in self.path.iterdir():
+            if re.fullmatch(r"\d{6,}\.png|manifest\.json|samples\.png", file.name):
+                file.unlink()
+
+    def assemble(self, npz: Path, count: int, progress=iter) -> None:
+        """Write images 0 to ``count - 1`` as ``arr_0`` of an ``.npz``; nothing is written if one is missing.
+
+        Raises:
+            ValueError: an image is missing; names the first.
+        """
+        def images():
+            for index in progress(range(count)):
+                pixels = self.load(index)
+                if pixels is None:
+                    raise ValueError(f"image {self.file(index)} is missing or damaged: run the sampling command again")
+                yield pixels
+        with atomic(npz, durable=True) as temporary:
+            write_npz(temporary, images(), (count, self.size, self.size, 3))

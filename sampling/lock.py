@@ -1,0 +1,41 @@
+"""One live run per folder, or one per shard of it; the kernel releases the lock when its holder dies."""
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from config import UserError
+
+NAME = ".lock"
+
+
+@contextmanager
+def _held(path: Path, how: int) -> Iterator[None]:
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, how | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise UserError(f"another run is writing to '{path.parent}' (process {file.read().strip() or 'unknown'}): "
+                            "wait for it, or give another --sample-dir") from None
+        if how == fcntl.LOCK_EX:
+            file.truncate(0)
+            file.write(f"{os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        yield
+
+
+@contextmanager
+def locked(folder: Path, shard: tuple[int, int] | None) -> Iterator[None]:
+    """Hold the folder, or shard ``k`` of ``K``: shards run beside each other, but not beside a run of the whole folder.
+
+    Raises:
+        UserError: a live run holds it.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_held(folder / NAME, fcntl.LOCK_EX if shard is None else fcntl.LOCK_SH))
+        if shard is not None:
+            stack.enter_context(_held(folder / f"{NAME}-{shard[0]}-of-{shard[1]}", fcntl.LOCK_EX))
+        yield

@@ -1,0 +1,170 @@
+"""The parts of a long run: the image folder, the manifest, locks, the background writer, and what ranks tell each other."""
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from config import UserError
+from diffusion.generate import batch_indices
+from sampling import manifest
+from sampling.folder import MARK, ImageFolder
+from sampling.job import Job
+from sampling.lock import locked
+from sampling.ranks import Ranks, Stopped
+from sampling.writer import PENDING_BATCHES, BackgroundWriter
+
+SIZE = 8
+
+
+def pixels(seed: int, size: int = SIZE) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    made = ImageFolder(tmp_path, "0123456789abcdef", SIZE)
+    for index in range(6):
+        made.save(index, pixels(index))
+    return made
+
+
+def test_images_come_back_and_say_what_they_are(folder):
+    assert all(np.array_equal(folder.load(index), pixels(index)) for index in range(6))
+    assert Image.open(folder.file(3)).text == {MARK: "3 0123456789abcdef"}
+    assert list(folder.missing(range(8))) == [6, 7] and not list(folder.path.glob(".*"))
+
+
+def foreign(image, text, **save):
+    info = PngInfo()
+    if text:
+        info.add_text(MARK, text)
+    return lambda path: image.save(path, format="PNG", pnginfo=info, **save)
+
+
+def cut(fraction):
+    return lambda path: path.write_bytes(path.read_bytes()[:int(path.stat().st_size * fraction)])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[data.index(b"IDAT") + 8] ^= 0x55
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda path: path.unlink(), lambda path: path.write_bytes(b""), lambda path: path.write_text("not a picture"), cut(0.5), cut(0.9), cut(0.99), flip,
+    foreign(Image.fromarray(pixels(2)), None), foreign(Image.fromarray(pixels(2)), "2 fedcba9876543210"),
+    foreign(Image.fromarray(pixels(2)), "3 0123456789abcdef"), foreign(Image.fromarray(pixels(2, 16)), "2 0123456789abcdef"),
+    foreign(Image.fromarray(pixels(2)[..., 0]), "2 0123456789abcdef"), foreign(Image.fromarray(pixels(2)).convert("RGBA"), "2 0123456789abcdef"),
+    lambda path: Image.fromarray(pixels(2)).save(path, format="JPEG"),
+], ids=["gone", "empty", "text", "half", "most", "nearly all", "flipped byte", "no mark", "other settings", "other index", "other size", "grey", "alpha", "jpeg"])
+def test_an_image_that_does_not_belong_is_made_again(folder, damage):
+    damage(folder.file(2))
+    assert list(folder.missing(range(6))) == [2]
+    with pytest.raises(ValueError, match="000002.png is missing or damaged"):
+        folder.assemble(folder.path / "out.npz", 6)
+    assert not list(folder.path.glob("*out.npz*"))
+
+
+def test_npz_is_that_of_numpy(folder, tmp_path):
+    folder.assemble(tmp_path / "ours.npz", 6)
+    np.savez(tmp_path / "numpys.npz", arr_0=np.stack([pixels(index) for index in range(6)]))
+    assert (tmp_path / "ours.npz").read_bytes() == (tmp_path / "numpys.npz").read_bytes()
+
+
+def test_leftovers_go_and_other_shards_keep_theirs(folder):
+    names = [".000000.png.host.1.tmp", ".000007.png.host.2.tmp", ".manifest.json.host.3.tmp"]
+    for name in names:
+        (folder.path / name).touch()
+    folder.remove_leftovers(lambda index: index < 4)
+    assert sorted(path.name for path in folder.path.glob(".*")) == names[1:]
+    folder.remove_leftovers(None)
+    assert not list(folder.path.glob(".*")) and list(folder.missing(range(6))) == []
+
+
+def test_clearing_spares_what_is_not_ours(folder):
+    (folder.path / "notes.txt").touch()
+    (folder.path / "manifest.json").touch()
+    folder.clear()
+    assert [path.name for path in folder.path.iterdir()] == ["notes.txt"]
+
+
+def test_manifest_accepts_the_same_and_lists_differences(tmp_path):
+    settings = {"seed": 0, "model": "DiT-XL/2", "eta": 0.0}
+    manifest.agree(tmp_path, settings)
+    manifest.agree(tmp_path, dict(reversed(settings.items())))
+    assert json.loads((tmp_path / "manifest.json").read_text()) == settings
+    with pytest.raises(UserError, match=r"\(eta is 0.0 there, None now; extra is None there, 'x' now; seed is 0 there, 1 now\)"):
+        manifest.agree(tmp_path, {"seed": 1, "model": "DiT-XL/2", "extra": "x"})
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        manifest.agree(tmp_path, settings)
+
+
+@given(st.dictionaries(st.sampled_from("abcd"), st.integers(0, 2)), st.dictionaries(st.sampled_from("abcd"), st.integers(0, 2)))
+def test_fingerprints_are_equal_exactly_where_settings_are(a, b):
+    assert (manifest.fingerprint(a) == manifest.fingerprint(b)) == (a == b) == (not manifest.differences(a, b))
+
+
+@pytest.mark.parametrize("first, second, allowed", [
+    (None, None, False), (None, (0, 2), False), ((0, 2), None, False), ((0, 2), (0, 2), False), ((0, 2), (1, 2), True)])
+def test_locks(tmp_path, first, second, allowed):
+    with locked(tmp_path, first):
+        if allowed:
+            with locked(tmp_path, second):
+                pass
+        else:
+            with pytest.raises(UserError, match="another run is writing"):
+                with locked(tmp_path, second):
+                    pass
+    with locked(tmp_path, second):  # released
+        pass
+
+
+@given(st.integers(1, 100), st.integers(1, 12), st.integers(1, 5))
+def test_shards_share_the_wanted_images_without_overlap(wanted, batch, shards):
+    jobs = [Job(None, {}, wanted, batch, (k, shards), False, False, None) for k in range(shards)]
+    seen = [index for job in jobs for number in range(job.batches) if job.mine(number) for index in job.images(number)]
+    assert sorted(seen) == list(range(wanted))
+    assert all(set(jobs[0].images(number)) <= set(batch_indices(number, batch)) for number in range(jobs[0].batches))
+
+
+def test_the_writer_is_bounded_and_waits_at_the_end():
+    running, gate, written = [], threading.Event(), []
+
+    def save(index, _):
+        running.append(index)
+        gate.wait(10)
+        written.append(index)
+    with BackgroundWriter(save, batch=2) as writer:
+        for index in range(2 * PENDING_BATCHES):
+            writer.put(index, pixels(0))
+        assert writer.waited < 0.5
+        threading.Timer(0.3, gate.set).start()
+        writer.put(99, pixels(0))
+        assert writer.waited > 0.2
+    assert sorted(written) == [*range(2 * PENDING_BATCHES), 99]
+
+
+def test_an_error_of_the_writer_reaches_the_caller():
+    def save(index, _):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(OSError, match="No space"):
+        with BackgroundWriter(save, batch=1) as writer:
+            for index in range(100):
+                writer.put(index, pixels(0))
+    with pytest.raises(OSError, match="No space"):
+        with BackgroundWriter(save, batch=4) as writer:
+            writer.put(0, pixels(0))
+
+
+def test_waiting_ends_when_asked_to_stop():
+    began = time.monotonic()
+    with pytest.raises(Stopped):
+        Ranks(0, 1, lambda: time.monotonic() - began > 0.2).wait(lambda: False)
