@@ -1,14 +1,19 @@
-# make demo: quantise and sample the bundled digits model.  make test: run every test.  Both set up .venv first.
+# make demo: quantise and sample the bundled digits model.  make test: run the tests.
+# make test-slow: the extras of a minute and more.  All set up .venv first.
 PYTHON ?= python3
 READY := .venv/.ready
 
-.PHONY: demo test
+.PHONY: demo test test-slow
 demo: $(READY)
 	.venv/bin/python compare.py --model DiT-Digits-Outliers --recipes rtn smoothquant ditas-published ditas \
-	    --num-fid-samples 100 --num-fidelity-samples 100 --output results/demo --report results/demo/report
+	    --num-fid-samples 100 --num-fidelity-samples 50 --per-proc-batch-size 50 \
+	    --output results/demo --report results/demo/report
 
 test: $(READY)
 	.venv/bin/python -m pytest
+
+test-slow: $(READY)
+	.venv/bin/python -m pytest -m slow
 
 $(READY): requirements.txt
 	$(PYTHON) -m venv .venv

@@ -28,7 +28,7 @@ from quant.pipeline import Start, act_spec, quantize_model
 from quant.quantizer import ACT_BITS, WEIGHT_BITS
 from quant.smoothing import check_step
 from report.layers import IMAGES, default_layers, observe
-from report.page import write_page
+from report.page import Section, write_page
 from report.quantisation import quantisation_figures
 
 
@@ -101,7 +101,7 @@ def main(args: argparse.Namespace) -> float:
         drawn = quantisation_figures(observed, recipe, result, pair)
         page = write_page(Path(args.report), f"{name}, W{weight_bit}A{act_bit}, {args.recipe}",
                           f"{image_size} pixels, {len(schedule)} steps, seed {args.seed}, calibrated on {len(indices)} images. "
-                          f"{card.origin}", [("", drawn)])
+                          f"{card.origin}", [Section("", "", drawn)])
         print(f"wrote {page} and its {len(drawn)} figures")
     print(f"next: torchrun --nnodes=1 --nproc_per_node=1 sample_merge_TAS.py --image-size {image_size} --model {name} --num-fid-samples 10000 "
           f"--act-bit {act_bit} --weight-bit {weight_bit} --path {output} --num-sampling-steps {args.num_sampling_steps}")

@@ -37,7 +37,7 @@ from quant.files import atomic, writable_folder
 from quant.merge import fold
 from quant.quantizer import ACT_BITS, WEIGHT_BITS
 from report import figures
-from report.page import Figure, html_table, write_page
+from report.page import Figure, Section, html_table, write_page
 
 SCRIPTS = Path(__file__).parent
 LPIPS_SIZE = 64  # pixels per side that its network needs
@@ -270,7 +270,7 @@ def main(args: argparse.Namespace) -> None:
         texts.append(f"### {comparison.title}\n\n{comparison.describe()}\n\n{markdown(COLUMNS, lines)}\n")
         table += [[args.model, str(comparison.image_size), comparison.steps, *line] for line in lines]
         if args.report:
-            sections.append((comparison.title, pictures(comparison, rows)))
+            sections.append(Section(comparison.title, html_table(COLUMNS, lines), pictures(comparison, rows)))
     buffer = io.StringIO()
     csv.writer(buffer).writerows([["model", "image size", "steps", *COLUMNS], *table])
     for name, text in (("table.md", "\n".join(texts)), ("table.csv", buffer.getvalue())):
@@ -279,9 +279,7 @@ def main(args: argparse.Namespace) -> None:
     print("\n" + "\n".join(texts))
     print(f"wrote {output / 'table.md'} and {output / 'table.csv'}")
     if args.report:
-        header = ["model", "image size", "steps", *COLUMNS]
-        page = write_page(writable_folder(Path(args.report)), f"Comparison of recipes on {args.model}", comparisons[0].describe(), sections,
-                          html_table(header, table))
+        page = write_page(writable_folder(Path(args.report)), f"Comparison of recipes on {args.model}", comparisons[0].describe(), sections)
         print(f"wrote {page}; every row's own report is in a folder beside it")
 
 

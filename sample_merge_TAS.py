@@ -137,7 +137,8 @@ def main(args: argparse.Namespace) -> None:
     try:
         sample_all(job, make, Ranks(state.process_index, state.num_processes, stopped), stopped)
     except Stopped:
-        print(f"stopped by SIGTERM; the same command continues in {path}", file=sys.stderr)
+        if state.is_main_process:
+            print(f"stopped by SIGTERM; the same command continues in {path}", file=sys.stderr)
         sys.exit(STATUS)
     except OSError as error:
         print(f"sample_merge_TAS.py: error: cannot write to '{path}': {error.strerror or error}; make room, then run the same command again",

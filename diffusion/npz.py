@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member: lengths of the name and the extra field that follow it
-_CRC_BLOCK = 2 ** 24
+_CRC_BLOCK = 2 ** 22
 
 
 def write_npz(path: Path, images: Iterable[np.ndarray], shape: tuple[int, int, int, int]) -> None:
@@ -63,12 +63,19 @@ def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> NDArra
         raise ValueError(f"'{info.filename}' is not as long as its shape {shape} says")
     if not info.file_size - header_bytes:
         return np.empty(shape, dtype)
-    raw, crc = np.memmap(path, np.uint8, "r", start, info.file_size), 0
-    for begin in range(0, len(raw), _CRC_BLOCK):
-        crc = zlib.crc32(raw[begin:begin + _CRC_BLOCK], crc)
-    if crc != info.CRC:
+    if _crc(path, start, info.file_size) != info.CRC:
         raise ValueError(f"'{info.filename}' has a wrong checksum")
     return np.memmap(path, dtype, "r", start + header_bytes, shape, order="F" if fortran else "C")
+
+
+def _crc(path: Path, start: int, size: int) -> int:
+    """CRC-32 of ``size`` bytes of a file; read, not mapped, so that they do not count as memory in use."""
+    crc = 0
+    with open(path, "rb") as file:
+        file.seek(start)
+        while size and (block := file.read(min(size, _CRC_BLOCK))):
+            crc, size = zlib.crc32(block, crc), size - len(block)
+    return crc
 
 
 def read_images(path: Path, arrays: dict[str, NDArray]) -> NDArray:

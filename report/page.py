@@ -6,8 +6,8 @@ from pathlib import Path
 
 from quant.files import atomic
 
-_STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
-figure{margin:2rem 0}img{max-width:100%;height:auto}figcaption{color:#444}table{border-collapse:collapse}
+_STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
+figure{margin:2rem 0}img{max-width:100%;height:auto}figcaption{color:#444}table{border-collapse:collapse;font-size:.85rem;display:block;overflow-x:auto}
 td,th{padding:.2rem .7rem;border-bottom:1px solid #ddd;text-align:right}td:first-child,th:first-child{text-align:left}"""
 
 
@@ -26,21 +26,22 @@ def html_table(header: list[str], rows: list[list[str]]) -> str:
     return f"<table>{line(header, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
 
 
-def write_page(folder: Path, title: str, intro: str, sections: list[tuple[str, list[Figure]]], table: str = "") -> Path:
-    """Write ``report.html`` and every figure as ``<name>.png`` into ``folder``.
+@dataclass(frozen=True)
+class Section:
+    """A part of a page: a heading ("" for none), a table as HTML ("" for none), and figures."""
 
-    Args:
-        sections: headings ("" for none) and their figures.
-        table: HTML to show below the introduction.
+    heading: str
+    table: str
+    figures: list[Figure]
 
-    Returns:
-        The page's path.
-    """
+
+def write_page(folder: Path, title: str, intro: str, sections: list[Section]) -> Path:
+    """Write ``report.html`` and every figure as ``<name>.png`` into ``folder``; returns the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    body = [f"<h1>{html.escape(title)}</h1>", f"<p>{html.escape(intro)}</p>", table]
-    for heading, figures in sections:
-        body.append(f"<h2>{html.escape(heading)}</h2>" if heading else "")
-        for figure in figures:
+    body = [f"<h1>{html.escape(title)}</h1>", f"<p>{html.escape(intro)}</p>"]
+    for section in sections:
+        body += [f"<h2>{html.escape(section.heading)}</h2>" if section.heading else "", section.table]
+        for figure in section.figures:
             with atomic(folder / f"{figure.name}.png") as temporary:
                 temporary.write_bytes(figure.png)
             source = base64.b64encode(figure.png).decode()

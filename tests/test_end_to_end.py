@@ -61,13 +61,13 @@ def test_images_are_the_same_bytes_for_any_number_of_processes(quantised):
     folder, _ = quantised
     command = ("--path", "results/DiT-Digits-16-W4A8-ditas", "--num-fid-samples", 20, "--per-proc-batch-size", 8, "--threads", 1)
     runs = {}
-    for processes in (None, 1, 2):
+    for processes in (None, 2):
         out = folder / f"samples-{processes}"
         script("sample_merge_TAS.py", *command, "--sample-dir", out, cwd=folder, processes=processes)
         runs[processes] = npz(out)
         images = next(path for path in out.iterdir() if path.is_dir())
         assert sorted(path.name for path in images.iterdir()) == [".lock"] + [f"{i:06d}.png" for i in range(20)] + ["manifest.json", "samples.png"]
-    assert runs[None] == runs[1] == runs[2]
+    assert runs[None] == runs[2]
     arrays = np.load(next((folder / "samples-2").glob("*.npz")))["arr_0"]
     assert arrays.shape == (20, 16, 16, 3) and arrays.dtype == np.uint8
     first = next(path for path in (folder / "samples-2").iterdir() if path.is_dir())

@@ -19,7 +19,7 @@ from quant.linear import QuantLinear, block_linears
 from quant.pipeline import Start, act_spec, quantize_model
 from report import figures
 from report.layers import default_layers, observe
-from report.page import Figure, html_table, write_page
+from report.page import Figure, Section, html_table, write_page
 from report.quantisation import quantisation_figures
 
 STEPS = 3
@@ -108,8 +108,7 @@ def magenta(width=200, height=100) -> bytes:
 
 
 def test_page_is_self_contained_and_escapes_text(tmp_path):
-    page = write_page(tmp_path / "deep" / "report", "A <b> & C", "intro <script>", [("part <i>", [Figure("one", magenta(), "x < y")])],
-                      html_table(["a<"], [["1 & 2"]]))
+    page = write_page(tmp_path / "deep" / "report", "A <b> & C", "intro <script>", [Section("part <i>", html_table(["a<"], [["1 & 2"]]), [Figure("one", magenta(), "x < y")])])
     text = page.read_text("utf-8")
     assert not re.search(r"https?:|//[a-z]|<script|<link|<b>|<i>", text)
     sources = []
@@ -126,7 +125,7 @@ def test_page_is_self_contained_and_escapes_text(tmp_path):
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on this machine (Debian's package 'chromium')")
 def test_a_browser_shows_the_figures(tmp_path):
-    page = write_page(tmp_path, "title", "intro", [("", [Figure("one", magenta(), "caption"), Figure("two", magenta(), "caption")])])
+    page = write_page(tmp_path, "title", "intro", [Section("", "", [Figure("one", magenta(), "caption"), Figure("two", magenta(), "caption")])])
     shot = tmp_path / "shot.png"
     subprocess.run(["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
                     "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=900,900",

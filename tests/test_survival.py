@@ -1,0 +1,223 @@
+"""Sampling runs that are killed, stopped, doubled, damaged and starved: real processes, real signals."""
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+SCRIPT = Path(__file__).parents[1] / "sample_merge_TAS.py"
+COUNT, BATCH = 90, 4  # not divisible
+SETTINGS = ("--model", "DiT-Digits", "--num-sampling-steps", "6", "--per-proc-batch-size", str(BATCH), "--threads", "1")
+
+
+def launch(folder: Path, *more, processes: int | None = None, count: int = COUNT, restarts: int = 0) -> subprocess.Popen:
+    torchrun = [] if processes is None else ["-m", "torch.distributed.run", "--nnodes=1", f"--nproc_per_node={processes}", "--monitor-interval=0.1",
+                                             f"--max-restarts={restarts}", f"--master-port={random.randint(20000, 60000)}"]
+    command = [sys.executable, *torchrun, str(SCRIPT), *SETTINGS, "--num-fid-samples", str(count), "--sample-dir", str(folder), *map(str, more)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def finish(run: subprocess.Popen, status: int = 0) -> str:
+    """Wait for it; returns stderr without progress bars."""
+    _, stderr = run.communicate(timeout=240)
+    assert run.returncode == status, stderr
+    return "\n".join(line for line in re.split(r"[\r\n]", stderr) if line and "image/s" not in line)
+
+
+def images_of(folder: Path) -> Path:
+    return next(path for path in folder.iterdir() if path.is_dir())
+
+
+def npz(folder: Path) -> bytes:
+    return next(folder.glob("*.npz")).read_bytes()
+
+
+def made(folder: Path) -> int:
+    return len(list(folder.glob("*/[0-9]*.png")))
+
+
+def wait_for_images(folder: Path, count: int, run: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while made(folder) < count and run.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def ranks_of(launcher: int) -> list[psutil.Process]:
+    try:
+        return [child for child in psutil.Process(launcher).children(recursive=True) if SCRIPT.name in " ".join(child.cmdline())]
+    except psutil.NoSuchProcess:
+        return []
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> bytes:
+    """The ``.npz`` of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole")
+    finish(launch(folder))
+    return npz(folder)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_bytes_do_not_depend_on_the_number_of_processes(tmp_path, whole, processes):
+    finish(launch(tmp_path, processes=processes))
+    assert npz(tmp_path) == whole
+
+
+def kill_and_resume(folder: Path, kills: int, seed: int) -> None:
+    chance = random.Random(seed)
+    for number in range(kills):
+        run = launch(folder, processes=2)
+        while not ranks_of(run.pid):
+            time.sleep(0.02)
+        if number % 4:  # else: while it still starts
+            wait_for_images(folder, made(folder) + chance.randint(1, 3), run)
+        time.sleep(chance.uniform(0, 0.3))
+        ranks = ranks_of(run.pid)
+        victim = psutil.Process(run.pid) if number % 2 or not ranks else chance.choice(ranks)
+        victim.kill()
+        assert run.wait(60) != 0
+        _, alive = psutil.wait_procs(ranks, 20)
+        assert not alive, "ranks outlive their launcher"
+        run.communicate()
+        assert not list(folder.glob("*.npz")), "the run was over before it could be killed"
+        if number % 5 == 4:  # make sure that there is always something left to do
+            for image in list(folder.glob("*/[0-9]*.png"))[::2]:
+                image.unlink()
+
+
+def test_killed_runs_complete_to_the_same_bytes(tmp_path, whole):
+    kill_and_resume(tmp_path, 3, seed=0)
+    assert 0 < made(tmp_path) < COUNT
+    finish(launch(tmp_path, processes=2))
+    assert npz(tmp_path) == whole
+    assert not list(tmp_path.glob("*/.*.tmp")) and not list(tmp_path.glob(".*.tmp"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_many_killed_runs_complete_to_the_same_bytes(tmp_path, whole, seed):
+    kill_and_resume(tmp_path, 10, seed)
+    finish(launch(tmp_path, processes=2))
+    assert npz(tmp_path) == whole
+
+
+def test_torchrun_restarts_what_was_killed(tmp_path, whole):
+    run = launch(tmp_path, processes=2, restarts=1)
+    wait_for_images(tmp_path, 2 * BATCH, run)
+    ranks_of(run.pid)[-1].kill()
+    finish(run)
+    assert npz(tmp_path) == whole
+
+
+def test_sigterm_finishes_the_batch_and_says_how_to_go_on(tmp_path, whole):
+    run = launch(tmp_path)
+    wait_for_images(tmp_path, BATCH, run)
+    run.send_signal(signal.SIGTERM)
+    assert "the same command continues" in finish(run, 128 + signal.SIGTERM)
+    assert 0 < made(tmp_path) < COUNT and made(tmp_path) % BATCH == 0 and not list(tmp_path.glob("*/.*.tmp"))
+    finish(launch(tmp_path))
+    assert npz(tmp_path) == whole
+
+
+def test_a_second_live_run_is_refused(tmp_path, whole):
+    first = launch(tmp_path)
+    wait_for_images(tmp_path, 1, first)
+    first.send_signal(signal.SIGSTOP)  # so that it is not over before the second one has started
+    assert re.fullmatch(rf".*another run is writing to .*process {first.pid} on .*", finish(launch(tmp_path), 2))
+    first.send_signal(signal.SIGCONT)
+    finish(first)
+    assert npz(tmp_path) == whole
+
+
+def test_damaged_and_foreign_images_are_made_again_and_changed_settings_refused(tmp_path, whole):
+    finish(launch(tmp_path, count=16))
+    folder = images_of(tmp_path)
+    (folder / "000003.png").write_bytes((folder / "000003.png").read_bytes()[:-20])
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(folder / "000007.png")
+    (folder / "000008.png").unlink()
+    before = {name: (folder / name).stat().st_mtime_ns for name in ("000000.png", "000012.png")}
+    refused = finish(launch(tmp_path, "--threads", 2, "--per-proc-batch-size", 8), 2)
+    assert "batch is 4 there, 8 now; threads is 1 there, 2 now" in refused and "--overwrite" in refused
+    finish(launch(tmp_path))  # and more of them
+    assert npz(tmp_path) == whole
+    assert (folder / "000000.png").stat().st_mtime_ns != before["000000.png"]  # its batch lacked image 3 and was made whole
+    assert (folder / "000012.png").stat().st_mtime_ns == before["000012.png"]
+    finish(launch(tmp_path, "--per-proc-batch-size", 8, "--overwrite"))
+    assert '"batch": 8' in (folder / "manifest.json").read_text() and len(npz(tmp_path)) == len(whole)
+
+
+def test_shards_assemble_to_the_same_bytes(tmp_path, whole):
+    runs = [launch(tmp_path, "--shard", f"{k}/3") for k in (0, 2)]
+    for run in runs:
+        finish(run)
+    first_of_shard_1 = f"{BATCH:06d}.png is missing"
+    assert first_of_shard_1 in finish(launch(tmp_path, "--assemble"), 2) and not list(tmp_path.glob("*.npz"))
+    finish(launch(tmp_path, "--shard", "1/3"))
+    finish(launch(tmp_path, "--assemble"))
+    assert npz(tmp_path) == whole
+
+
+@pytest.mark.parametrize("words, message", [
+    (("--shard", "3/3"), "bad --shard '3/3'"), (("--shard", "1"), "bad --shard '1'"), (("--shard", "0/2", "--assemble"), "--shard is for jobs of one process"),
+    (("--decode-batch-size", "0"), "--decode-batch-size 0 is too small"), (("--class-labels", "balance"), "bad class labels 'balance'")])
+def test_wrong_flags(tmp_path, words, message):
+    line = finish(launch(tmp_path, *words), 2)
+    assert message in line and "\n" not in line and not list(tmp_path.glob("*/*"))
+
+
+def test_a_full_disk_gives_one_line_and_the_next_run_completes(tmp_path, whole):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", disk], capture_output=True).returncode == 0
+    try:
+        full = finish(launch(disk) if mounted else launch(disk, "--log-file", "/dev/full"), 1)  # /dev/full truly raises ENOSPC
+        assert re.fullmatch(r"sample_merge_TAS.py: error: cannot write to '.*': No space left on device; make room, then run the same command again", full)
+        if mounted:
+            assert 0 < made(disk) < COUNT and not list(disk.glob("*/.*.tmp"))
+            subprocess.run(["mount", "-o", "remount,size=10m", disk], check=True)
+        finish(launch(disk))
+        assert npz(disk) == whole
+    finally:
+        if mounted:
+            subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_log_and_balanced_labels(tmp_path):
+    finish(launch(tmp_path / "a", "--class-labels", "balanced", "--log-file", tmp_path / "log", count=20))
+    finish(launch(tmp_path / "b", "--class-labels", "0,1,2,3,4,5,6,7,8,9", count=20))
+    assert npz(tmp_path / "a") == npz(tmp_path / "b")
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert len(lines) == 5 and re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} 20/20 images, \d+\.\d\d images/s", lines[-1])
+
+
+NPZ_PROGRAM = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from diffusion.npz import read_arrays, write_npz
+path, count = Path(sys.argv[1]), int(sys.argv[2])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+base = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+write_npz(path, (base + np.uint8(i % 251) for i in range(count)), (count, 256, 256, 3))
+images = read_arrays(path)["arr_0"]
+assert all((images[i] == base + np.uint8(i % 251)).all() for i in (0, 1, count // 2, count - 1))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def test_an_npz_over_four_gibibytes_needs_little_memory(tmp_path):
+    count = 2 ** 32 // (256 * 256 * 3) + 100
+    done = subprocess.run([sys.executable, "-c", NPZ_PROGRAM, tmp_path / "big.npz", str(count)], capture_output=True, text=True, cwd=SCRIPT.parent)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 200 and (tmp_path / "big.npz").stat().st_size > 2 ** 32
+    with np.load(tmp_path / "big.npz") as file, file.zip.open("arr_0.npy") as member:  # numpy reads the same header
+        assert np.lib.format.read_magic(member) == (1, 0) and np.lib.format.read_array_header_1_0(member)[0] == (count, 256, 256, 3)
