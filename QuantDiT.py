@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import config
-from config import RECIPES, Recipe
+from config import RECIPES, Recipe, UserError
 from diffusion import ImageNoise, ddpm_step, make_schedule
 from diffusion.generate import generate_images
 from diffusion.images import grid, side_by_side
@@ -51,9 +51,10 @@ def main(args: argparse.Namespace) -> float:
     """Returns the seconds that quantisation took, loading and picture not counted."""
     name = args.model or config.default_model
     card = find_card(name)
-    image_size, num_classes = args.image_size or card.image_sizes[0], args.num_classes or card.num_classes
-    weight_bit = one_of(args.weight_bit or config.weight_bit, WEIGHT_BITS, "--weight-bit")
-    act_bit = one_of(args.act_bit or config.act_bit, ACT_BITS, "--act-bit")
+    image_size = card.image_sizes[0] if args.image_size is None else args.image_size
+    num_classes = card.num_classes if args.num_classes is None else at_least(args.num_classes, 1, "--num-classes")
+    weight_bit = one_of(config.weight_bit if args.weight_bit is None else args.weight_bit, WEIGHT_BITS, "--weight-bit")
+    act_bit = one_of(config.act_bit if args.act_bit is None else args.act_bit, ACT_BITS, "--act-bit")
     recipe = build_recipe(args)
     at_least(args.cfg_scale, 1.0, "--cfg-scale")
     at_least(args.seed, 0, "--seed")
@@ -61,6 +62,8 @@ def main(args: argparse.Namespace) -> float:
     user_value(check_step, recipe.timestep, len(schedule))
     labels = class_labels(args.class_labels, num_classes) if args.class_labels else config.default_labels(num_classes)
     output = Path(args.output or Path("results") / checkpoint.default_name(name, image_size, weight_bit, act_bit, args.recipe))
+    if output.name in ("", ".."):
+        raise UserError(f"--output '{args.output}' names no file: give one such as results/model{checkpoint.SUFFIX}")
     output = output if output.suffix == checkpoint.SUFFIX else output.with_name(output.name + checkpoint.SUFFIX)
     writable_folder(output.parent)
     if args.report is not None:

@@ -7,12 +7,16 @@
 """
 import argparse
 import csv
+import hashlib
 import io
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,16 +36,18 @@ from evaluation import fidelity
 from evaluation.features import ImageSet, Scores, load_set, score
 from models import ModelCard
 from quant import checkpoint
-from quant.cli import Parser, at_least, find_card, one_of, run, user_value
+from quant.cli import Parser, at_least, class_labels, find_card, one_of, run, user_value
 from quant.files import atomic, writable_folder
 from quant.merge import fold
 from quant.quantizer import ACT_BITS, WEIGHT_BITS
+from quant.smoothing import check_step
 from report import figures
 from report.page import Figure, Section, html_table, write_page
 
 SCRIPTS = Path(__file__).parent
 LPIPS_SIZE = 64  # pixels per side that its network needs
 SHOWN = 12  # images per row of the picture
+OVERRIDES = ("rank", "group-size", "svd", "smooth-timestep", "class-labels")
 
 
 @dataclass(frozen=True)
@@ -86,8 +92,8 @@ def default_recipes(steps: int) -> list[str]:
     return [name for recipe in RECIPES for name in (smooth if recipe == "smoothquant" else [recipe])]
 
 
-def parse_job(recipe: str, bits: str) -> Job:
-    """``recipe[:flag=value,…]`` and ``W4A8``; every flag of QuantDiT.py is allowed.
+def parse_job(recipe: str, bits: str, steps: int, num_classes: int) -> Job:
+    """``recipe[:flag=value,…]`` and ``W4A8``; flags of QuantDiT.py that say how to quantise are allowed.
 
     Raises:
         UserError: unknown recipe, flag or bit width.
@@ -103,10 +109,13 @@ def parse_job(recipe: str, bits: str) -> Job:
     words = ["--recipe", name, "--weight-bit", str(weight), "--act-bit", str(act)]
     for override in filter(None, overrides.split(",")):
         flag, equals, value = override.partition("=")
-        if not equals:
-            raise UserError(f"bad override '{override}' of recipe '{recipe}': expected flag=value, such as rank=0")
+        if flag not in OVERRIDES or not equals:
+            raise UserError(f"bad override '{override}' of recipe '{recipe}': expected {', '.join(OVERRIDES)}, as in ditas:rank=0")
         words += [f"--{flag}", value]
-    QuantDiT.build_recipe(QuantDiT.make_parser().parse_args(words))
+    args = QuantDiT.make_parser().parse_args(words)
+    user_value(check_step, QuantDiT.build_recipe(args).timestep, steps)
+    if args.class_labels is not None:
+        class_labels(args.class_labels, num_classes)
     return Job(recipe, f"{weight}/{act}", tuple(words))
 
 
@@ -132,38 +141,28 @@ class Comparison:
 
     def jobs(self) -> list[Job]:
         recipes = self.args.recipes or default_recipes(len(self.schedule))
-        return [Job("float", "32/32", None), *(parse_job(recipe, bits) for bits in self.args.bits for recipe in recipes)]
+        return [Job("float", "32/32", None), *(parse_job(recipe, bits, len(self.schedule), self.card.num_classes) for bits in self.args.bits for recipe in recipes)]
 
     def row(self, job: Job) -> Row:
-        """Quantise, sample and judge, unless an earlier call with the same settings did."""
-        args, folder = self.args, self.folder / job.name
-        model_words = ["--model", args.model, "--image-size", str(self.image_size), "--num-sampling-steps", self.steps]
-        model_words += ["--ckpt", args.ckpt] if args.ckpt else []
-        sample_words = ["--num-fid-samples", str(args.num_fid_samples), "--per-proc-batch-size", str(args.per_proc_batch_size),
-                        "--cfg-scale", f"{args.cfg_scale:g}", "--global-seed", str(args.global_seed), "--vae", args.vae,
-                        "--sample-dir", str(folder)]
-        path, quantise = folder / f"checkpoint{checkpoint.SUFFIX}", None
-        if job.words is None:
-            sample_words = [*model_words, *sample_words]
-        else:
+        """Quantise, sample and judge; what an earlier call did with the same settings is kept, each of the three by itself."""
+        args, folder = self.args, writable_folder(self.folder / job.name)
+        source = ["--ckpt", args.ckpt] if args.ckpt else []
+        model_words = ["--model", args.model, "--image-size", str(self.image_size), "--num-sampling-steps", self.steps, *source]
+        path, seconds, quantise = folder / f"checkpoint{checkpoint.SUFFIX}", None, []
+        if job.words is not None:
             quantise = [*model_words, *job.words, "--seed", str(args.seed), "--vae", args.vae, "--output", str(path)]
-            quantise += ["--report", str(self.report_folder(job))] if args.report else []
-            sample_words = ["--path", str(path), "--num-sampling-steps", self.steps, *sample_words]
-        key = [*(quantise or []), *sample_words, str(self.reference_path), self.extractor.name, args.pr_dtype, str(args.num_fidelity_samples)]
+            seconds = self.quantise(job, quantise, path)
+        sample = model_words if job.words is None else ["--path", str(path), "--num-sampling-steps", self.steps]
+        sample = [*sample, "--per-proc-batch-size", str(args.per_proc_batch_size), "--cfg-scale", repr(args.cfg_scale), "--global-seed",
+                  str(args.global_seed), "--vae", args.vae, "--threads", str(args.threads), "--no-tf32"]
+        sample += ["--decode-batch-size", str(args.decode_batch_size)] if args.decode_batch_size else []
+        images_key = [*quantise, *sample, *map(identity, source[1:]), torch.__version__, self.device.type]
+        key = [*images_key, str(args.num_fid_samples), identity(self.reference_path), self.extractor.name, args.pr_dtype, str(args.num_fidelity_samples)]
         if (done := read_row(folder / "row.json")) and done.key == key and Path(done.npz).is_file():
             print(f"{job.name}: done before, in {folder}", flush=True)
             return done
-
-        begun = writable_folder(folder) / "begun.json"
-        if begun.exists() and begun.read_text() != json.dumps(key):
-            sample_words.append("--overwrite")
-        with atomic(begun) as temporary:
-            temporary.write_text(json.dumps(key))
-        seconds = None
-        if quantise is not None:
-            print(f"\n$ python QuantDiT.py {shlex.join(quantise)}", flush=True)
-            seconds = QuantDiT.main(QuantDiT.make_parser().parse_args(quantise))
-        npz = self.sample(sample_words, folder)
+        place = folder / f"samples-{hashlib.sha256(json.dumps(images_key).encode()).hexdigest()[:8]}"  # other settings never meet its manifest
+        npz = self.sample([*sample, "--num-fid-samples", str(args.num_fid_samples), "--sample-dir", str(place)], place)
         near = None if job.words is None or args.num_fidelity_samples == 0 else self.fidelity(path)
         scores = user_value(score, self.reference(), user_value(load_set, npz, self.extractor), args.pr_dtype == "float16", self.device)
         size = self.float_bytes() if job.words is None else path.stat().st_size
@@ -172,23 +171,38 @@ class Comparison:
             temporary.write_text(json.dumps(asdict(done), indent=1))
         return done
 
-    def report_folder(self, job: Job) -> Path:
-        return Path(self.args.report) / self.folder.name / job.name
+    def quantise(self, job: Job, words: list[str], path: Path) -> float:
+        """Write the checkpoint unless it is there, and its report if one is wanted; returns the seconds it took."""
+        note, report = path.with_suffix(".json"), self.report_folder(job)
+        key = [*words, *map(identity, [self.args.ckpt] if self.args.ckpt else [])]
+        with suppress(OSError, ValueError, KeyError):
+            stored = json.loads(note.read_text())
+            if stored["key"] == key and path.is_file() and (report is None or (report / "report.html").is_file()):
+                return stored["seconds"]
+        note.unlink(missing_ok=True)
+        words = [*words, *(["--report", str(report)] if report else []), *(["--report-layers", self.args.report_layers] if self.args.report_layers else [])]
+        print(f"\n$ python QuantDiT.py {shlex.join(words)}", flush=True)
+        seconds = QuantDiT.main(QuantDiT.make_parser().parse_args(words))
+        with atomic(note) as temporary:
+            temporary.write_text(json.dumps({"key": key, "seconds": seconds}))
+        return seconds
+
+    def report_folder(self, job: Job) -> Path | None:
+        return Path(self.args.report) / self.folder.name / job.name if self.args.report else None
 
     def sample(self, words: list[str], folder: Path) -> Path:
         """Run the sampling script on ``--nproc`` processes; returns the ``.npz``."""
         launcher = [] if self.args.nproc == 1 else ["-m", "torch.distributed.run", "--nnodes=1", f"--nproc_per_node={self.args.nproc}"]
         command = [*launcher, str(SCRIPTS / "sample_merge_TAS.py"), *words]
         print(f"\n$ python {shlex.join(command)}", flush=True)
-        for old in folder.glob("*.npz"):
-            old.unlink()
         if status := subprocess.run([sys.executable, *command]).returncode:
             raise UserError(f"sampling ended with status {status}: see above, then run the same command again")
         return next(folder.glob("*.npz"))
 
     def reference(self) -> ImageSet:
         if self._reference is None:
-            self._reference = user_value(partial(load_set, cache=True), self.reference_path, self.extractor)
+            cache = os.access(self.reference_path.parent, os.W_OK)
+            self._reference = user_value(partial(load_set, cache=cache), self.reference_path, self.extractor)
             if (size := self._reference.size) not in (None, (self.image_size,) * 2):
                 raise UserError(f"images of '{self.reference_path}' are {size[0]}x{size[1]}, expected {self.image_size}x{self.image_size}: "
                                 "give another --reference")
@@ -204,7 +218,7 @@ class Comparison:
         count = self.args.num_fidelity_samples
         labels = labels_for(range(count), self.args.global_seed, model.num_classes, None).tolist()
         return fidelity.run(model, load_decoder(self.card, self.args.vae, self.device), self.schedule, labels, self.args.global_seed,
-                            self.args.cfg_scale, ddpm_step, self.args.per_proc_batch_size)
+                            self.args.cfg_scale, ddpm_step, self.args.decode_batch_size or self.args.per_proc_batch_size)
 
     def fidelity(self, path: Path) -> fidelity.Fidelity:
         """Against the float model, on the first images of the sample."""
@@ -218,6 +232,11 @@ class Comparison:
             f"Guidance {args.cfg_scale:g}, {args.num_fid_samples} images, seed {args.global_seed}; features {self.extractor.name}, reference "
             f"{self.reference_path.name} (N = {self.reference().count or 'n/a'}); SQNR, PSNR and LPIPS against the float model with the same noise, "
             f"{args.num_fidelity_samples} images.", self.card.origin)))
+
+
+def identity(path: str | Path) -> str:
+    """Of a file, as far as a look at its size and time tells."""
+    return f"{path} {Path(path).stat().st_size} {Path(path).stat().st_mtime_ns}" if Path(path).exists() else str(path)
 
 
 def read_row(path: Path) -> Row | None:
@@ -247,10 +266,15 @@ def pictures(comparison: Comparison, rows: list[Row]) -> list[Figure]:
 
 
 def main(args: argparse.Namespace) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and not without the sampling process
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     card = find_card(args.model)
+    args.threads = args.threads or max(1, (os.cpu_count() or 1) // max(1, args.nproc))
     sizes = args.image_size or [card.image_sizes[0]]
     for flag, minimum in (("num_fid_samples", 4), ("per_proc_batch_size", 1), ("nproc", 1), ("num_fidelity_samples", 0), ("cfg_scale", 1.0),
-                          ("global_seed", 0), ("seed", 0)):
+                          ("global_seed", 0), ("seed", 0), ("threads", 1), ("decode_batch_size", 1)):
+        if getattr(args, flag) is None:
+            continue
         at_least(getattr(args, flag), minimum, f"--{flag.replace('_', '-')}")
     for size in sizes:
         one_of(size, card.image_sizes, "--image-size")
@@ -294,6 +318,8 @@ def make_parser() -> Parser:
     parser.add_argument("--num-fid-samples", type=int, default=500, help="images per row (default: 500)")
     parser.add_argument("--num-fidelity-samples", type=int, default=64, help="images per row compared with the float model's, 0 for none (default: 64)")
     parser.add_argument("--per-proc-batch-size", type=int, default=64, help="images in a batch (default: 64)")
+    parser.add_argument("--decode-batch-size", type=int, help="latents the VAE decodes at once (default: the whole batch)")
+    parser.add_argument("--threads", type=int, help="CPU threads per sampling process (default: all cores, shared)")
     parser.add_argument("--nproc", type=int, default=1, help="sampling processes, one per GPU (default: 1)")
     parser.add_argument("--cfg-scale", type=float, default=1.5, help="guidance of the samples (default: 1.5)")
     parser.add_argument("--seed", type=int, default=0, help="of the calibration noise (default: 0)")
@@ -304,6 +330,7 @@ def make_parser() -> Parser:
     parser.add_argument("--inception", help="Inception weights (default: fetched on first use)")
     parser.add_argument("--pr-dtype", choices=("float32", "float16"), default="float32", help="see evaluate.py")
     parser.add_argument("--output", default="results/compare", help="folder of checkpoints, samples and tables; finished rows are kept (default: results/compare)")
+    parser.add_argument("--report-layers", help="as in QuantDiT.py")
     parser.add_argument("--report", metavar="DIR", help="draw figures into this folder, with a page report.html per row and one for all")
     return parser
 

@@ -18,7 +18,12 @@ replay_tokens = 4096  # tokens of several timesteps that the search sends throug
 
 
 class UserError(Exception):
-    """A mistake of the person at the terminal: one line saying what was given, what was expected and what to do."""
+    """A mistake of the person at the terminal: one line saying what was given, what was expected and what to do.
+
+    ``every_rank``: other processes of the run do not find the same one.
+    """
+
+    every_rank = False
 
 
 @dataclass(frozen=True)

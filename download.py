@@ -91,11 +91,12 @@ def find_state_dict(name: str, image_size: int, ckpt: str | None) -> tuple[str, 
     return str(path), read_state_dict(path)
 
 
-def fetch(url: str, path: Path, flag: str | None = None) -> None:
+def fetch(url: str, path: Path, flag: str | None = None, sha256_prefix: str | None = None) -> None:
     """Download to a temporary name, then rename; shows a progress bar.
 
     Args:
         flag: the command-line flag that takes such a file, if one does.
+        sha256_prefix: how the SHA-256 of what arrives has to begin.
 
     Raises:
         UserError: the download failed; says where to put the file by hand.
@@ -103,8 +104,8 @@ def fetch(url: str, path: Path, flag: str | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     alternative = f", or give one with {flag}" if flag else ""
     try:
-        torch.hub.download_url_to_file(url, str(path))
-    except OSError as error:
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256_prefix)
+    except (OSError, RuntimeError) as error:
         raise UserError(f"cannot download {url} ({error}): put the file at '{path}' by hand{alternative}") from None
 
 
@@ -201,7 +202,7 @@ def load_extractor(kind: str, weights: str | None, device: torch.device) -> Extr
     from evaluation.inception import SHA256, URL, build_network, inception_extractor
     path = Path(weights) if weights is not None else FOLDER / URL.rsplit("/", 1)[1]
     if weights is None and not path.exists():
-        fetch(URL, path, "--inception")
+        fetch(URL, path, "--inception", SHA256)
     if not path.is_file():
         raise UserError(f"Inception weights '{path}' do not exist: give {URL.rsplit('/', 1)[1]} (from {URL})")
     found = sha256(path)
@@ -220,7 +221,8 @@ def load_reference(card: ModelCard, given: str | None, folder: Path) -> Path:
         return Path(given)
     if card.features == "digits":
         from examples.digits.data import write_reference
-        return write_reference(folder / "digits-reference.npz")
+        path = folder / "digits-reference.npz"
+        return path if path.exists() else write_reference(path)
     raise UserError("--reference is missing: give ADM's file of real images and their statistics, for 256 pixels "
                     "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/VIRTUAL_imagenet256_labeled.npz")
 
@@ -236,10 +238,11 @@ def load_lpips(device: torch.device) -> Perceptual:
     """
     path = FOLDER / ALEXNET_URL.rsplit("/", 1)[1]
     if not path.exists():
-        fetch(ALEXNET_URL, path)
+        fetch(ALEXNET_URL, path, sha256_prefix=path.stem.rsplit("-", 1)[1])
     if not sha256(path).startswith(path.stem.rsplit("-", 1)[1]):
         raise UserError(f"'{path}' is not the published file (its SHA-256 does not begin as its name ends): delete it")
-    return build_lpips(read_state_dict(path)).to(device)
+    model = build_lpips(read_state_dict(path)).to(device)
+    return lambda a, b: model(a.to(device), b.to(device))
 
 
 def build_lpips(trunk: dict[str, Tensor]) -> torch.nn.Module:

@@ -9,12 +9,16 @@
 
 The same command again continues where a killed one stopped.
 """
-import argparse
 import os
+
+LAUNCHER = os.getppid()  # before the imports take their seconds: torchrun may be gone after them
+
+import argparse
 import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from torch import nn
@@ -32,7 +36,7 @@ from quant.merge import fold
 from sampling import manifest
 from sampling.folder import ImageFolder
 from sampling.job import Job, sample_all
-from sampling.ranks import Ranks, Stopped
+from sampling.ranks import Ranks, Stopped, join
 from sampling.stop import STATUS, StopFlag, die_with_launcher
 
 
@@ -52,23 +56,32 @@ def open_checkpoint(args: argparse.Namespace, path: Path) -> checkpoint.Header:
     return header
 
 
-def load(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, ModelCard, str, manifest.Settings]:
-    """Model, its card, the name of its output folder, and what its images depend on."""
+def describe(args: argparse.Namespace) -> tuple[ModelCard, str, manifest.Settings]:
+    """The model's card, the name of its output folder, and what is known of its images before it is loaded."""
     if args.path is not None:
         path = checkpoint.find(args.path)
         header = open_checkpoint(args, path)
-        _, model = checkpoint.load(path, device)
-        about = {"model": header.model, "image_size": header.image_size, "weights_sha256": sha256(path), "fold": args.fold,
-                 "steps": args.num_sampling_steps or header.num_sampling_steps}
-        return (fold(model) if args.fold else model), find_card(header.model), path.stem, about
+        return find_card(header.model), path.stem, {
+            "model": header.model, "image_size": header.image_size, "num_classes": header.num_classes, "fold": args.fold,
+            "steps": args.num_sampling_steps or header.num_sampling_steps}
     if args.weight_bit is not None or args.act_bit is not None:
         raise UserError("--weight-bit and --act-bit describe a quantised checkpoint: give it with --path (without, the float model is sampled)")
     name = args.model or config.default_model
     card = find_card(name)
-    image_size = args.image_size or card.image_sizes[0]
-    model = load_model(name, card, image_size, args.num_classes or card.num_classes, args.ckpt, device)
-    about = {"model": name, "image_size": image_size, "weights_sha256": weights_sha256(model), "steps": args.num_sampling_steps or "50"}
-    return model, card, f"{name.replace('/', '-')}-{image_size}-float", about
+    image_size = card.image_sizes[0] if args.image_size is None else args.image_size
+    num_classes = card.num_classes if args.num_classes is None else at_least(args.num_classes, 1, "--num-classes")
+    return card, f"{name.replace('/', '-')}-{image_size}-float", {
+        "model": name, "image_size": image_size, "num_classes": num_classes, "steps": args.num_sampling_steps or "50"}
+
+
+def load(args: argparse.Namespace, card: ModelCard, about: manifest.Settings, device: torch.device) -> tuple[nn.Module, str]:
+    """The model and the SHA-256 of its weights."""
+    if args.path is not None:
+        path = checkpoint.find(args.path)
+        _, model = checkpoint.load(path, device)
+        return (fold(model) if args.fold else model), sha256(path)
+    model = load_model(about["model"], card, about["image_size"], about["num_classes"], args.ckpt, device)
+    return model, weights_sha256(model)
 
 
 def parse_shard(text: str | None) -> tuple[int, int] | None:
@@ -99,43 +112,60 @@ def check(args: argparse.Namespace) -> None:
         user_value(make_schedule, args.num_sampling_steps)
     if args.shard is not None and (args.assemble or int(os.environ.get("WORLD_SIZE", "1")) > 1):
         raise UserError("--shard is for jobs of one process each, before --assemble: drop one of them, or torchrun")
+    if args.overwrite and (args.shard is not None or args.assemble):
+        raise UserError("--overwrite would delete what other shards made: remove the folder by hand, or give another --sample-dir")
+    if args.log_file is not None:
+        try:
+            open(args.log_file, "a").close()
+        except OSError as error:
+            raise UserError(f"cannot write --log-file '{args.log_file}': {error.strerror}; give another one") from None
 
 
 def main(args: argparse.Namespace) -> None:
     check(args)
     shard = parse_shard(args.shard)
     stopped = StopFlag()
+    cuda = torch.cuda.is_available()
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_launcher()
-    state = PartialState(cpu=not torch.cuda.is_available())
-    cuda = state.device.type == "cuda"
+        die_with_launcher(LAUNCHER)
+        join(cuda)
+    state = PartialState(cpu=not cuda)
+    ranks = Ranks(state.process_index, state.num_processes, stopped)
     # Products on a CPU change bits with the thread count. torchrun sets one thread for several processes, and none for a single one.
     threads = args.threads or (1 if cuda else max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
 
-    model, card, stem, about = load(args, state.device)
+    card, stem, about = describe(args)
     schedule = user_value(make_schedule, about["steps"])
-    named = {"random": None, "balanced": range(model.num_classes)}
-    listed = named[args.class_labels] if args.class_labels in named else class_labels(args.class_labels, model.num_classes)
-    decoder = load_decoder(card, args.vae, state.device)
-    settings = {**about, "num_classes": model.num_classes, "cfg_scale": args.cfg_scale, "sampler": args.sampler, "eta": args.eta,
-                "seed": args.global_seed, "class_labels": args.class_labels, "decoder": decoder.name, "batch": args.per_proc_batch_size,
-                "decode_batch": args.decode_batch_size, "threads": threads, "dtype": "float32", "backend": "fake", "device": state.device.type,
-                "tf32": args.tf32 and cuda, "torch": torch.__version__}
-    step = partial(ddim_step, eta=args.eta) if args.sampler == "ddim" else ddpm_step
-
-    def make(batch: int):
-        indices = batch_indices(batch, args.per_proc_batch_size)
-        labels = labels_for(indices, args.global_seed, model.num_classes, listed)
-        return user_value(partial(generate_images, decode_batch=args.decode_batch_size), model, decoder, schedule, indices, labels,
-                          args.global_seed, args.cfg_scale, step)
-
     path = writable_folder(Path(args.sample_dir) / f"{stem}-cfg-{args.cfg_scale:g}-{args.sampler}-{about['steps']}-seed-{args.global_seed}")
-    job = Job(ImageFolder(path, manifest.fingerprint(settings), about["image_size"]), settings, args.num_fid_samples, args.per_proc_batch_size,
-              shard, args.overwrite, args.assemble, None if args.log_file is None else Path(args.log_file))
+    log_file = None if args.log_file is None else Path(args.log_file)
+
+    def job(settings: manifest.Settings, overwrite: bool) -> Job:
+        folder = ImageFolder(path, manifest.fingerprint(settings), settings["image_size"])
+        return Job(folder, settings, args.num_fid_samples, settings["batch"], shard, overwrite, args.assemble, log_file)
+
     try:
-        sample_all(job, make, Ranks(state.process_index, state.num_processes, stopped), stopped)
+        if args.assemble:  # needs no model, and no machine like those that made the images
+            sample_all(job(manifest.read(path), False), None, ranks, stopped)
+        else:
+            named = {"random": None, "balanced": range(about["num_classes"])}
+            listed = named[args.class_labels] if args.class_labels in named else class_labels(args.class_labels, about["num_classes"])
+            model, digest = load(args, card, about, state.device)
+            decoder = load_decoder(card, args.vae, state.device)
+            settings = {**about, "weights_sha256": digest, "cfg_scale": args.cfg_scale, "sampler": args.sampler, "eta": args.eta,
+                        "seed": args.global_seed, "class_labels": args.class_labels, "decoder": decoder.name, "batch": args.per_proc_batch_size,
+                        "decode_batch": args.decode_batch_size, "threads": threads, "dtype": "float32", "backend": "fake",
+                        "device": state.device.type, "tf32": args.tf32 and cuda, "torch": torch.__version__}
+            step = partial(ddim_step, eta=args.eta) if args.sampler == "ddim" else ddpm_step
+
+            def make(batch: int) -> np.ndarray:
+                indices = batch_indices(batch, args.per_proc_batch_size)
+                labels = labels_for(indices, args.global_seed, model.num_classes, listed)
+                return generate_images(model, decoder, schedule, indices, labels, args.global_seed, args.cfg_scale, step, args.decode_batch_size)
+
+            # a restart by torchrun repeats the command line, but must not delete what was made before it
+            sample_all(job(settings, args.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"), make, ranks, stopped)
     except Stopped:
         if state.is_main_process:
             print(f"stopped by SIGTERM; the same command continues in {path}", file=sys.stderr)

@@ -90,7 +90,6 @@ def waiting() -> None:
                 images = generate_images(model, decode, make_schedule("20"), indices, labels_for(indices, 0, 10, None), 0, 1.5, ddpm_step)
                 for index, pixels in zip(indices, images):
                     writer.put(index, pixels)
-            writer.flush()
         seconds = time.perf_counter() - began
     print(f"\n| sampling loop, s | waiting for encoding and writing, s | share |\n|---|---|---|\n| {seconds:.1f} | {writer.waited:.3f} | {writer.waited / seconds:.2%} |")
 

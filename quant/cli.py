@@ -22,7 +22,7 @@ def run(main: Callable[[argparse.Namespace], None], parser: Parser, argv: list[s
     try:
         main(args)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # every process of a run finds the same mistake: one of them says so
+        if error.every_rank or os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a machine find the same mistake: one says so
             print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 

@@ -1,7 +1,6 @@
 """The one quantised layer."""
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -1,5 +1,4 @@
 """Statistics to smoothing factors: TAS (DiTAS, section 4) and SmoothQuant (Xiao et al., 2023, eq. 4)."""
-import torch
 from torch import Tensor
 
 

@@ -1,8 +1,8 @@
 """One sampling run: which batches are missing, who makes them, and what follows when all are there."""
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,12 @@ from sampling.ranks import Ranks, Stopped
 from sampling.writer import BackgroundWriter
 
 GRID_IMAGES, GRID_COLUMNS = 16, 4
+
+
+class RankDiffers(UserError):
+    """A mistake that other ranks may not find."""
+
+    every_rank = True
 
 
 @dataclass(frozen=True)
@@ -70,11 +76,13 @@ def sample_all(job: Job, make: Callable[[int], np.ndarray], ranks: Ranks, stoppe
         make: the images of a batch, uint8 (n, H, W, 3).
 
     Raises:
-        UserError: other settings, another live run, or an image is missing when assembling.
+        UserError: other settings, another live run, the model made NaN, or an image is missing when assembling.
         Stopped: asked to stop; the batch in progress was finished.
     """
     with ExitStack() as stack:
-        missing = ranks.share("missing", lambda: prepare(job, stack))
+        settings, missing = ranks.share("work", lambda: (job.settings, prepare(job, stack, stopped)))
+        if found := manifest.differences(settings, job.settings):
+            raise RankDiffers(f"rank {ranks.index} would make other images than rank 0 ({'; '.join(found)}): use the same files and PyTorch, and give --threads")
         mine = [batch for batch in range(job.batches) if job.mine(batch)]
         progress = stack.enter_context(Progress(ranks, sum(len(job.images(batch)) for batch in mine),
                                                 sum(len(job.images(batch)) for batch in missing), job.log_file))
@@ -82,19 +90,28 @@ def sample_all(job: Job, make: Callable[[int], np.ndarray], ranks: Ranks, stoppe
             for batch in missing[ranks.index::ranks.count]:
                 if stopped():
                     raise Stopped
-                images = make(batch)
+                try:
+                    images = make(batch)
+                except ValueError as error:
+                    raise RankDiffers(f"batch {batch}: {error}") from None
                 for index, pixels in zip(job.images(batch), images):
                     writer.put(index, pixels)
                 progress.add(len(job.images(batch)))
-        ranks.add("finished", 1)
-        if ranks.index == 0:
-            ranks.wait(lambda: progress.add(0) and ranks.add("finished", 0) == ranks.count)
-            progress.close()
-            if job.shard is None:
-                finish(job)
+        ranks.add("made", 1)
+        ranks.wait(lambda: progress.add(0) and ranks.add("made", 0) == ranks.count)
+        progress.close()
+        ranks.share("finished", lambda: None if job.shard is not None else finish(job, stopped, 60 if ranks.count > 1 else 0))
 
 
-def prepare(job: Job, stack: ExitStack) -> list[int]:
+def _unless(stopped: Callable[[], bool], items: Iterable) -> Iterator:
+    """``items``, until asked to stop."""
+    for item in items:
+        if stopped():
+            raise Stopped
+        yield item
+
+
+def prepare(job: Job, stack: ExitStack, stopped: Callable[[], bool]) -> list[int]:
     """Lock the folder, agree on settings, clean up, and list the batches that lack an image."""
     stack.enter_context(locked(job.folder.path, job.shard))
     if job.overwrite:
@@ -106,17 +123,24 @@ def prepare(job: Job, stack: ExitStack) -> list[int]:
         return []
     batches = [batch for batch in range(job.batches) if job.mine(batch)]
     indices = [index for batch in batches for index in job.images(batch)]
-    return sorted({index // job.batch for index in job.folder.missing(tqdm(indices, desc="found", unit="image"))})
+    return sorted({index // job.batch for index in job.folder.missing(_unless(stopped, tqdm(indices, desc="found", unit="image")))})
 
 
-def finish(job: Job) -> None:
+def finish(job: Job, stopped: Callable[[], bool], patience: int) -> None:
     """Write the ``.npz`` and a grid of the first images.
+
+    Args:
+        patience: seconds to wait for an image that another machine wrote and the shared folder does not show yet.
 
     Raises:
         UserError: an image is missing.
     """
+    for _ in range(patience):
+        if all(job.folder.file(index).exists() for index in range(job.wanted)):
+            break
+        time.sleep(1)
     try:
-        job.folder.assemble(job.npz, job.wanted, partial(tqdm, desc="npz", unit="image"))
+        job.folder.assemble(job.npz, job.wanted, lambda indices: _unless(stopped, tqdm(indices, desc="npz", unit="image")))
     except ValueError as error:
         raise UserError(str(error)) from None
     first = np.stack([job.folder.load(index) for index in range(min(job.wanted, GRID_IMAGES))])

@@ -19,10 +19,8 @@ class StopFlag:
         return self._set.is_set()
 
 
-def die_with_launcher() -> None:
-    """End this process soon after its parent does: a torchrun killed by SIGKILL cannot stop its ranks."""
-    launcher = os.getppid()
-
+def die_with_launcher(launcher: int) -> None:
+    """End this process soon after its parent ``launcher`` does: a torchrun killed by SIGKILL cannot stop its ranks."""
     def watch():
         while os.getppid() == launcher:
             time.sleep(_CHECK_SECONDS)

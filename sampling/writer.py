@@ -21,7 +21,7 @@ class BackgroundWriter:
 
     def __init__(self, save: Callable[[int, np.ndarray], None], batch: int):
         self._save, self._slots = save, threading.Semaphore(PENDING_BATCHES * batch)
-        self._pool, self._pending = ThreadPoolExecutor(THREADS), set()
+        self._pool = ThreadPoolExecutor(THREADS)
         self._error: BaseException | None = None
         self.waited = 0.0
 
@@ -31,12 +31,9 @@ class BackgroundWriter:
         self._slots.acquire()
         self.waited += time.perf_counter() - began
         self._raise()
-        future = self._pool.submit(self._save, index, pixels)
-        self._pending.add(future)
-        future.add_done_callback(self._done)
+        self._pool.submit(self._save, index, pixels).add_done_callback(self._done)
 
     def _done(self, future: Future) -> None:
-        self._pending.discard(future)
         self._error = self._error or future.exception()
         self._slots.release()
 
@@ -44,18 +41,12 @@ class BackgroundWriter:
         if self._error is not None:
             raise self._error
 
-    def flush(self) -> None:
-        """Wait for everything that was queued."""
-        began = time.perf_counter()
-        for future in list(self._pending):
-            future.exception()
-        self.waited += time.perf_counter() - began
-        self._raise()
-
     def __enter__(self) -> "BackgroundWriter":
         return self
 
     def __exit__(self, kind, *_) -> None:
+        began = time.perf_counter()
         self._pool.shutdown(wait=True)
+        self.waited += time.perf_counter() - began
         if kind is None:
             self._raise()

@@ -1,6 +1,7 @@
 """The comparison: its numbers against the scripts it stands for, resuming, wrong command lines, fidelity."""
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -84,15 +85,24 @@ def test_finished_rows_are_kept_and_changed_settings_make_them_anew(compared, mo
     with open(folder / "out/table.csv") as file:
         assert list(csv.DictReader(file)) == rows
     assert not made and capsys.readouterr().out.count("done before") == 3
-    with pytest.raises(pytest.fail.Exception, match="sampled again"):
-        call(*words(folder / "out", "--report", folder / "report"), "--global-seed", "1")
+    for change in ("--global-seed", "--num-fid-samples"):
+        with pytest.raises(pytest.fail.Exception, match="sampled again"):
+            call(*words(folder / "out", "--report", folder / "report"), change, "13")
+    assert not made  # neither changes a checkpoint
+    sampled = json.loads(next(folder.glob("out/*/rtn-W4A8/row.json")).read_text())["npz"]
+    monkeypatch.setattr(compare.Comparison, "sample", lambda self, *_: Path(sampled))
+    call(*words(folder / "out"), "--recipes", "rtn", "--seed", "1")
+    assert made == ["rtn"]
 
 
 @pytest.mark.parametrize("change, expected", [
     (["--model", "DiT-None"], "unknown model 'DiT-None'"),
     (["--recipes", "none"], "--recipes none is not available"),
     (["--recipes", "ditas:rank"], "bad override 'rank'"),
-    (["--recipes", "ditas:colour=red"], "--colour"),
+    (["--recipes", "ditas:colour=red"], "bad override 'colour=red'"),
+    (["--recipes", "ditas:weight-bit=8"], "bad override 'weight-bit=8'"),
+    (["--recipes", "smoothquant:smooth-timestep=3"], "timestep index 3 is outside a trajectory of 3 steps"),
+    (["--recipes", "ditas:class-labels=99"], "bad class labels '99'"),
     (["--recipes", "ditas:rank=-1"], "--rank -1 is too small"),
     (["--bits", "4/8"], "bad bit width '4/8'"),
     (["--bits", "W9A8"], "weight width 9"),
@@ -153,5 +163,5 @@ def test_lpips_runs_on_the_trunk_it_is_given():
 
 def test_npz_of_a_row_holds_its_images(compared):
     folder, _ = compared
-    files = list((folder / "out").glob("*/*/*.npz"))
+    files = list((folder / "out").glob("*/*/samples-*/*.npz"))
     assert len(files) == 3 and all(read_arrays(file)["arr_0"].shape == (COUNT, 16, 16, 3) for file in files)

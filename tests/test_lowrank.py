@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from config import RECIPES, lowrank_rank
 from download import find_state_dict
 from quant.linear import BLOCK_LINEARS
-from quant.lowrank import SOLVERS, exact_factors, fast_factors, lowrank_quantize
+from quant.lowrank import SOLVERS, exact_factors, lowrank_quantize
 from quant.quantizer import QuantSpec, quantize
 
 PUBLISHED = QuantSpec(4, "strided", 32, "published")

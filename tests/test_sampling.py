@@ -113,7 +113,7 @@ def test_fingerprints_are_equal_exactly_where_settings_are(a, b):
 
 
 @pytest.mark.parametrize("first, second, allowed", [
-    (None, None, False), (None, (0, 2), False), ((0, 2), None, False), ((0, 2), (0, 2), False), ((0, 2), (1, 2), True)])
+    (None, None, False), (None, (0, 2), False), ((0, 2), None, False), ((0, 2), (0, 2), False), ((0, 2), (1, 2), True), ((0, 2), (1, 3), False)])
 def test_locks(tmp_path, first, second, allowed):
     with locked(tmp_path, first):
         if allowed:

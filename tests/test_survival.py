@@ -77,6 +77,7 @@ def kill_and_resume(folder: Path, kills: int, seed: int) -> None:
     for number in range(kills):
         run = launch(folder, processes=2)
         while not ranks_of(run.pid):
+            assert run.poll() is None, run.communicate()
             time.sleep(0.02)
         if number % 4:  # else: while it still starts
             wait_for_images(folder, made(folder) + chance.randint(1, 3), run)
@@ -168,6 +169,8 @@ def test_shards_assemble_to_the_same_bytes(tmp_path, whole):
 
 @pytest.mark.parametrize("words, message", [
     (("--shard", "3/3"), "bad --shard '3/3'"), (("--shard", "1"), "bad --shard '1'"), (("--shard", "0/2", "--assemble"), "--shard is for jobs of one process"),
+    (("--shard", "0/2", "--overwrite"), "--overwrite would delete what other shards made"), (("--assemble", "--overwrite"), "--overwrite would delete"),
+    (("--log-file", "nowhere/log"), "cannot write --log-file 'nowhere/log'"),
     (("--decode-batch-size", "0"), "--decode-batch-size 0 is too small"), (("--class-labels", "balance"), "bad class labels 'balance'")])
 def test_wrong_flags(tmp_path, words, message):
     line = finish(launch(tmp_path, *words), 2)
