@@ -6,7 +6,7 @@ READY := .venv/.ready
 .PHONY: demo test test-slow
 demo: $(READY)
 	.venv/bin/python compare.py --model DiT-Digits-Outliers --recipes rtn smoothquant ditas-published ditas \
-	    --num-fid-samples 100 --num-fidelity-samples 50 --per-proc-batch-size 50 \
+	    --num-fid-samples 64 --num-fidelity-samples 32 --per-proc-batch-size 32 \
 	    --output results/demo --report results/demo/report
 
 test: $(READY)
