@@ -138,7 +138,7 @@ def main(args: argparse.Namespace) -> None:
 
     card, stem, about = describe(args)
     schedule = user_value(make_schedule, about["steps"])
-    path = writable_folder(Path(args.sample_dir) / f"{stem}-cfg-{args.cfg_scale:g}-{args.sampler}-{about['steps']}-seed-{args.global_seed}")
+    path = Path(args.sample_dir) / f"{stem}-cfg-{args.cfg_scale:g}-{args.sampler}-{about['steps']}-seed-{args.global_seed}"
     log_file = None if args.log_file is None else Path(args.log_file)
 
     def job(settings: manifest.Settings, overwrite: bool) -> Job:
@@ -153,6 +153,7 @@ def main(args: argparse.Namespace) -> None:
             listed = named[args.class_labels] if args.class_labels in named else class_labels(args.class_labels, about["num_classes"])
             model, digest = load(args, card, about, state.device)
             decoder = load_decoder(card, args.vae, state.device)
+            writable_folder(path)
             settings = {**about, "weights_sha256": digest, "cfg_scale": args.cfg_scale, "sampler": args.sampler, "eta": args.eta,
                         "seed": args.global_seed, "class_labels": args.class_labels, "decoder": decoder.name, "batch": args.per_proc_batch_size,
                         "decode_batch": args.decode_batch_size, "threads": threads, "dtype": "float32", "backend": "fake",

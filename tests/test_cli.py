@@ -131,7 +131,7 @@ def test_weights_of_another_model_are_refused(capsys):
 
 
 def test_an_unreachable_server_is_reported_with_the_way_out(capsys, monkeypatch):
-    def offline(url, path):
+    def offline(url, path, **_):
         raise OSError("no route to host")
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     line = fails(capsys, "quant", "--model", "DiT-XL/2", "--image-size", "256")

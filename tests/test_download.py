@@ -71,22 +71,28 @@ def test_weights_of_another_model_are_refused(tmp_path):
 
 def test_published_weights_are_fetched_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    state, fetched = random_model().state_dict(), []
-
-    def server(url, path):
-        fetched.append(url)
-        torch.save(state, path)
-    monkeypatch.setattr(torch.hub, "download_url_to_file", server)
-    for _ in range(2):
+    assert download.PUBLISHED_URL == "https://dl.fbaipublicfiles.com/DiT/models/"
+    server, state = tmp_path / "server", random_model().state_dict()
+    server.mkdir()
+    torch.save(state, server / "DiT-XL-2-512x512.pt")
+    monkeypatch.setattr(download, "PUBLISHED_URL", server.as_uri() + "/")
+    for _ in range(2):  # the second time the server is gone
         source, found = find_state_dict("DiT-XL/2", 512, None)
         assert found.keys() == state.keys() and source == "pretrained_models/DiT-XL-2-512x512.pt"
-    assert fetched == ["https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-512x512.pt"]
+        (server / "DiT-XL-2-512x512.pt").unlink(missing_ok=True)
+
+
+def test_a_download_of_other_bytes_is_not_kept(tmp_path):
+    (tmp_path / "there").write_bytes(b"something else")
+    with pytest.raises(UserError, match="put the file at .*here' by hand, or give one with --flag"):
+        download.fetch((tmp_path / "there").as_uri(), tmp_path / "here", "--flag", "6726825d")
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
 def test_a_failed_download_says_where_to_put_the_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
-    def offline(url, path):
+    def offline(url, path, **_):
         raise OSError("no route to host")
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(UserError, match="put the file at 'pretrained_models/DiT-XL-2-256x256.pt' by hand"):
