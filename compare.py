@@ -1,6 +1,6 @@
 """Quantise one model with several recipes and bit widths, sample, judge: one table, as text, CSV, Markdown and pictures.
 
-    python compare.py --model DiT-Digits-Outliers --report results/report         # bundled, about ten minutes on two CPU cores
+    python compare.py --model DiT-Digits-Outliers --report results/report         # bundled, twelve minutes on two CPU cores
     python compare.py --model DiT-Digits-Outliers --recipes rtn ditas ditas:rank=0 ditas:group-size=32 --bits W4A8 W8A8
     python compare.py --model DiT-XL/2 --image-size 256 512 --num-sampling-steps 50 100 --bits W8A8 W6A8 W4A8 --num-fid-samples 10000 \\
         --reference VIRTUAL_imagenet256_labeled.npz VIRTUAL_imagenet512.npz --nproc 8
@@ -37,7 +37,7 @@ from evaluation.features import ImageSet, Scores, load_set, score
 from models import ModelCard
 from quant import checkpoint
 from quant.cli import Parser, at_least, class_labels, find_card, one_of, run, user_value
-from quant.files import atomic, writable_folder
+from quant.files import atomic, sha256, writable_folder
 from quant.merge import fold
 from quant.quantizer import ACT_BITS, WEIGHT_BITS
 from quant.smoothing import check_step
@@ -156,7 +156,8 @@ class Comparison:
         sample = [*sample, "--per-proc-batch-size", str(args.per_proc_batch_size), "--cfg-scale", repr(args.cfg_scale), "--global-seed",
                   str(args.global_seed), "--vae", args.vae, "--threads", str(args.threads), "--no-tf32"]
         sample += ["--decode-batch-size", str(args.decode_batch_size)] if args.decode_batch_size else []
-        images_key = [*quantise, *sample, *map(identity, source[1:]), torch.__version__, self.device.type]
+        made_from = [sha256(path)] if quantise else [identity(file) for file in source[1:]]
+        images_key = [*quantise, *sample, *made_from, torch.__version__, self.device.type]
         key = [*images_key, str(args.num_fid_samples), identity(self.reference_path), self.extractor.name, args.pr_dtype, str(args.num_fidelity_samples)]
         if (done := read_row(folder / "row.json")) and done.key == key and Path(done.npz).is_file():
             print(f"{job.name}: done before, in {folder}", flush=True)

@@ -147,7 +147,10 @@ def main(args: argparse.Namespace) -> None:
 
     try:
         if args.assemble:  # needs no model, and no machine like those that made the images
-            sample_all(job(manifest.read(path), False), None, ranks, stopped)
+            stored = manifest.read(path)
+            if not {"batch", "image_size"} <= stored.keys():
+                raise UserError(f"'{path / manifest.NAME}' is not a manifest of ours: give the --path and --sample-dir that the shards had")
+            sample_all(job(stored, False), None, ranks, stopped)
         else:
             named = {"random": None, "balanced": range(about["num_classes"])}
             listed = named[args.class_labels] if args.class_labels in named else class_labels(args.class_labels, about["num_classes"])
@@ -190,7 +193,7 @@ def make_parser() -> Parser:
     parser.add_argument("--overwrite", action="store_true", help="delete what the folder holds and start anew")
     parser.add_argument("--shard", metavar="k/K", help="make only every K-th batch, beginning with the k-th (0 to K-1); no .npz")
     parser.add_argument("--assemble", action="store_true", help="make no image, only the .npz of those that are there")
-    parser.add_argument("--log-file", help="append a line per batch: time, images done, images per second")
+    parser.add_argument("--log-file", help="append a line whenever images were made: time, images done, images per second")
     parser.add_argument("--cfg-scale", type=float, default=1.5, help="classifier-free guidance, 1 for none (default: 1.5)")
     parser.add_argument("--num-sampling-steps", help="1 to 1000, 'ddimN' or a list (default: the checkpoint's, or 50)")
     parser.add_argument("--sampler", choices=("ddpm", "ddim"), default="ddpm")

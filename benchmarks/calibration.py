@@ -9,7 +9,6 @@ forward      fake-quantised against float forward of a DiT-B/2 with random weigh
 lowrank      ten alternations of a 1152 x 4608 layer at rank 32: full SVDs against the warm-started solver
 memory       growth of the resident set during calibration, against float model + 25 x the largest layer activation
 """
-import argparse
 import resource
 import statistics
 import sys
@@ -23,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 import config
+from benchmarks.sections import run_sections
 from config import RECIPES
 from diffusion import ImageNoise, guided_denoiser, make_schedule, sample
 from download import load_model
@@ -163,11 +163,4 @@ def memory() -> None:
 
 
 if __name__ == "__main__":
-    sections = {"memory": memory, "lowrank": lowrank, "forward": forward, "calibration": calibration}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=sections)
-    only = parser.parse_args().only
-    print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads")
-    for key, section in sections.items():
-        if only in (None, key):
-            section()
+    run_sections(__doc__, {"memory": memory, "lowrank": lowrank, "forward": forward, "calibration": calibration})

@@ -6,7 +6,6 @@
 precision-recall  10K samples against 10K reference features, each number format in a process of its own; bars: 20 s, 1 GB
 fid               of two 2048-wide normals, against the general matrix square root of the product of covariances; bar: 5 s
 """
-import argparse
 import multiprocessing
 import resource
 import sys
@@ -18,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import scipy.linalg
-import torch
 
+from benchmarks.sections import run_sections
 from metrics import frechet_distance, precision_recall, statistics
 
 COUNT, WIDTH, FACTORS = 10_000, 2048, 64
@@ -81,11 +80,4 @@ def fid_table() -> None:
 
 
 if __name__ == "__main__":
-    sections = {"precision-recall": precision_recall_table, "fid": fid_table}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=sections)
-    only = parser.parse_args().only
-    print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads")
-    for key, section in sections.items():
-        if only in (None, key):
-            section()
+    run_sections(__doc__, {"precision-recall": precision_recall_table, "fid": fid_table})

@@ -7,7 +7,6 @@ npz      10K images of 256x256: streamed from PNGs against all of them in one ar
 waiting  share of the sampling loop's wall time for which the model waits for encoding and writing, digits model
 scaling  images per second of 1 and 2 processes, one thread each, digits model
 """
-import argparse
 import re
 import statistics
 import subprocess
@@ -19,8 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import numpy as np
 import torch
+
+from benchmarks.sections import run_sections
 
 IMAGES = 10_000
 
@@ -109,11 +109,4 @@ def scaling() -> None:
 
 
 if __name__ == "__main__":
-    sections = {"npz": npz, "waiting": waiting, "scaling": scaling}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=sections)
-    only = parser.parse_args().only
-    print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads, numpy {np.__version__}")
-    for key, section in sections.items():
-        if only in (None, key):
-            section()
+    run_sections(__doc__, {"npz": npz, "waiting": waiting, "scaling": scaling})

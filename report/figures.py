@@ -6,8 +6,9 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from quant.linear import BLOCK_LINEARS
+
 DPI = 110
-_KINDS = {"attn.qkv": "qkv", "attn.proj": "proj", "mlp.fc1": "fc1", "mlp.fc2": "fc2"}
 
 
 def _png(canvas: Canvas) -> bytes:
@@ -74,10 +75,10 @@ def layer_errors(error_db: dict[str, float]) -> bytes:
     """SQNR of every layer's output over blocks, a line per kind of layer."""
     canvas = Canvas(figsize=(9, 4), layout="constrained")
     axes = canvas.subplots()
-    for kind, label in _KINDS.items():
+    for kind in BLOCK_LINEARS:
         values = [value for name, value in error_db.items() if name.endswith(kind)]
         if values:
-            axes.plot(values, "o-", label=label)
+            axes.plot(values, "o-", label=kind.split(".")[1])
     axes.set(xlabel="block", ylabel="SQNR of the output, dB", title="error of each layer on the float model's inputs (higher is better)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)

@@ -40,7 +40,7 @@ class Job:
         shard: (k, K): only batches ``k, k + K, …``; None for all.
         overwrite: delete what is there.
         assemble: make no image, only the ``.npz``.
-        log_file: a line per batch is appended to it.
+        log_file: a line is appended to it whenever images were made.
     """
 
     folder: ImageFolder

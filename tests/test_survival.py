@@ -3,6 +3,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,9 +19,15 @@ COUNT, BATCH = 90, 4  # not divisible
 SETTINGS = ("--model", "DiT-Digits", "--num-sampling-steps", "6", "--per-proc-batch-size", str(BATCH), "--threads", "1")
 
 
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
 def launch(folder: Path, *more, processes: int | None = None, count: int = COUNT, restarts: int = 0) -> subprocess.Popen:
     torchrun = [] if processes is None else ["-m", "torch.distributed.run", "--nnodes=1", f"--nproc_per_node={processes}", "--monitor-interval=0.1",
-                                             f"--max-restarts={restarts}", f"--master-port={random.randint(20000, 60000)}"]
+                                             f"--max-restarts={restarts}", f"--master-port={free_port()}"]
     command = [sys.executable, *torchrun, str(SCRIPT), *SETTINGS, "--num-fid-samples", str(count), "--sample-dir", str(folder), *map(str, more)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 

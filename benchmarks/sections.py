@@ -1,0 +1,16 @@
+"""What the benchmark scripts share: ``--only SECTION``, and a first line that says what they ran on."""
+import argparse
+from collections.abc import Callable
+
+import torch
+
+
+def run_sections(description: str, sections: dict[str, Callable[[], None]]) -> None:
+    """Parse the command line and run all sections, or the one asked for."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=sections)
+    only = parser.parse_args().only
+    print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads")
+    for key, section in sections.items():
+        if only in (None, key):
+            section()
