@@ -22,7 +22,7 @@ from download import load_decoder, load_model
 from quant import checkpoint
 from quant.cli import Parser, add_model_flags, at_least, class_labels, find_card, one_of, run, user_value
 from quant.files import atomic, writable_folder
-from quant.linear import block_linears, install
+from quant.linear import block_linears
 from quant.lowrank import SOLVERS
 from quant.pipeline import Start, act_spec, quantize_model
 from quant.quantizer import ACT_BITS, WEIGHT_BITS
@@ -35,7 +35,8 @@ from report.quantisation import quantisation_figures
 def build_recipe(args: argparse.Namespace) -> Recipe:
     """The chosen row of ``config.RECIPES`` with the flags that were given on top."""
     recipe = RECIPES[one_of(args.recipe, RECIPES, "--recipe")]
-    given = {"weight_group": args.group_size, "rank": args.rank, "timestep": args.smooth_timestep}
+    given = {"weight_group": args.group_size, "rank": args.rank, "timestep": args.smooth_timestep, "weight_scales": args.weight_scales,
+             "adaln_bits": args.adaln_weight_bit}
     for flag, minimum in (("group_size", 1), ("rank", 0)):
         if getattr(args, flag) is not None:
             at_least(getattr(args, flag), minimum, f"--{flag.replace('_', '-')}")
@@ -95,7 +96,7 @@ def main(args: argparse.Namespace) -> float:
     float_picture = picture()
     act = act_spec(recipe, act_bit)
     observed = None if args.report is None else observe(model, result.layers, act, schedule, start(IMAGES), shown)
-    install(model, result.layers, act)
+    _, model = checkpoint.load(output, device)
     pair = side_by_side([float_picture, picture()], ["float", f"W{weight_bit}A{act_bit} {args.recipe}"])
     with atomic(output.with_suffix(".png")) as temporary:
         pair.save(temporary, format="PNG")
@@ -123,6 +124,10 @@ def make_parser() -> Parser:
     parser.add_argument("--smooth-timestep", type=int, help="index in sampling order that recipe smoothquant looks at (default: 0, the noisiest)")
     parser.add_argument("--group-size", type=int, help="weights per scale in recipes with groups (default: the recipe's)")
     parser.add_argument("--rank", type=int, help="rank of the low-rank branch, 0 for none (default: the recipe's)")
+    parser.add_argument("--weight-scales", choices=("float", "two-level"),
+                        help="of groups: floating, which can only be simulated, or integers inside one scale per output channel (default: the recipe's)")
+    parser.add_argument("--adaln-weight-bit", type=int, choices=checkpoint.ADALN_BITS,
+                        help="of the adaLN modulation, weight-only; 16 is none (default: the recipe's)")
     parser.add_argument("--svd", choices=tuple(SOLVERS), default="fast", help="how the low-rank branch is found (default: fast)")
     parser.add_argument("--report", metavar="DIR", help="draw figures of what quantisation did into this folder, with a page report.html")
     parser.add_argument("--report-layers", help="layers whose inputs are drawn, separated by commas, such as blocks.9.mlp.fc2 (default: the last fc2 and qkv)")

@@ -38,7 +38,6 @@ from models import ModelCard
 from quant import checkpoint
 from quant.cli import Parser, at_least, class_labels, find_card, one_of, run, user_value
 from quant.files import atomic, sha256, writable_folder
-from quant.merge import fold
 from quant.quantizer import ACT_BITS, WEIGHT_BITS
 from quant.smoothing import check_step
 from report import figures
@@ -225,7 +224,7 @@ class Comparison:
         """Against the float model, on the first images of the sample."""
         if self._float_run is None:
             self._float_run = self.run(self.load_float())
-        return fidelity.fidelity(self._float_run, self.run(fold(checkpoint.load(path, self.device)[1])), self.perceptual)
+        return fidelity.fidelity(self._float_run, self.run(checkpoint.load(path, self.device, folded=True)[1]), self.perceptual)
 
     def describe(self) -> str:
         args = self.args

@@ -35,12 +35,14 @@ class Recipe:
         timestep: the index, in sampling order (0 is the noisiest), that ``smoothquant`` looks at.
         alphas: migration strengths to try per layer; the one of least loss is kept, a single one needs no search.
         weight_granularity, weight_group: what shares a weight scale (see ``quant.quantizer.QuantSpec``).
+        weight_scales: ``float``, or ``two-level``: integer group scales inside one floating scale per output channel.
         act_granularity: what shares an activation scale; ranges are dynamic.
         convention: rounding convention of both quantisers.
         rank: of the low-rank branch; 0 is none, None is 32 at width 1152 and the same share elsewhere.
         rounds: alternations of the low-rank branch.
         keep: which of them is kept, ``best`` or ``last``.
         order: ``smooth-first`` quantises ``W diag(s)``; ``lowrank-first`` quantises W and scales what came out.
+        adaln_bits: of the adaLN modulation weights (weight-only, per output channel); 16 leaves them in floating point.
     """
 
     balance: str = "none"
@@ -48,12 +50,14 @@ class Recipe:
     alphas: tuple[float, ...] = ()
     weight_granularity: str = "channel"
     weight_group: int = 0
+    weight_scales: str = "float"
     act_granularity: str = "image"
     convention: str = "affine"
     rank: int | None = 0
     rounds: int = 10
     keep: str = "best"
     order: str = "smooth-first"
+    adaln_bits: int = 16
 
 
 RECIPES: dict[str, Recipe] = {
@@ -62,8 +66,8 @@ RECIPES: dict[str, Recipe] = {
     # Xiao et al., 2023, at a single timestep, as the DiTAS paper compares against (appendix, figures 10 to 12).
     "smoothquant": Recipe(balance="smoothquant", alphas=(0.5,)),
     # Dong & Zhang, 2025, on a layout that integer kernels can run.
-    "ditas": Recipe(balance="tas", alphas=alpha_grid, weight_granularity="group", weight_group=64, act_granularity="token",
-                    rank=None),
+    "ditas": Recipe(balance="tas", alphas=alpha_grid, weight_granularity="group", weight_group=64, weight_scales="two-level",
+                    act_granularity="token", rank=None, adaln_bits=8),
     # The same as its published code computes it, which can only be simulated.
     "ditas-published": Recipe(balance="tas", alphas=alpha_grid, weight_granularity="strided", weight_group=32,
                               act_granularity="tensor", convention="published", rank=32, keep="last", order="lowrank-first"),

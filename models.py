@@ -102,7 +102,7 @@ class DiT(nn.Module):
     """Noise and variance prediction from noisy latents, a timestep and a class label.
 
     ``forward(x (N, C, H, W), t (N,) in 0..999, y (N,) in 0..num_classes) -> (N, 2C, H, W)``: noise, then the
-    interpolation coefficient of the log variance (see ``diffusion.schedule``).
+    interpolation coefficient of the log variance (see ``diffusion.schedule``). Weights may be bfloat16; the output has the type of ``x``.
     """
 
     def __init__(self, input_size: int = 32, patch_size: int = 2, in_channels: int = 4, hidden_size: int = 1152,
@@ -144,11 +144,12 @@ class DiT(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], self.out_channels, self.input_size, self.input_size)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
+        wanted = x.dtype
+        x = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed  # (N, T, D)
         c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
         for block in self.blocks:
             x = block(x, c)  # (N, T, D)
-        return self.unpatchify(self.final_layer(x, c))  # (N, 2C, H, W)
+        return self.unpatchify(self.final_layer(x, c)).to(wanted)  # (N, 2C, H, W)
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -> Tensor:
         """Classifier-free guidance; ``x`` (2N, C, H, W) whose second half is ignored, ``y`` labels then null labels.

@@ -32,7 +32,6 @@ from models import ModelCard
 from quant import checkpoint
 from quant.cli import Parser, add_model_flags, at_least, class_labels, find_card, run, user_value
 from quant.files import sha256, weights_sha256, writable_folder
-from quant.merge import fold
 from sampling import manifest
 from sampling.folder import ImageFolder
 from sampling.job import Job, sample_all
@@ -78,8 +77,7 @@ def load(args: argparse.Namespace, card: ModelCard, about: manifest.Settings, de
     """The model and the SHA-256 of its weights."""
     if args.path is not None:
         path = checkpoint.find(args.path)
-        _, model = checkpoint.load(path, device)
-        return (fold(model) if args.fold else model), sha256(path)
+        return checkpoint.load(path, device, args.fold)[1], sha256(path)
     model = load_model(about["model"], card, about["image_size"], about["num_classes"], args.ckpt, device)
     return model, weights_sha256(model)
 

@@ -27,12 +27,14 @@ from config import RECIPES
 from diffusion import ImageNoise, guided_denoiser, make_schedule, sample
 from download import load_model
 from models import DiT, DiT_models
+from quant.backend import install
 from quant.calibrate import hooked, record
-from quant.linear import QuantizedLayer, block_linears, install
-from quant.lowrank import LowRankWeight, lowrank_quantize
+from quant.linear import QuantizedLayer, block_linears
+from quant.lowrank import lowrank_quantize, plain
 from quant.pipeline import Start, act_spec, quantize_model, weight_spec
-from quant.quantizer import QuantSpec, fake_quantize, quantize
+from quant.quantizer import QuantSpec, fake_quantize
 from quant.smoothing import aggregate, smoothing_factors
+from quant.twolevel import quantize_weight
 
 STEPS, LABELS = 50, 16
 
@@ -62,7 +64,7 @@ def published_procedure(model, recipe, weight_bits, act_bits, schedule) -> tuple
         balanced = bases[name].weight.dequantize() if bases else linear.weight
         for i, alpha in enumerate(recipe.alphas):
             s = smoothing_factors(aggregate(absmax[name], recipe.balance, recipe.timestep), balanced, alpha, config.factor_floor)
-            plain = None if bases else fake_quantize(linear.weight * s, spec)
+            rounded = None if bases else fake_quantize(linear.weight * s, spec)
             for x in history:
                 wanted = F.linear(x, linear.weight, linear.bias)
                 q = fake_quantize(x / s, act)
@@ -70,7 +72,7 @@ def published_procedure(model, recipe, weight_bits, act_bits, schedule) -> tuple
                     weight, right = balanced * s, bases[name].right * s
                     got = F.linear(q, weight) + F.linear(F.linear(q, right), bases[name].left) + linear.bias
                 else:
-                    got = F.linear(q, plain, linear.bias)
+                    got = F.linear(q, rounded, linear.bias)
                 loss[i] += (got - wanted).square().mean().double()
         losses[name] = loss
         alphas[name] = recipe.alphas[int(loss.argmin())]
@@ -116,10 +118,8 @@ def forward() -> None:
         recipe, quantised = RECIPES[name], build()
         layers = {}
         for key, linear in block_linears(quantised).items():
-            weight = quantize(linear.weight, weight_spec(recipe, 4))
-            low = LowRankWeight(weight, torch.zeros(len(linear.weight), 1), torch.zeros(1, linear.in_features))
             divides = recipe.balance != "none" and key.endswith("fc2")  # the others are folded when sampling
-            layers[key] = QuantizedLayer(low, torch.ones(linear.in_features) if divides else None)
+            layers[key] = QuantizedLayer(plain(quantize_weight(linear.weight, weight_spec(recipe, 4))), torch.ones(linear.in_features) if divides else None)
         install(quantised, layers, act_spec(recipe, 8))
         pairs = []
         for i in range(9):

@@ -1,8 +1,11 @@
 """One safetensors file per quantised model: packed codes, scales, factors, all other tensors and a JSON header.
 
-Per quantised linear ``NAME``: ``NAME.codes`` (packed bit stream, uint8), ``NAME.scale`` (float32), ``NAME.zero`` (uint8 where it
-fits, else int32), ``NAME.left``, ``NAME.right``, ``NAME.smooth`` (float32, absent where the recipe does not balance). Everything
-else keeps its published name. Reading never unpickles.
+Per quantised linear ``NAME``: ``NAME.codes`` and ``NAME.zero`` (packed bit streams, uint8; zero points that are no codes: int32),
+``NAME.scale`` (float32; with two-level scales uint8, beside ``NAME.step``, bfloat16), ``NAME.left``, ``NAME.right`` (where there is a
+branch: bfloat16 and int8, in the published order float32), ``NAME.smooth`` (float32, where the recipe balances). Everything else
+keeps its published name, in float16 where it fits. Reading never unpickles.
+
+Format 1, still read, had zero points in a byte each, float32 factors and scales, and adaLN modulation always in float32.
 """
 import json
 from dataclasses import asdict, dataclass
@@ -16,15 +19,19 @@ from torch import Tensor, nn
 from config import Recipe, UserError
 from download import load_into
 from models import DiT_models
+from quant.backend import install, resolve
 from quant.files import atomic
-from quant.linear import QuantizedLayer, block_linears, install
+from quant.linear import QuantizedLayer, block_linears, modulation_linears
 from quant.lowrank import LowRankWeight
-from quant.pipeline import act_spec, weight_spec
-from quant.quantizer import ACT_BITS, WEIGHT_BITS, Quantized, QuantSpec, grouped, pack, unpack
+from quant.merge import fold
+from quant.pipeline import act_spec, adaln_spec, weight_spec
+from quant.quantizer import ACT_BITS, OFF_BITS, WEIGHT_BITS, Quantized, QuantSpec, grouped, pack, unpack
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)
 HEADER_KEY = "ditas"
 SUFFIX = ".safetensors"
+ADALN_BITS = (4, 8, OFF_BITS)
 
 
 @dataclass(frozen=True)
@@ -50,18 +57,28 @@ def default_name(model: str, image_size: int, weight_bit: int, act_bit: int, rec
 
 
 def _layer_tensors(name: str, layer: QuantizedLayer) -> dict[str, Tensor]:
-    weight = layer.weight.weight
+    weight, left, right = layer.weight.weight, layer.weight.left, layer.weight.right
     low, high = weight.zero.aminmax()
-    tensors = {"codes": pack(weight.codes, weight.spec.bits), "scale": weight.scale, "left": layer.weight.left, "right": layer.weight.right,
-               "zero": weight.zero.to(torch.uint8 if low >= 0 and high <= 255 else torch.int32)}
+    tensors = {"codes": pack(weight.codes, weight.spec.bits), "scale": weight.scale,
+               "zero": pack(weight.zero.to(torch.uint8), weight.spec.bits) if low >= 0 and high <= weight.spec.top else weight.zero.to(torch.int32)}
+    if weight.step is not None:
+        tensors |= {"scale": weight.scale.to(torch.uint8), "step": weight.step.bfloat16()}
+    if len(right):
+        whole = torch.equal(right, right.round())  # what LowRankWeight.integer_branch made
+        tensors |= {"left": left.bfloat16(), "right": right.to(torch.int8)} if whole else {"left": left, "right": right}
     if layer.smooth is not None:
         tensors["smooth"] = layer.smooth
     return {f"{name}.{key}": value for key, value in tensors.items()}
 
 
+def _half(value: Tensor) -> Tensor:
+    """Float16 where that holds every value."""
+    return half if torch.isfinite(half := value.half()).all() else value
+
+
 def save(path: Path, model: nn.Module, layers: dict[str, QuantizedLayer], header: Header) -> None:
     """Write the checkpoint of a float ``model`` whose linears became ``layers``; complete or not at all."""
-    tensors = {key: value for key, value in model.state_dict().items() if key.removesuffix(".weight") not in layers}
+    tensors = {key: _half(value) for key, value in model.state_dict().items() if key.removesuffix(".weight") not in layers}
     for name, layer in layers.items():
         tensors |= _layer_tensors(name, layer)
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
@@ -95,14 +112,14 @@ def read_header(path: Path) -> Header:
     try:
         fields = json.loads(text)
         version = fields["format_version"]
-        if version == FORMAT_VERSION:
+        if version in READABLE:
             recipe = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.pop("recipe").items()}
             header = Header(recipe=Recipe(**recipe), **fields)
             _check(header)
             return header
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise UserError(f"checkpoint '{path}' has a damaged header ({error}); make it again with QuantDiT.py") from None
-    raise UserError(f"checkpoint '{path}' has format version {version}, expected {FORMAT_VERSION}: make it again with this QuantDiT.py")
+    raise UserError(f"checkpoint '{path}' has format version {version}, expected {' or '.join(map(str, READABLE))}: make it again with this QuantDiT.py")
 
 
 def _check(header: Header) -> None:
@@ -110,6 +127,8 @@ def _check(header: Header) -> None:
         raise ValueError(f"{header.model} W{header.weight_bit}A{header.act_bit} is unknown here")
     if not isinstance(header.num_classes, int) or not 1 <= header.num_classes <= 1_000_000:
         raise ValueError(f"{header.num_classes} classes")
+    if header.recipe.adaln_bits not in ADALN_BITS:
+        raise ValueError(f"{header.recipe.adaln_bits} bits for adaLN")
     weight_spec(header.recipe, header.weight_bit), act_spec(header.recipe, header.act_bit)
 
 
@@ -118,21 +137,27 @@ def _read_layer(tensors: dict[str, Tensor], name: str, shape: torch.Size, spec: 
         value = tensors.pop(f"{name}.{key}")
         if tuple(value.shape) != expected:
             raise ValueError(f"{name}.{key} is {tuple(value.shape)}, expected {expected}")
-        return value
+        return value.float()
 
     rows, columns = shape
     view, dims = grouped(torch.empty(shape, device="meta"), spec)
     per_group = tuple(view.amin(dims, keepdim=True).shape)
     codes = unpack(tensors.pop(f"{name}.codes"), spec.bits, (rows, columns))
-    weight = Quantized(codes, take("scale", per_group).float(), take("zero", per_group).float(), spec)
-    rank = len(tensors[f"{name}.right"])
-    low_rank = LowRankWeight(weight, take("left", (rows, rank)).float(), take("right", (rank, columns)).float())
-    smooth = take("smooth", (columns,)).float() if f"{name}.smooth" in tensors else None
-    return QuantizedLayer(low_rank, smooth)
+    if tensors[f"{name}.zero"].dim() == 1:
+        zero = unpack(tensors.pop(f"{name}.zero"), spec.bits, per_group).float()
+    else:
+        zero = take("zero", per_group)
+    step = take("step", (rows, 1)) if spec.convention == "two-level" else None
+    weight = Quantized(codes, take("scale", per_group), zero, spec, step)
+    rank = len(tensors.get(f"{name}.right", ()))
+    left = take("left", (rows, rank)) if f"{name}.left" in tensors else torch.zeros(rows, 0)
+    right = take("right", (rank, columns)) if f"{name}.right" in tensors else torch.zeros(0, columns)
+    smooth = take("smooth", (columns,)) if f"{name}.smooth" in tensors else None
+    return QuantizedLayer(LowRankWeight(weight, left, right), smooth)
 
 
-def load(path: Path, device: torch.device | str = "cpu") -> tuple[Header, nn.Module]:
-    """Header and model, quantised linears installed, smoothing factors not folded (see ``quant.merge``).
+def read(path: Path) -> tuple[Header, nn.Module, dict[str, QuantizedLayer]]:
+    """Header, a model that lacks the weights of its quantised linears, and these; on the CPU, nothing folded.
 
     Raises:
         UserError: as ``read_header``, or the tensors are not those of the model that the header names.
@@ -143,11 +168,32 @@ def load(path: Path, device: torch.device | str = "cpu") -> tuple[Header, nn.Mod
             tensors = {key: file.get_tensor(key) for key in file.keys()}
         with torch.device("meta"):
             model = DiT_models[header.model].build(header.image_size, header.num_classes)
-        spec = weight_spec(header.recipe, header.weight_bit)
-        layers = {name: _read_layer(tensors, name, linear.weight.shape, spec) for name, linear in block_linears(model).items()}
+        specs = dict.fromkeys(block_linears(model), weight_spec(header.recipe, header.weight_bit))
+        if header.recipe.adaln_bits != OFF_BITS:
+            specs |= dict.fromkeys(modulation_linears(model), adaln_spec(header.recipe))
+        layers = {name: _read_layer(tensors, name, model.get_submodule(name).weight.shape, spec) for name, spec in specs.items()}
         for name in layers:  # the float weights are not there, and not needed: keep the skeleton without them
             model.get_submodule(name).weight = None
         load_into(model, tensors, str(path), f"{header.model} at {header.image_size} pixels")
     except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise UserError(f"checkpoint '{path}' is damaged or of another model than its header says ({error}); make it again with QuantDiT.py") from None
-    return header, install(model, layers, act_spec(header.recipe, header.act_bit)).to(device)
+    return header, model, layers
+
+
+def load(path: Path, device: torch.device | str = "cpu", folded: bool = False, backend: str = "fake", dtype: torch.dtype = torch.float32,
+         packed: bool = False) -> tuple[Header, nn.Module]:
+    """Header and a model to sample from.
+
+    Args:
+        folded: fold the smoothing factors (see ``quant.merge``).
+        backend: ``fake``, ``integer`` or ``auto``; dtype, packed: as in ``quant.backend.install``.
+
+    Raises:
+        UserError: as ``read``, or the checkpoint cannot run on ``backend``.
+    """
+    header, model, layers = read(path)
+    act = act_spec(header.recipe, header.act_bit)
+    chosen = backend if backend == "reference" else resolve(backend, layers, act, torch.device(device))
+    if folded:
+        layers = fold(model, layers)
+    return header, install(model, layers, act, chosen, dtype, device, packed)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant.quantizer import Quantized, QuantSpec, quantize
+from quant.quantizer import Quantized, QuantSpec
+from quant.twolevel import LIMIT, quantize_weight
 
 OVERSAMPLE = 16  # extra directions carried by the fast solver
 FAST_ITERATIONS = 20  # double subspace iterations per round, warm-started
@@ -23,6 +24,28 @@ class LowRankWeight:
 
     def dense(self) -> Tensor:
         return torch.addmm(self.weight.dequantize(), self.left, self.right)
+
+    def integer_branch(self, original: Tensor) -> "LowRankWeight":
+        """The same with ``right`` rounded to integers of at most 127 and ``left`` the best fit to them, in bfloat16 values.
+
+        So that one integer product serves the quantised weight and the branch.
+
+        Args:
+            original: (O, I), the weight that this one approximates.
+        """
+        if not len(self.right):
+            return self
+        peak = self.right.abs().amax(1, keepdim=True)
+        right = (self.right * (LIMIT / torch.where(peak > 0, peak, 1.0))).round()
+        residual = (original - self.weight.dequantize()).double()
+        left = residual @ torch.linalg.pinv(right.double())  # least squares
+        return LowRankWeight(self.weight, left.bfloat16().float(), right)
+
+
+def plain(weight: Quantized) -> LowRankWeight:
+    """A quantised weight with an empty branch."""
+    rows, columns = weight.codes.shape
+    return LowRankWeight(weight, weight.scale.new_zeros(rows, 0), weight.scale.new_zeros(0, columns))
 
 
 def exact_factors(matrix: Tensor, rank: int, basis: Tensor | None) -> tuple[Tensor, Tensor, None]:
@@ -63,7 +86,8 @@ def fast_factors(matrix: Tensor, rank: int, basis: Tensor | None) -> tuple[Tenso
 SOLVERS = {"exact": exact_factors, "fast": fast_factors}
 
 
-def lowrank_quantize(weight: Tensor, spec: QuantSpec, rank: int, rounds: int, keep: str, solver: str) -> LowRankWeight:
+def lowrank_quantize(weight: Tensor, spec: QuantSpec, rank: int, rounds: int, keep: str, solver: str,
+                     importance: Tensor | None = None) -> LowRankWeight:
     """Alternate ``W_hat = Q(W - L R)`` and ``L R = best rank-r of (W - W_hat)``, starting from ``L R = 0``.
 
     Args:
@@ -72,17 +96,18 @@ def lowrank_quantize(weight: Tensor, spec: QuantSpec, rank: int, rounds: int, ke
         rounds: alternations.
         keep: ``best`` returns the round of smallest ``|W - W_hat - L R|``, ``last`` the last one (as published).
         solver: a key of ``SOLVERS``.
+        importance: (I,), for the quantiser (see ``quant.twolevel``).
 
     Raises:
         ValueError: as ``quantize``.
     """
     rank = min(rank, *weight.shape)
-    left, right = weight.new_zeros(weight.shape[0], rank), weight.new_zeros(rank, weight.shape[1])
     if rank == 0:
-        return LowRankWeight(quantize(weight, spec), left, right)
+        return plain(quantize_weight(weight, spec, importance))
+    left, right = weight.new_zeros(weight.shape[0], rank), weight.new_zeros(rank, weight.shape[1])
     best, best_error, basis = None, float("inf"), None
     for _ in range(rounds):
-        quantized = quantize(torch.addmm(weight, left, right, alpha=-1), spec)
+        quantized = quantize_weight(torch.addmm(weight, left, right, alpha=-1), spec, importance)
         residual = weight - quantized.dequantize()
         left, right, basis = SOLVERS[solver](residual, rank, basis)
         error = torch.addmm(residual, left, right, alpha=-1).norm().item()

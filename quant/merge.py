@@ -1,43 +1,65 @@
 """Fold the smoothing factors into the layers before (DiTAS, section 4.4), so that sampling divides nothing but fc2's input.
 
 Dividing the input of qkv and fc1 by ``s`` is dividing the output of the adaptive LayerNorm before them; dividing the input
-of proj is dividing V.
+of proj is dividing V. Of a quantised weight only the scales of its output channels change, never a code.
 """
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
+
+from quant.linear import MODULATION, QuantizedLayer
 
 _SHIFT1, _SCALE1, _SHIFT2, _SCALE2 = 0, 1, 3, 4  # chunks of the adaLN output: shift, scale, gate; attention, then MLP
 
 
-@torch.no_grad()
-def fold_modulation(linear: nn.Linear, shift_chunk: int, scale_chunk: int, factors: Tensor) -> None:
-    """Divide ``x (1 + scale) + shift`` by ``factors`` (D,) through the rows of the adaLN linear, in place."""
-    width = len(factors)
+def _divide_rows(model: nn.Module, layers: dict[str, QuantizedLayer], name: str, rows: slice, factors: Tensor) -> None:
+    """Divide output channels of a linear, quantised or not, bias aside."""
+    if name in layers:
+        layers[name] = layers[name].divide_rows(rows, factors)
+    else:
+        model.get_submodule(name).weight[rows] /= factors[:, None]
+
+
+def fold_modulation(model: nn.Module, layers: dict[str, QuantizedLayer], name: str, shift_chunk: int, scale_chunk: int, factors: Tensor) -> None:
+    """Divide ``x (1 + scale) + shift`` by ``factors`` (D,) through the rows of the adaLN linear ``name``, in place."""
+    width, bias = len(factors), model.get_submodule(name).bias
     shift = slice(shift_chunk * width, (shift_chunk + 1) * width)
     scale = slice(scale_chunk * width, (scale_chunk + 1) * width)
-    linear.weight[shift] /= factors[:, None]
-    linear.bias[shift] /= factors
-    linear.weight[scale] /= factors[:, None]
-    linear.bias[scale] = (1 + linear.bias[scale]) / factors - 1
+    for rows in (shift, scale):
+        _divide_rows(model, layers, name, rows, factors)
+    bias[shift] /= factors
+    bias[scale] = (1 + bias[scale]) / factors - 1
+
+
+def fold_value(model: nn.Module, layers: dict[str, QuantizedLayer], name: str, factors: Tensor) -> None:
+    """Divide the values that attention averages by ``factors`` (D,): the last third of the output channels of qkv ``name``, in place."""
+    rows = slice(2 * len(factors), 3 * len(factors))
+    _divide_rows(model, layers, name, rows, factors)
+    bias = model.get_submodule(name).bias
+    if bias is not None:
+        bias[rows] /= factors
 
 
 @torch.no_grad()
-def fold_value(qkv: nn.Module, factors: Tensor) -> None:
-    """Divide the values that attention averages by ``factors`` (D,): the last third of qkv's output channels, in place."""
-    rows = slice(2 * len(factors), 3 * len(factors))
-    qkv.weight[rows] /= factors[:, None]
-    if qkv.bias is not None:
-        qkv.bias[rows] /= factors
+def fold(model: nn.Module, layers: dict[str, QuantizedLayer]) -> dict[str, QuantizedLayer]:
+    """Fold the factors of every qkv, fc1 (adaLN) and proj (V); fc2 keeps dividing.
 
+    Args:
+        model: with float linears where ``layers`` are not installed yet; its biases and float adaLN weights change in place.
 
-def fold(model: nn.Module) -> nn.Module:
-    """Fold the factors of every qkv, fc1 (adaLN) and proj (V) of an installed model, in place; fc2 keeps dividing."""
-    for block in model.blocks:
-        for linear, chunks in ((block.attn.qkv, (_SHIFT1, _SCALE1)), (block.mlp.fc1, (_SHIFT2, _SCALE2))):
-            if linear.smooth is not None:
-                fold_modulation(block.adaLN_modulation[1], *chunks, linear.smooth)
-                linear.smooth = None
-        if block.attn.proj.smooth is not None:
-            fold_value(block.attn.qkv, block.attn.proj.smooth)
-            block.attn.proj.smooth = None
-    return model
+    Returns:
+        The layers to install.
+    """
+    layers = dict(layers)
+    for i in range(len(model.blocks)):
+        block = f"blocks.{i}"
+        for name, chunks in ((f"{block}.attn.qkv", (_SHIFT1, _SCALE1)), (f"{block}.mlp.fc1", (_SHIFT2, _SCALE2))):
+            if layers[name].smooth is not None:
+                fold_modulation(model, layers, f"{block}.{MODULATION}", *chunks, layers[name].smooth)
+                layers[name] = replace(layers[name], smooth=None)
+        proj = f"{block}.attn.proj"
+        if layers[proj].smooth is not None:
+            fold_value(model, layers, f"{block}.attn.qkv", layers[proj].smooth)
+            layers[proj] = replace(layers[proj], smooth=None)
+    return layers

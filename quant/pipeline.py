@@ -10,9 +10,9 @@ import config
 from config import Recipe
 from diffusion import Schedule
 from quant.calibrate import Trajectory, record, replay
-from quant.linear import QuantizedLayer, block_linears
-from quant.lowrank import LowRankWeight, lowrank_quantize
-from quant.quantizer import QuantSpec, grouped
+from quant.linear import QuantizedLayer, block_linears, modulation_linears
+from quant.lowrank import LowRankWeight, lowrank_quantize, plain
+from quant.quantizer import OFF_BITS, QuantSpec, grouped, quantize
 from quant.search import AlphaSearch
 from quant.smoothing import aggregate, check_step, smoothing_factors
 
@@ -43,7 +43,12 @@ class Result:
 
 
 def weight_spec(recipe: Recipe, bits: int) -> QuantSpec:
-    return QuantSpec(bits, recipe.weight_granularity, recipe.weight_group, recipe.convention)
+    convention = "two-level" if recipe.weight_scales == "two-level" else recipe.convention
+    return QuantSpec(bits, recipe.weight_granularity, recipe.weight_group, convention)
+
+
+def adaln_spec(recipe: Recipe) -> QuantSpec:
+    return QuantSpec(recipe.adaln_bits, "channel")
 
 
 def act_spec(recipe: Recipe, bits: int) -> QuantSpec:
@@ -53,7 +58,7 @@ def act_spec(recipe: Recipe, bits: int) -> QuantSpec:
 @torch.no_grad()
 def quantize_model(model: nn.Module, recipe: Recipe, weight_bits: int, act_bits: int, schedule: Schedule, start: Start,
                    svd: str = "fast") -> Result:
-    """Quantise the linears of every block. The model is left as it was.
+    """Quantise the linears of every block, and its adaLN modulation if the recipe says so. The model is left as it was.
 
     Args:
         model: a float ``DiT`` in eval mode on any device.
@@ -67,19 +72,29 @@ def quantize_model(model: nn.Module, recipe: Recipe, weight_bits: int, act_bits:
     for linear in linears.values():
         grouped(linear.weight, spec)  # a group size that does not fit is found before any work is done
 
-    def lowrank(weight: Tensor) -> LowRankWeight:
+    def lowrank(weight: Tensor, importance: Tensor | None) -> LowRankWeight:
         rank = config.lowrank_rank(recipe, min(weight.shape))
-        return lowrank_quantize(weight, spec, rank, recipe.rounds, recipe.keep, svd)
+        found = lowrank_quantize(weight, spec, rank, recipe.rounds, recipe.keep, svd, importance)
+        return found if recipe.order == "lowrank-first" else found.integer_branch(weight)
 
-    def lowrank_all(weights: dict[str, Callable[[], Tensor]]) -> dict[str, LowRankWeight]:
-        return {name: lowrank(weight()) for name, weight in tqdm(weights.items(), desc="weights", unit="layer")}
+    def lowrank_all(factors: dict[str, Tensor]) -> dict[str, LowRankWeight]:
+        """Of the weights scaled by the factors that are given; errors count by how large inputs get, maxima squared over the steps."""
+        found = {}
+        for name, linear in tqdm(linears.items(), desc="weights", unit="layer"):
+            s = factors.get(name)
+            found[name] = lowrank(linear.weight, None) if s is None else lowrank(linear.weight * s, (absmax[name] / s).square().mean(0))
+        return found
 
+    modulation = {}
+    if recipe.adaln_bits != OFF_BITS:
+        modulation = {name: QuantizedLayer(plain(quantize(linear.weight, adaln_spec(recipe))), None)
+                      for name, linear in modulation_linears(model).items()}
     if recipe.balance == "none":
-        weights = lowrank_all({name: lambda w=linear.weight: w for name, linear in linears.items()})
-        return Result({name: QuantizedLayer(weight, None) for name, weight in weights.items()})
+        weights = lowrank_all({})
+        return Result({name: QuantizedLayer(weight, None) for name, weight in weights.items()} | modulation)
 
     check_step(recipe.timestep, len(schedule))
-    bases = lowrank_all({name: lambda w=linear.weight: w for name, linear in linears.items()}) if recipe.order == "lowrank-first" else {}
+    bases = lowrank_all({}) if recipe.order == "lowrank-first" else {}
     trajectory, absmax = record(model, linears, schedule, start.labels, config.calibration_cfg_scale, start.x, start.draw)
     candidates = {}
     for name, linear in linears.items():
@@ -92,9 +107,9 @@ def quantize_model(model: nn.Module, recipe: Recipe, weight_bits: int, act_bits:
     if bases:
         weights = {name: _scale(base, factors[name]) for name, base in bases.items()}
     else:
-        weights = lowrank_all({name: lambda w=linear.weight, s=factors[name]: w * s for name, linear in linears.items()})
+        weights = lowrank_all(factors)
     layers = {name: QuantizedLayer(weight, factors[name]) for name, weight in weights.items()}
-    return Result(layers, absmax, {name: recipe.alphas[index] for name, index in chosen.items()}, losses)
+    return Result(layers | modulation, absmax, {name: recipe.alphas[index] for name, index in chosen.items()}, losses)
 
 
 def _search(model: nn.Module, linears: dict[str, nn.Linear], trajectory: Trajectory, candidates: dict[str, Tensor], spec: QuantSpec,

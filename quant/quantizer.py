@@ -15,7 +15,7 @@ ACT_BITS = (4, 5, 6, 7, 8, OFF_BITS)
 
 _REDUCED = {"tensor": None, "image": (-2, -1), "token": (-1,), "channel": (-1,), "group": (-1,), "strided": (0,)}
 GRANULARITIES = tuple(_REDUCED)
-CONVENTIONS = ("affine", "published")
+CONVENTIONS = ("affine", "two-level", "published")
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,9 @@ class QuantSpec:
             that lie ``O/group`` rows apart.
         group: entries per group for ``group`` (capped at the row length) and ``strided``.
         convention: ``affine`` widens the range to include 0, divides it by ``2^bits - 1`` and keeps the zero point inside
-            the codes, so that 0 is exact. ``published`` is DiTAS's code: scale ``(max - min) / 2^bits``, zero point rounded
-            but not clamped.
+            the codes, so that 0 is exact. ``two-level`` is the same for weights whose scales are then made integer multiples of
+            one per row (``quant.twolevel``). ``published`` is DiTAS's code: scale ``(max - min) / 2^bits``, zero point
+            rounded but not clamped.
 
     Raises:
         ValueError: unknown granularity or convention.
@@ -83,7 +84,7 @@ def scale_and_zero(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, 
     A group of one constant value is reproduced exactly under both conventions; an all-zero group gets scale 1.
     In-place operations because this runs in every forward pass.
     """
-    if spec.convention == "affine":
+    if spec.convention != "published":
         low = low.clamp(max=0)
         scale = high.clamp(min=0).sub_(low).div_(spec.top)
     else:
@@ -109,17 +110,20 @@ class Quantized:
         codes: uint8, the shape of the quantised tensor.
         scale, zero: float32, the shape of ``grouped`` with reduced dimensions of size 1; ``zero`` is integer-valued.
         spec: the quantiser that made them.
+        step: (O, 1) float32 with two-level scales (``quant.twolevel``), where ``scale`` is integer-valued too; else None.
     """
 
     codes: Tensor
     scale: Tensor
     zero: Tensor
     spec: QuantSpec
+    step: Tensor | None = None
 
     def dequantize(self) -> Tensor:
         """The values, float32, the shape of ``codes``."""
         view, _ = grouped(self.codes, self.spec)
-        return ((view.to(self.scale.dtype) - self.zero) * self.scale).reshape(self.codes.shape)
+        values = ((view.to(self.scale.dtype) - self.zero) * self.scale).reshape(self.codes.shape)
+        return values if self.step is None else values * self.step
 
     def scale_columns(self, factors: Tensor) -> "Quantized":
         """The same codes for ``W diag(factors)``; only for groups that never span input channels (``strided``)."""
@@ -143,12 +147,26 @@ def quantize(x: Tensor, spec: QuantSpec) -> Quantized:
 
 
 def fake_quantize(x: Tensor, spec: QuantSpec) -> Tensor:
-    """``dequantize(quantize(x))`` in one go, without the check for NaN (which passes through)."""
+    """``dequantize(quantize(x))`` in one go, float32, without the check for NaN (which passes through)."""
     if spec.bits == OFF_BITS:
         return x
     view, dims = grouped(x, spec)
     scale, zero = scale_and_zero(view.amin(dims, keepdim=True), view.amax(dims, keepdim=True), spec)
     return signed_codes_(view / scale, zero, spec).mul_(scale).reshape(x.shape)
+
+
+def activation_codes(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """The uint8 codes of which ``fake_quantize`` gives the values, for activations of at most 8 bits.
+
+    Args:
+        x: (..., T, I) float32; NaN leads to a scale of NaN.
+
+    Returns:
+        Codes of that shape, scale and zero, float32, that broadcast with them.
+    """
+    view, dims = grouped(x, spec)
+    scale, zero = scale_and_zero(view.amin(dims, keepdim=True), view.amax(dims, keepdim=True), spec)
+    return signed_codes_(view / scale, zero, spec).add_(zero).to(torch.uint8), scale, zero
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

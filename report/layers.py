@@ -54,7 +54,7 @@ def observe(model: nn.Module, layers: dict[str, QuantizedLayer], act: QuantSpec,
     linears = block_linears(model)
     trajectory, absmax = record(model, linears, schedule, start.labels, config.calibration_cfg_scale, start.x, start.draw, "report")
     watched = sorted({0, len(schedule) // 2, len(schedule) - 1})
-    energies = {name: torch.zeros(2, dtype=torch.float64) for name in layers}  # of the output and of its error
+    energies = {name: torch.zeros(2, dtype=torch.float64) for name in linears}  # of the output and of its error
     inputs, middle = {}, watched.index(len(schedule) // 2)
     for i, step in enumerate(watched):
 
@@ -70,6 +70,6 @@ def observe(model: nn.Module, layers: dict[str, QuantizedLayer], act: QuantSpec,
             return see
 
         one = Trajectory(trajectory.latents[step:step + 1], trajectory.timesteps[step:step + 1], trajectory.labels)
-        replay(model, linears, one, {name: observer(name) for name in layers}, 1, f"errors at step {step}")
+        replay(model, linears, one, {name: observer(name) for name in linears}, 1, f"errors at step {step}")
     error_db = {name: float(10 * torch.log10(signal / noise)) for name, (signal, noise) in energies.items()}
     return Observed({name: values.cpu() for name, values in absmax.items()}, error_db, inputs, watched)

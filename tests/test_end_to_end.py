@@ -17,7 +17,7 @@ from diffusion.generate import generate_latents
 from download import load_model
 from metrics import sqnr_db
 from models import DiT_models
-from quant.linear import install
+from quant.backend import install
 from quant.merge import fold
 from quant.pipeline import Start, act_spec, quantize_model
 
@@ -104,7 +104,7 @@ def sqnr(outliers, name, weight_bits, **changes) -> float:
     recipe, noise = replace(RECIPES[name], **changes), ImageNoise(0, range(16), (4, 8, 8))
     result = quantize_model(model, recipe, weight_bits, 8, make_schedule(str(STEPS)), Start(noise(), noise, torch.arange(16) % 10))
     fresh = load_model("DiT-Digits-Outliers", DiT_models["DiT-Digits-Outliers"], 16, 10, None, torch.device("cpu"))
-    return sqnr_db(reference, latents(fold(install(fresh, result.layers, act_spec(recipe, 8)))))
+    return sqnr_db(reference, latents(install(fresh, fold(fresh, result.layers), act_spec(recipe, 8))))
 
 
 def test_the_papers_ordering_shows_on_the_outlier_twin(outliers):

@@ -1,0 +1,87 @@
+"""Integer products on CPUs through PyTorch's own oneDNN operators (VNNI and AMX where the processor has them).
+
+The products are custom operators, so that torch.compile fuses what lies around them and leaves the packed weights alone.
+"""
+import torch
+from torch import Tensor
+
+from quant.integer.linear import IntegerLinear
+from quant.integer.weight import IntegerWeight, Nibbles
+from quant.quantizer import QuantSpec
+
+DIGITS = 3  # of base 256 in the input of a weight-only layer: 24 bits, as many as float32 holds
+
+
+def supported() -> bool:
+    """Whether this processor multiplies int8 faster than float32."""
+    return torch.backends.mkldnn.is_available() and (torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _product(codes: Tensor, packed: Tensor, ones: Tensor, zeros: Tensor) -> Tensor:
+    return torch.ops.onednn.qlinear_pointwise(codes, 1.0, 0, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+
+
+@torch.library.custom_op("ditas::product", mutates_args=())
+def product(codes: Tensor, packed: Tensor, ones: Tensor, zeros: Tensor) -> Tensor:
+    """``codes`` (M, I) uint8 times a prepacked int8 weight of R rows: (M, R) float32, int32 sums rounded once."""
+    return _product(codes, packed, ones, zeros)
+
+
+@torch.library.custom_op("ditas::product_of_nibbles", mutates_args=())
+def product_of_nibbles(codes: Tensor, nibbles: Tensor, scale: Tensor, zero: Tensor, right: Tensor, ones: Tensor, zeros: Tensor) -> Tensor:
+    """The same with a weight of 4-bit codes (see ``Nibbles``), expanded for this call, above rows ``right`` (r, I) int8."""
+    weight = torch.cat([Nibbles(nibbles, scale, zero).expand(), right])
+    return _product(codes, torch.ops.onednn.qlinear_prepack(weight, list(codes.shape)), ones, zeros)
+
+
+@product.register_fake
+def _(codes, packed, ones, zeros):
+    return codes.new_empty(len(codes), len(ones), dtype=torch.float32)
+
+
+@product_of_nibbles.register_fake
+def _(codes, nibbles, scale, zero, right, ones, zeros):
+    return codes.new_empty(len(codes), len(ones), dtype=torch.float32)
+
+
+class OneDNNLinear(IntegerLinear):
+    """Weights expanded to int8 and packed for the processor once."""
+
+    def __init__(self, weight: IntegerWeight, bias: Tensor | None, smooth: Tensor | None, act: QuantSpec):
+        super().__init__(weight, bias, smooth, act)
+        rows = torch.cat([weight.codes, weight.right])
+        self.register_buffer("packed", torch.ops.onednn.qlinear_prepack(rows, None))
+        self.register_buffer("ones", torch.ones(len(rows)))
+        self.register_buffer("zeros", torch.zeros(len(rows), dtype=torch.int32))
+
+    def product(self, codes: Tensor) -> Tensor:
+        return product(codes, self.packed, self.ones, self.zeros)
+
+
+class OneDNNNibbleLinear(IntegerLinear):
+    """Weights kept at 4 bits and expanded in every call: half the memory, more time."""
+
+    def __init__(self, weight: IntegerWeight, nibbles: Nibbles, bias: Tensor | None, smooth: Tensor | None, act: QuantSpec):
+        super().__init__(weight, bias, smooth, act)
+        count = len(weight.codes) + len(weight.right)
+        for name, value in {"nibbles": nibbles.codes, "scale": nibbles.scale, "zero": nibbles.zero, "right": weight.right,
+                            "ones": torch.ones(count), "zeros": torch.zeros(count, dtype=torch.int32)}.items():
+            self.register_buffer(name, value)
+
+    def product(self, codes: Tensor) -> Tensor:
+        return product_of_nibbles(codes, self.nibbles, self.scale, self.zero, self.right, self.ones, self.zeros)
+
+
+class OneDNNWeightOnly(OneDNNLinear):
+    """A layer whose input (N, I) stays in floating point: it enters the integer product as three base-256 digits, 24 bits in all."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = x.double()
+        low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
+        scale = (high - low) / (256 ** DIGITS - 1)
+        scale = torch.where(scale == 0, 1.0, scale)
+        zero = -(low / scale).round()
+        whole = ((values / scale).round() + zero).to(torch.int64)
+        digits = torch.cat([(whole >> 8 * i) & 255 for i in range(DIGITS)]).to(torch.uint8)  # (3N, I)
+        sums = sum(part.double() * 256 ** i for i, part in enumerate(self.product(digits).chunk(DIGITS)))
+        return self.epilogue(sums, scale, zero).to(x.dtype)

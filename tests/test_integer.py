@@ -1,0 +1,205 @@
+"""Integer arithmetic against the simulated path, brute force and between the backends."""
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_model, relative
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from config import RECIPES, UserError
+from quant.backend import install, resolve
+from quant.integer.cpu import OneDNNLinear, OneDNNNibbleLinear, OneDNNWeightOnly, supported
+from quant.integer.linear import ReferenceLinear
+from quant.integer.weight import integer_weight, nibbles, why_not
+from quant.linear import QuantizedLayer, QuantLinear, block_linears, modulation_linears
+from quant.lowrank import lowrank_quantize, plain
+from quant.merge import fold
+from quant.pipeline import act_spec, weight_spec
+from quant.quantizer import QuantSpec, activation_codes, fake_quantize, quantize
+from quant.twolevel import quantize_weight
+
+READY = ("rtn", "smoothquant", "ditas")
+TWO_LEVEL = QuantSpec(4, "group", 64, "two-level")
+
+
+def layer(rows, columns, spec, rank=3, smooth=True, seed=0) -> QuantizedLayer:
+    torch.manual_seed(seed)
+    factors = torch.exp(torch.randn(columns)) if smooth else None
+    weight = 0.05 * torch.randn(rows, columns) * (1 if factors is None else factors)
+    found = lowrank_quantize(weight, spec, rank, 2, "best", "fast")
+    return QuantizedLayer(found.integer_branch(weight) if rank else plain(quantize_weight(weight, spec)), factors, torch.rand(rows) + 0.5)
+
+
+def modules(made: QuantizedLayer, bias, act) -> dict:
+    weight, half = integer_weight(made), nibbles(made)
+    every = {"reference": ReferenceLinear(weight, bias, made.smooth, act), "onednn": OneDNNLinear(weight, bias, made.smooth, act)}
+    return every | ({} if half is None else {"nibbles": OneDNNNibbleLinear(weight, half, bias, made.smooth, act)})
+
+
+@pytest.mark.parametrize("recipe_name", READY)
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_every_backend_agrees_with_the_simulated_layer(recipe_name, bits):
+    recipe = RECIPES[recipe_name]
+    made = layer(96, 128, weight_spec(recipe, bits), 3 if recipe.rank != 0 else 0)
+    bias, x = torch.randn(96), 3 * torch.randn(2, 7, 128)
+    for act_bits in (4, 8):
+        act = act_spec(recipe, act_bits)
+        fake = QuantLinear(made, bias, act)(x)
+        for name, module in modules(made, bias, act).items():
+            assert relative(module(x), fake) < 1e-5, name
+            assert module(x.bfloat16()).dtype == torch.bfloat16
+            assert relative(module(x.bfloat16()), QuantLinear(made, bias, act, torch.bfloat16)(x.bfloat16())) < 1e-2, name
+
+
+@pytest.mark.parametrize("rows, columns, tokens", [(1, 1, 1), (3, 5, 1), (17, 33, 3), (130, 63, 2), (65, 192, 1), (64, 100, 9)])
+def test_odd_shapes(rows, columns, tokens):
+    group = {1: 1, 5: 5, 33: 11, 63: 21, 192: 64, 100: 50}[columns]
+    act = QuantSpec(8, "token")
+    for spec in (QuantSpec(4, "group", group, "two-level"), QuantSpec(8, "channel"), QuantSpec(3, "channel")):
+        made = layer(rows, columns, spec, rank=min(2, rows, columns))
+        x = torch.randn(1, tokens, columns)
+        fake = QuantLinear(made, None, act)(x)
+        for name, module in modules(made, None, act).items():
+            assert relative(module(x), fake) < 1e-5, (name, spec)
+
+
+@pytest.mark.parametrize("granularity", ["token", "image"])
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_codes_are_those_of_the_simulated_quantiser(granularity, bits):
+    spec, x = QuantSpec(bits, granularity), torch.randn(3, 11, 50) * torch.exp(3 * torch.randn(3, 11, 1))
+    x[0, 0], x[1, 1] = 0, 4.0
+    codes, scale, zero = activation_codes(x, spec)
+    assert codes.dtype == torch.uint8 and int(codes.max()) <= spec.top
+    assert torch.equal((codes - zero) * scale, fake_quantize(x, spec))
+
+
+def test_sums_are_exact_even_where_they_are_largest():
+    """All codes 255, all weights 127: 255 * 127 * 4608 = 149 million, beyond float32's integers, within int32's."""
+    codes = torch.full((2, 4608), 255, dtype=torch.uint8)
+    ones = QuantizedLayer(plain(quantize(torch.ones(16, 4608), QuantSpec(7, "channel"))), None)
+    act = QuantSpec(8, "token")
+    for module in modules(ones, None, act).values():
+        assert torch.equal(module.product(codes), torch.full((2, 16), 255 * 127 * 4608, dtype=torch.float32))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 40), st.integers(1, 300), st.integers(0, 10 ** 6))
+def test_sums_are_those_of_numpy(tokens, rows, columns, seed):
+    rng = np.random.default_rng(seed)
+    weight = torch.from_numpy(rng.normal(size=(rows, columns)).astype(np.float32))
+    made = QuantizedLayer(plain(quantize(weight, QuantSpec(int(rng.integers(2, 9)), "channel"))), None)
+    codes = rng.integers(0, 256, (tokens, columns), dtype=np.uint8)
+    integers = integer_weight(made)
+    expected = codes.astype(np.int64) @ torch.cat([integers.codes, integers.right]).numpy().astype(np.int64).T
+    for module in modules(made, None, QuantSpec(8, "token")).values():
+        assert np.array_equal(module.product(torch.from_numpy(codes)).numpy(), expected.astype(np.float32))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 4), st.sampled_from([1, 2, 8, 16]), st.integers(2, 8), st.integers(0, 10 ** 6))
+def test_two_level_weights_expand_to_int8(rows, groups, size, bits, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, groups * size, generator=generator) * torch.exp(2 * torch.randn(rows, groups * size, generator=generator))
+    weight[0, 0] = 0.0
+    made = quantize_weight(weight, QuantSpec(bits, "group", size, "two-level"))
+    integers = (made.codes.unflatten(1, (groups, -1)).double() - made.zero) * made.scale
+    assert int(made.codes.max()) < 2 ** bits and integers.abs().max() <= 127
+    for whole, low, high in ((made.scale, 1, 127), (made.zero, 0, 2 ** bits - 1)):
+        assert torch.equal(whole, whole.round()) and low <= whole.min() and whole.max() <= high
+    assert torch.equal(made.step, made.step.bfloat16().float())
+    assert torch.equal(integer_weight(QuantizedLayer(plain(made), None)).codes.double(), integers.flatten(1))
+    assert torch.equal(made.dequantize(), (integers.flatten(1) * made.step).float())
+
+
+def test_two_level_scales_lose_little_against_floating_ones():
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(128, 512, generator=generator) * torch.exp(0.5 * torch.randn(1, 512, generator=generator))
+    floating = (quantize(weight, QuantSpec(4, "group", 64)).dequantize() - weight).norm()
+    assert (quantize_weight(weight, TWO_LEVEL).dequantize() - weight).norm() < 1.02 * floating
+
+
+def test_importance_moves_the_error_to_where_it_costs_less():
+    generator = torch.Generator().manual_seed(2)
+    weight, cost = torch.randn(64, 128, generator=generator), torch.exp(2 * torch.randn(128, generator=generator))
+
+    def loss(made):
+        return ((made.dequantize() - weight).square() * cost).sum()
+    assert loss(quantize_weight(weight, TWO_LEVEL, cost)) < 0.99 * loss(quantize_weight(weight, TWO_LEVEL))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_weight_only_layer_keeps_its_input(bits):
+    weight = torch.randn(60, 40)
+    made = QuantizedLayer(plain(quantize(weight, QuantSpec(bits, "channel"))), None, torch.rand(60) + 0.5)
+    bias, x, off = torch.randn(60), torch.randn(3, 40) * torch.tensor([[1.0], [100.0], [0.0]]), QuantSpec(16, "token")
+    expected = QuantLinear(made, bias, off)(x)
+    assert relative(OneDNNWeightOnly(integer_weight(made), bias, None, off)(x), expected) < 1e-6
+
+
+def quantised(recipe, bits, adaln_bits, model):
+    spec, layers = weight_spec(recipe, bits), {}
+    for i, (name, linear) in enumerate(block_linears(model).items()):
+        smooth = None if recipe.balance == "none" else torch.exp(torch.randn(linear.in_features, generator=torch.Generator().manual_seed(i)))
+        weight = linear.weight if smooth is None else linear.weight * smooth
+        found = lowrank_quantize(weight, spec, 2 if recipe.rank is None else 0, 2, "best", "fast")
+        layers[name] = QuantizedLayer(found.integer_branch(weight), smooth)
+    if adaln_bits < 16:
+        layers |= {name: QuantizedLayer(plain(quantize(linear.weight, QuantSpec(adaln_bits, "channel"))), None)
+                   for name, linear in modulation_linears(model).items()}
+    return layers
+
+
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("recipe_name, bits, adaln_bits", [("ditas", 4, 8), ("ditas", 8, 4), ("ditas", 4, 16), ("rtn", 8, 16), ("smoothquant", 4, 8)])
+def test_whole_models_agree_folded_or_not(recipe_name, bits, adaln_bits, folded):
+    recipe = RECIPES[recipe_name]
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([5, 900]), torch.tensor([1, 10])
+
+    def output(backend, dtype=torch.float32, packed=False):
+        model = random_model(depth=1)
+        layers = quantised(recipe, bits, adaln_bits, model)
+        return install(model, fold(model, layers) if folded else layers, act_spec(recipe, 8), backend, dtype, packed=packed)(*inputs)
+
+    fake = output("fake")
+    for backend in ({"backend": "reference"}, {"backend": "integer"}, {"backend": "integer", "packed": True}):
+        assert relative(output(**backend), fake) < 1e-3  # one code of an input may flip on a float32 tie
+        assert relative(output(**backend, dtype=torch.bfloat16), output("fake", torch.bfloat16)) < 3e-2
+    assert relative(output("fake", torch.bfloat16), fake) < 5e-2
+
+
+def test_folding_changes_no_code():
+    model = random_model(depth=1)
+    before = quantised(RECIPES["ditas"], 4, 8, model)
+    after = fold(model, before)
+    assert before.keys() == after.keys() and sum(each.rows is not None for each in after.values()) == 2  # adaLN and qkv
+    for name, each in after.items():
+        assert torch.equal(each.weight.weight.codes, before[name].weight.weight.codes)
+        assert torch.equal(integer_weight(each).codes, integer_weight(before[name]).codes)
+
+
+@pytest.mark.parametrize("recipe, act_bits, message", [
+    (RECIPES["ditas"], 16, "--act-bit 16"),
+    (RECIPES["ditas-published"], 8, "use recipe ditas"),
+    (replace(RECIPES["ditas"], weight_scales="float"), 8, "--weight-scales two-level"),
+])
+def test_what_cannot_run_on_integers_says_why(recipe, act_bits, message):
+    model = random_model(depth=1)
+    layers = {name: QuantizedLayer(plain(quantize_weight(linear.weight, weight_spec(recipe, 4))), None) for name, linear in block_linears(model).items()}
+    act = act_spec(recipe, act_bits)
+    assert message in why_not(layers, act)
+    assert resolve("auto", layers, act, torch.device("cpu")) == "fake" == resolve("fake", layers, act, torch.device("cpu"))
+    with pytest.raises(UserError, match="cannot run this checkpoint"):
+        resolve("integer", layers, act, torch.device("cpu"))
+
+
+def test_a_processor_without_int8_falls_back_with_a_warning(monkeypatch, capsys):
+    layers = quantised(RECIPES["ditas"], 4, 16, random_model(depth=1))
+    act, device = act_spec(RECIPES["ditas"], 8), torch.device("cpu")
+    monkeypatch.setattr("quant.integer.cpu.supported", lambda: False)
+    assert resolve("auto", layers, act, device) == "fake" and capsys.readouterr().err == ""
+    assert resolve("integer", layers, act, device) == "fake" and "warning: no int8 instructions" in capsys.readouterr().err
+    monkeypatch.setattr("quant.integer.cpu.supported", lambda: True)
+    assert resolve("auto", layers, act, device) == resolve("integer", layers, act, device) == "integer"
+    assert isinstance(supported(), bool)
