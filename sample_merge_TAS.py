@@ -30,6 +30,7 @@ from diffusion.generate import batch_indices, generate_images, labels_for
 from download import load_decoder, load_model
 from models import ModelCard
 from quant import checkpoint
+from quant.backend import BACKENDS
 from quant.cli import Parser, add_model_flags, at_least, class_labels, find_card, run, user_value
 from quant.files import sha256, weights_sha256, writable_folder
 from sampling import manifest
@@ -73,13 +74,25 @@ def describe(args: argparse.Namespace) -> tuple[ModelCard, str, manifest.Setting
         "model": name, "image_size": image_size, "num_classes": num_classes, "steps": args.num_sampling_steps or "50"}
 
 
-def load(args: argparse.Namespace, card: ModelCard, about: manifest.Settings, device: torch.device) -> tuple[nn.Module, str]:
-    """The model and the SHA-256 of its weights."""
+def load(args: argparse.Namespace, card: ModelCard, about: manifest.Settings, ranks: Ranks, device: torch.device) -> tuple[nn.Module, manifest.Settings]:
+    """The model, and what to write down about it: the SHA-256 of its weights and what it computes in."""
+    dtype = getattr(torch, args.dtype)
     if args.path is not None:
         path = checkpoint.find(args.path)
-        return checkpoint.load(path, device, args.fold)[1], sha256(path)
-    model = load_model(about["model"], card, about["image_size"], about["num_classes"], args.ckpt, device)
-    return model, weights_sha256(model)
+        header = checkpoint.read_header(path)
+        backend = ranks.share("backend", lambda: checkpoint.backend_for(header, args.backend, device))
+        model, digest = checkpoint.load(path, device, args.fold, backend, dtype, args.cpu_weights == "packed")[1], sha256(path)
+    else:
+        if args.backend == "integer":
+            raise UserError("--backend integer needs a quantised checkpoint: give one with --path")
+        backend = "float"
+        model = load_model(about["model"], card, about["image_size"], about["num_classes"], args.ckpt, device)
+        digest = weights_sha256(model)
+        model = model.to(dtype)
+    if args.compile:
+        for block in model.blocks:  # they share one compilation
+            block.compile()
+    return model, {"weights_sha256": digest, "backend": backend, "dtype": args.dtype, "compile": args.compile}
 
 
 def parse_shard(text: str | None) -> tuple[int, int] | None:
@@ -152,12 +165,12 @@ def main(args: argparse.Namespace) -> None:
         else:
             named = {"random": None, "balanced": range(about["num_classes"])}
             listed = named[args.class_labels] if args.class_labels in named else class_labels(args.class_labels, about["num_classes"])
-            model, digest = load(args, card, about, state.device)
+            model, computed = load(args, card, about, ranks, state.device)
             decoder = load_decoder(card, args.vae, state.device)
             writable_folder(path)
-            settings = {**about, "weights_sha256": digest, "cfg_scale": args.cfg_scale, "sampler": args.sampler, "eta": args.eta,
+            settings = {**about, **computed, "cfg_scale": args.cfg_scale, "sampler": args.sampler, "eta": args.eta,
                         "seed": args.global_seed, "class_labels": args.class_labels, "decoder": decoder.name, "batch": args.per_proc_batch_size,
-                        "decode_batch": args.decode_batch_size, "threads": threads, "dtype": "float32", "backend": "fake",
+                        "decode_batch": args.decode_batch_size, "threads": threads,
                         "device": state.device.type, "tf32": args.tf32 and cuda, "torch": torch.__version__}
             step = partial(ddim_step, eta=args.eta) if args.sampler == "ddim" else ddpm_step
 
@@ -201,6 +214,12 @@ def make_parser() -> Parser:
     parser.add_argument("--global-seed", type=int, default=0, help="with an image's index, all that its noise depends on (default: 0)")
     parser.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 matrix products on NVIDIA GPUs (default: on)")
     parser.add_argument("--fold", action=argparse.BooleanOptionalAction, default=True, help="fold the smoothing factors (default: on)")
+    parser.add_argument("--backend", choices=BACKENDS, default="auto",
+                        help="fake simulates, integer computes on int8, auto (default) is integer where checkpoint and processor allow it")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of all that is not integer (default: float32)")
+    parser.add_argument("--compile", action="store_true", help="fuse what lies around the products; takes a minute at the start")
+    parser.add_argument("--cpu-weights", choices=("expanded", "packed"), default="expanded",
+                        help="of --backend integer on a CPU: int8 (default), or kept at 4 bits, smaller and slower; same images")
     parser.add_argument("--threads", type=int, help="CPU threads per process; part of what fixes an image's bytes on a CPU (default: all cores, shared)")
     return parser
 

@@ -1,29 +1,33 @@
 """Which arithmetic a quantised model runs in, and the modules for it."""
 import sys
+from functools import partial
 
 import torch
 from torch import nn
 
 from config import UserError
-from quant.integer.weight import integer_weight, nibbles, why_not
-from quant.linear import MODULATION, QuantizedLayer, QuantLinear
+from quant.integer.weight import integer_weight, nibbles
+from quant.linear import MODULATION, QuantizedLayer, QuantLinear, WeightOnlyLinear
 from quant.quantizer import OFF_BITS, QuantSpec
 
 BACKENDS = ("fake", "integer", "auto")
 OFF = QuantSpec(OFF_BITS, "token")
 
 
-def resolve(backend: str, layers: dict[str, QuantizedLayer], act: QuantSpec, device: torch.device) -> str:
-    """``fake`` or ``integer``. ``auto`` is integer where the layers allow it and the device is faster at it.
+def resolve(backend: str, reason: str | None, device: torch.device) -> str:
+    """``fake`` or ``integer``. ``auto`` is integer where the checkpoint allows it and the device has integer instructions.
 
     Warns on stderr where ``integer`` was asked for and the device has no integer instructions: there it is ``fake``.
 
+    Args:
+        reason: why the checkpoint cannot run on integers, if it cannot (see ``quant.integer.weight.why_not``).
+
     Raises:
-        UserError: ``integer`` was asked for and the layers do not allow it.
+        UserError: ``integer`` was asked for and there is such a reason.
     """
     if backend == "fake":
         return "fake"
-    if reason := why_not(layers, act):
+    if reason:
         if backend == "integer":
             raise UserError(f"--backend integer cannot run this checkpoint: {reason}, or --backend fake")
         return "fake"
@@ -53,8 +57,10 @@ def install(model: nn.Module, layers: dict[str, QuantizedLayer], act: QuantSpec,
         packed: on a CPU, keep integer weights at 4 bits and expand them in every call.
     """
     device = torch.device(device)
-    modules = {name: _module(layer, model.get_submodule(name).bias, OFF if name.endswith(MODULATION) else act, backend, dtype, device, packed)
-               for name, layer in layers.items()}
+    modules = {}
+    for name, layer in layers.items():
+        make = _weight_only if name.endswith(MODULATION) else partial(_linear, act=act)
+        modules[name] = make(layer, model.get_submodule(name).bias, backend=backend, dtype=dtype, device=device, packed=packed)
     for name in layers:
         model.set_submodule(name, nn.Identity())
     model = model.to(device, dtype)
@@ -63,22 +69,28 @@ def install(model: nn.Module, layers: dict[str, QuantizedLayer], act: QuantSpec,
     return model.eval()
 
 
-def _module(layer: QuantizedLayer, bias: torch.Tensor | None, act: QuantSpec, backend: str, dtype: torch.dtype, device: torch.device,
+def _weight_only(layer: QuantizedLayer, bias: torch.Tensor | None, backend: str, dtype: torch.dtype, device: torch.device, packed: bool) -> nn.Module:
+    if backend == "integer" and device.type == "cpu":
+        from quant.integer.cpu import OneDNNWeightOnly
+        return OneDNNWeightOnly(integer_weight(layer), bias)
+    if backend == "integer":
+        from quant.integer.cuda import ExpandedWeightOnly
+        return ExpandedWeightOnly(integer_weight(layer), bias)
+    return WeightOnlyLinear(layer, bias) if dtype == torch.float32 else QuantLinear(layer, bias, OFF, dtype)
+
+
+def _linear(layer: QuantizedLayer, bias: torch.Tensor | None, act: QuantSpec, backend: str, dtype: torch.dtype, device: torch.device,
             packed: bool) -> nn.Module:
     if backend == "fake":
         return QuantLinear(layer, bias, act, dtype)
-    weight = integer_weight(layer)
+    weight, half = integer_weight(layer), nibbles(layer)
     if backend == "reference":
-        from quant.integer.linear import ReferenceLinear, WeightOnlyLinear
-        return WeightOnlyLinear(weight, bias) if act.bits == OFF_BITS else ReferenceLinear(weight, bias, layer.smooth, act)
-    half = nibbles(layer)
+        from quant.integer.linear import ReferenceLinear
+        return ReferenceLinear(weight, bias, layer.smooth, act)
     if device.type == "cuda":
         from quant.integer.cuda import TritonLinear
-        from quant.integer.linear import WeightOnlyLinear
-        return WeightOnlyLinear(weight, bias) if act.bits == OFF_BITS else TritonLinear(weight, half, bias, layer.smooth, act)
-    from quant.integer.cpu import OneDNNLinear, OneDNNNibbleLinear, OneDNNWeightOnly
-    if act.bits == OFF_BITS:
-        return OneDNNWeightOnly(weight, bias, layer.smooth, act)
+        return TritonLinear(weight, half, bias, layer.smooth, act)
+    from quant.integer.cpu import OneDNNLinear, OneDNNNibbleLinear
     if packed and half is not None:
         return OneDNNNibbleLinear(weight, half, bias, layer.smooth, act)
     return OneDNNLinear(weight, bias, layer.smooth, act)

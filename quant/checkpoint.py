@@ -21,6 +21,7 @@ from download import load_into
 from models import DiT_models
 from quant.backend import install, resolve
 from quant.files import atomic
+from quant.integer.weight import why_not
 from quant.linear import QuantizedLayer, block_linears, modulation_linears
 from quant.lowrank import LowRankWeight
 from quant.merge import fold
@@ -170,7 +171,7 @@ def read(path: Path) -> tuple[Header, nn.Module, dict[str, QuantizedLayer]]:
             model = DiT_models[header.model].build(header.image_size, header.num_classes)
         specs = dict.fromkeys(block_linears(model), weight_spec(header.recipe, header.weight_bit))
         if header.recipe.adaln_bits != OFF_BITS:
-            specs |= dict.fromkeys(modulation_linears(model), adaln_spec(header.recipe))
+            specs |= {name: adaln_spec(header.recipe.adaln_bits, linear.in_features) for name, linear in modulation_linears(model).items()}
         layers = {name: _read_layer(tensors, name, model.get_submodule(name).weight.shape, spec) for name, spec in specs.items()}
         for name in layers:  # the float weights are not there, and not needed: keep the skeleton without them
             model.get_submodule(name).weight = None
@@ -180,20 +181,30 @@ def read(path: Path) -> tuple[Header, nn.Module, dict[str, QuantizedLayer]]:
     return header, model, layers
 
 
+def backend_for(header: Header, backend: str, device: torch.device) -> str:
+    """``quant.backend.resolve`` for a checkpoint.
+
+    Raises:
+        UserError: ``integer`` was asked for and the checkpoint cannot run on it.
+    """
+    reason = why_not(weight_spec(header.recipe, header.weight_bit), act_spec(header.recipe, header.act_bit))
+    if header.format_version == 1 and header.recipe.rank != 0:
+        reason = reason or "its low-rank branch is of an older format: quantise again with this QuantDiT.py"
+    return resolve(backend, reason, device)
+
+
 def load(path: Path, device: torch.device | str = "cpu", folded: bool = False, backend: str = "fake", dtype: torch.dtype = torch.float32,
          packed: bool = False) -> tuple[Header, nn.Module]:
     """Header and a model to sample from.
 
     Args:
         folded: fold the smoothing factors (see ``quant.merge``).
-        backend: ``fake``, ``integer`` or ``auto``; dtype, packed: as in ``quant.backend.install``.
+        backend, dtype, packed: as in ``quant.backend.install``.
 
     Raises:
-        UserError: as ``read``, or the checkpoint cannot run on ``backend``.
+        UserError: as ``read``.
     """
     header, model, layers = read(path)
-    act = act_spec(header.recipe, header.act_bit)
-    chosen = backend if backend == "reference" else resolve(backend, layers, act, torch.device(device))
     if folded:
         layers = fold(model, layers)
-    return header, install(model, layers, act, chosen, dtype, device, packed)
+    return header, install(model, layers, act_spec(header.recipe, header.act_bit), backend, dtype, device, packed)

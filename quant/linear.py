@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quant.lowrank import LowRankWeight
-from quant.quantizer import QuantSpec, fake_quantize
+from quant.quantizer import OFF_BITS, QuantSpec, signed_codes
 
 BLOCK_LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 MODULATION = "adaLN_modulation.1"
@@ -35,10 +35,19 @@ class QuantizedLayer:
     smooth: Tensor | None
     rows: Tensor | None = None
 
-    def dense(self) -> Tensor:
-        """(O, I) float32, seen from the divided input."""
-        weight = self.weight.dense()
-        return weight if self.rows is None else weight * self.rows[:, None]
+    def factored(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """V (O, I), step (O,), L (O, r) and R (r, I) such that the weight is ``diag(step) V + L R``.
+
+        V holds integers where the layout allows it; elsewhere it is the whole weight, step is None and the rank 0.
+        """
+        found = self.weight.weight.integers()
+        if found is None:
+            dense = self.weight.dense()
+            empty = dense.new_zeros(len(dense), 0), dense.new_zeros(0, dense.shape[1])
+            return (dense if self.rows is None else dense * self.rows[:, None]), None, *empty
+        values, step = found
+        rows = torch.ones_like(step) if self.rows is None else self.rows
+        return values, step * rows, self.weight.left * rows[:, None], self.weight.right
 
     def divide_rows(self, rows: slice, factors: Tensor) -> "QuantizedLayer":
         """The same with these output channels divided by ``factors``."""
@@ -50,20 +59,77 @@ class QuantizedLayer:
 class QuantLinear(nn.Module):
     """``y = Qa(x / s) (W_hat + L R)^T + b`` with simulated quantisation (DiTAS, eq. 3).
 
-    The low-rank branch sees the quantised activation, so it is added to the weight once. Buffers: ``weight`` (O, I) of type ``dtype``,
-    ``bias`` (O,) or None, ``smooth`` (I,) float32 or None. Input (..., T, I), output (..., T, O), both of type ``dtype``; ranges and
-    codes are float32 work.
+    The low-rank branch sees the quantised activation. The floating product is of integer values, as far as the weight's layout has
+    them, and scales come after it: sums below 2^24 are exact in float32, so that integer arithmetic gives the same up to the last
+    bits. Input (..., T, I) and output (..., T, O) are of type ``dtype``; ranges, codes and what follows the product are float32 work.
+
+    Buffers: ``weight`` (O + r, I) of type ``dtype``, V above R; ``step`` (O,) or None, ``left`` (O, r), ``smooth`` (I,) or None,
+    ``bias`` (O,) or None, all float32.
     """
 
     def __init__(self, layer: QuantizedLayer, bias: Tensor | None, act: QuantSpec, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.register_buffer("weight", layer.dense().to(dtype))
-        self.register_buffer("bias", None if bias is None else bias.detach().to(dtype, copy=True))
-        self.register_buffer("smooth", layer.smooth)
+        values, step, left, right = layer.factored()
+        for name, value in {"weight": torch.cat([values, right]).to(dtype), "step": step, "left": left, "smooth": layer.smooth,
+                            "bias": None if bias is None else bias.detach().float().clone()}.items():
+            self.register_buffer(name, value)
         self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
-        values = x.float()
+        values, scale = x.float(), None
         if self.smooth is not None:
             values = values / self.smooth
-        return F.linear(fake_quantize(values, self.act).to(x.dtype), self.weight, self.bias)
+        if self.act.bits != OFF_BITS:
+            values, scale, _ = signed_codes(values, self.act)
+        sums = F.linear(values.to(x.dtype), self.weight)
+        return scaled(sums, self.step, self.left, scale, self.bias).to(x.dtype)
+
+
+def scaled(sums: Tensor, step: Tensor | None, left: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """What follows a product with V above R: ``((sums_V step) + sums_R L^T) scale + bias``.
+
+    Args:
+        sums: (..., T, O + r or more); the others as in ``QuantLinear``, None for ones (bias: zeros); scale broadcasts with (..., T, 1).
+    """
+    rows, rank = left.shape
+    y = sums[..., :rows].float() if step is None else sums[..., :rows] * step
+    if rank:
+        y = y + F.linear(sums[..., rows:rows + rank].to(left.dtype), left)
+    if scale is not None:
+        y = y * scale
+    return y if bias is None else y + bias
+
+
+class WeightOnlyLinear(nn.Module):
+    """A linear with a quantised weight and an input (N, I) that stays in floating point: adaLN modulation.
+
+    The input enters the product as three base-256 digits, 24 bits in all, as many as float32 holds; so the product is one of small
+    integers, exact in float32 below 2^24, and any backend gets the same. For few rows, where reading the weight is what takes time.
+
+    Buffers: ``weight`` (O + r, I) float32, V above R of ``QuantizedLayer.factored``; ``sums`` (O + r,), of its rows; the others as in ``QuantLinear``.
+    """
+
+    DIGITS = 3
+
+    def __init__(self, layer: QuantizedLayer, bias: Tensor | None):
+        super().__init__()
+        values, step, left, right = layer.factored()
+        weight = torch.cat([values, right])
+        for name, value in {"weight": weight, "sums": weight.sum(1), "step": step, "left": left,
+                            "bias": None if bias is None else bias.detach().float().clone()}.items():
+            self.register_buffer(name, value)
+
+    def product(self, digits: Tensor) -> Tensor:
+        """Sums of products of ``digits`` (M, I) uint8 with the weight's rows, (M, O + r) float32."""
+        return F.linear(digits.float(), self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = x.double()
+        low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
+        scale = (high - low) / (256 ** self.DIGITS - 1)
+        scale = torch.where(scale == 0, 1.0, scale)
+        zero = -(low / scale).round()
+        whole = ((values / scale).round() + zero).to(torch.int64)
+        digits = torch.cat([(whole >> 8 * i) & 255 for i in range(self.DIGITS)]).to(torch.uint8)  # (3N, I)
+        sums = sum(part.double() * 256 ** i for i, part in enumerate(self.product(digits).chunk(self.DIGITS)))
+        return scaled(sums - zero * self.sums, self.step, self.left.double(), scale, self.bias).to(x.dtype)

@@ -12,9 +12,10 @@ from diffusion import Schedule
 from quant.calibrate import Trajectory, record, replay
 from quant.linear import QuantizedLayer, block_linears, modulation_linears
 from quant.lowrank import LowRankWeight, lowrank_quantize, plain
-from quant.quantizer import OFF_BITS, QuantSpec, grouped, quantize
+from quant.quantizer import OFF_BITS, QuantSpec, grouped
 from quant.search import AlphaSearch
 from quant.smoothing import aggregate, check_step, smoothing_factors
+from quant.twolevel import quantize_weight
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,9 @@ def weight_spec(recipe: Recipe, bits: int) -> QuantSpec:
     return QuantSpec(bits, recipe.weight_granularity, recipe.weight_group, convention)
 
 
-def adaln_spec(recipe: Recipe) -> QuantSpec:
-    return QuantSpec(recipe.adaln_bits, "channel")
+def adaln_spec(bits: int, columns: int) -> QuantSpec:
+    """Of a modulation with ``columns`` inputs: one group per output channel, integers of at most 127."""
+    return QuantSpec(bits, "group", columns, "two-level")
 
 
 def act_spec(recipe: Recipe, bits: int) -> QuantSpec:
@@ -87,7 +89,7 @@ def quantize_model(model: nn.Module, recipe: Recipe, weight_bits: int, act_bits:
 
     modulation = {}
     if recipe.adaln_bits != OFF_BITS:
-        modulation = {name: QuantizedLayer(plain(quantize(linear.weight, adaln_spec(recipe))), None)
+        modulation = {name: QuantizedLayer(plain(quantize_weight(linear.weight, adaln_spec(recipe.adaln_bits, linear.in_features))), None)
                       for name, linear in modulation_linears(model).items()}
     if recipe.balance == "none":
         weights = lowrank_all({})

@@ -119,11 +119,22 @@ class Quantized:
     spec: QuantSpec
     step: Tensor | None = None
 
+    def integers(self) -> tuple[Tensor, Tensor] | None:
+        """Integer-valued weights (O, I) and what each row of them is multiplied by, (O,), float32; None where columns differ in scale."""
+        if self.step is None and self.spec.granularity != "channel":
+            return None
+        view, _ = grouped(self.codes, self.spec)
+        if self.step is None:
+            return view - self.zero, self.scale.flatten()
+        return ((view - self.zero) * self.scale).reshape(self.codes.shape), self.step.flatten()
+
     def dequantize(self) -> Tensor:
         """The values, float32, the shape of ``codes``."""
+        if self.step is not None:
+            values, step = self.integers()
+            return values * step[:, None]
         view, _ = grouped(self.codes, self.spec)
-        values = ((view.to(self.scale.dtype) - self.zero) * self.scale).reshape(self.codes.shape)
-        return values if self.step is None else values * self.step
+        return ((view.to(self.scale.dtype) - self.zero) * self.scale).reshape(self.codes.shape)
 
     def scale_columns(self, factors: Tensor) -> "Quantized":
         """The same codes for ``W diag(factors)``; only for groups that never span input channels (``strided``)."""
@@ -146,27 +157,22 @@ def quantize(x: Tensor, spec: QuantSpec) -> Quantized:
     return Quantized(codes.to(torch.uint8).reshape(x.shape), scale, zero, spec)
 
 
+def signed_codes(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``fake_quantize`` multiplies: integer-valued ``q - z`` of the shape of ``x``, their scale, and z, all float32.
+
+    Scale and zero broadcast with x (..., T, I). NaN leads to a scale of NaN.
+    """
+    view, dims = grouped(x, spec)
+    scale, zero = scale_and_zero(view.amin(dims, keepdim=True), view.amax(dims, keepdim=True), spec)
+    return signed_codes_(view / scale, zero, spec), scale, zero
+
+
 def fake_quantize(x: Tensor, spec: QuantSpec) -> Tensor:
     """``dequantize(quantize(x))`` in one go, float32, without the check for NaN (which passes through)."""
     if spec.bits == OFF_BITS:
         return x
-    view, dims = grouped(x, spec)
-    scale, zero = scale_and_zero(view.amin(dims, keepdim=True), view.amax(dims, keepdim=True), spec)
-    return signed_codes_(view / scale, zero, spec).mul_(scale).reshape(x.shape)
-
-
-def activation_codes(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """The uint8 codes of which ``fake_quantize`` gives the values, for activations of at most 8 bits.
-
-    Args:
-        x: (..., T, I) float32; NaN leads to a scale of NaN.
-
-    Returns:
-        Codes of that shape, scale and zero, float32, that broadcast with them.
-    """
-    view, dims = grouped(x, spec)
-    scale, zero = scale_and_zero(view.amin(dims, keepdim=True), view.amax(dims, keepdim=True), spec)
-    return signed_codes_(view / scale, zero, spec).add_(zero).to(torch.uint8), scale, zero
+    values, scale, _ = signed_codes(x, spec)
+    return values.mul_(scale).reshape(x.shape)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

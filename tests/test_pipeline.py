@@ -76,20 +76,26 @@ def golden_layers(weight_of) -> dict[str, QuantizedLayer]:
 
 def test_folding_the_golden_tensors_gives_the_golden_merged_ones():
     values = golden("ditas")
-    quantised = folded(golden_model(), golden_layers(lambda v, n: v[f"{n}/quant_weight"]), act_spec(RECIPE, 8))
-    low_rank = folded(golden_model(), golden_layers(lambda v, n: v[f"{n}/lora_left"] @ v[f"{n}/right"]), act_spec(RECIPE, 8))
+    model = golden_model()
+    quantised = fold(model, golden_layers(lambda v, n: v[f"{n}/quant_weight"]))
+    low_rank = fold(golden_model(), golden_layers(lambda v, n: v[f"{n}/lora_left"] @ v[f"{n}/right"]))
     seen = 0
+
+    def weight(layer):
+        values, step, left, right = layer.factored()
+        return values * step[:, None] + left @ right
+
     for key, expected in values.items():
         if not key.startswith("merged/"):
             continue
         name = key.removeprefix("merged/")
         if name.endswith("quant.weight"):
-            got = quantised.get_buffer(name.replace(".quant.", "."))
+            got = weight(quantised[name.removesuffix(".quant.weight")])
         elif name.endswith("left.weight"):
             layer = name.removesuffix(".left.weight")
-            got, expected = low_rank.get_buffer(f"{layer}.weight"), expected @ values[f"{layer}/right"]
+            got, expected = weight(low_rank[layer]), expected @ values[f"{layer}/right"]
         else:
-            got = quantised.state_dict()[name]
+            got = model.state_dict()[name]
         assert relative(got, expected) < 1e-5, name
         seen += 1
     assert seen == 12

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quant.linear import QuantizedLayer
-from quant.quantizer import OFF_BITS, Quantized, QuantSpec
+from quant.quantizer import OFF_BITS, QuantSpec
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class IntegerWeight:
     right: Tensor
 
     @property
-    def sums(self) -> tuple[Tensor, Tensor]:
-        """``a`` (O,) and ``b`` (r,), float32."""
-        return self.codes.sum(1, dtype=torch.int32).float(), self.right.sum(1, dtype=torch.int32).float()
+    def sums(self) -> Tensor:
+        """a and b side by side, (O + r,) float32."""
+        return torch.cat([self.codes, self.right]).sum(1, dtype=torch.int32).float()
 
 
 @dataclass(frozen=True)
@@ -50,44 +50,30 @@ class Nibbles:
         return ((codes.unflatten(1, (self.zero.shape[1], -1)) - self.zero) * self.scale).flatten(1)
 
 
-def why_not(layers: dict[str, QuantizedLayer], act: QuantSpec) -> str | None:
-    """Why these layers cannot run on integers, and what to use instead; None if they can."""
-    weight = next(iter(layers.values())).weight.weight
+def why_not(weight: QuantSpec, act: QuantSpec) -> str | None:
+    """Why layers quantised like this cannot run on integers, and what to use instead; None if they can."""
     if act.bits == OFF_BITS:
         return "its activations are not quantised (--act-bit 16): quantise with --act-bit 4 to 8"
-    if act.granularity not in ("token", "image") or weight.spec.granularity == "strided":
+    if act.granularity not in ("token", "image") or weight.granularity == "strided":
         return "scales of the published layout vary along the inputs of one product and with the batch: use recipe ditas, rtn or smoothquant"
-    if weight.spec.granularity == "group" and weight.step is None:
+    if weight.granularity == "group" and weight.convention != "two-level":
         return "its groups have floating scales (an older file, or --weight-scales float): quantise again with --weight-scales two-level"
     return None
 
 
 def integer_weight(layer: QuantizedLayer) -> IntegerWeight:
     """Raises:
-        ValueError: the layout has no integer form (see ``why_not``).
+        ValueError: the layout has no integer form (see ``why_not``), or the low-rank branch no integer factor.
     """
-    quantized, left, right = layer.weight.weight, layer.weight.left, layer.weight.right
-    values, step = _values(quantized)
+    values, step, left, right = layer.factored()
+    if step is None or not torch.equal(right, right.round()):
+        raise ValueError("this weight has no integer form (see quant.integer.weight.why_not and LowRankWeight.integer_branch)")
     if values.max() > 127 or values.min() < -128:
-        zero = quantized.zero.reshape(-1, 1)
-        values = quantized.codes.to(torch.int16) - 128
-        left = torch.cat([left, (128 - zero) * step[:, None]], 1)
-        right = torch.cat([right, torch.ones_like(right[:1]) if len(right) else right.new_ones(1, right.shape[1])])
-    if layer.rows is not None:
-        step, left = step * layer.rows, left * layer.rows[:, None]
-    if not torch.equal(right, right.round()):
-        raise ValueError("the low-rank branch has no integer factor: quantise again with this QuantDiT.py")
+        quantized = layer.weight.weight
+        values = quantized.codes.float() - 128
+        left = torch.cat([left, (128 - quantized.zero.reshape(-1, 1)) * step[:, None]], 1)
+        right = torch.cat([right, right.new_ones(1, right.shape[1])])
     return IntegerWeight(values.to(torch.int8), step, left, right.to(torch.int8))
-
-
-def _values(quantized: Quantized) -> tuple[Tensor, Tensor]:
-    """``q - z``, times the integer scale of its group if it has one, (O, I) int16, and what is left of the scale, (O,) float32."""
-    if quantized.step is not None:
-        groups = (quantized.codes.unflatten(1, (quantized.scale.shape[1], -1)).to(torch.int16) - quantized.zero.to(torch.int16))
-        return (groups * quantized.scale.to(torch.int16)).flatten(1), quantized.step.flatten()
-    if quantized.spec.granularity != "channel":
-        raise ValueError(f"granularity {quantized.spec.granularity!r} with floating scales has no integer form")
-    return quantized.codes.to(torch.int16) - quantized.zero.to(torch.int16), quantized.scale.flatten()
 
 
 def nibbles(layer: QuantizedLayer) -> Nibbles | None:
