@@ -46,7 +46,7 @@ from report.page import Figure, Section, html_table, write_page
 SCRIPTS = Path(__file__).parent
 LPIPS_SIZE = 64  # pixels per side that its network needs
 SHOWN = 12  # images per row of the picture
-OVERRIDES = ("rank", "group-size", "svd", "smooth-timestep", "class-labels")
+OVERRIDES = ("rank", "group-size", "weight-scales", "adaln-weight-bit", "svd", "smooth-timestep", "class-labels")
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class Comparison:
             seconds = self.quantise(job, quantise, path)
         sample = model_words if job.words is None else ["--path", str(path), "--num-sampling-steps", self.steps]
         sample = [*sample, "--per-proc-batch-size", str(args.per_proc_batch_size), "--cfg-scale", repr(args.cfg_scale), "--global-seed",
-                  str(args.global_seed), "--vae", args.vae, "--threads", str(args.threads), "--no-tf32"]
+                  str(args.global_seed), "--vae", args.vae, "--threads", str(args.threads), "--no-tf32", "--backend", "fake"]
         sample += ["--decode-batch-size", str(args.decode_batch_size)] if args.decode_batch_size else []
         made_from = [sha256(path)] if quantise else [identity(file) for file in source[1:]]
         images_key = [*quantise, *sample, *made_from, torch.__version__, self.device.type]

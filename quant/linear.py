@@ -10,6 +10,7 @@ from quant.quantizer import OFF_BITS, QuantSpec, signed_codes
 
 BLOCK_LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 MODULATION = "adaLN_modulation.1"
+DIGITS = 3  # of base 256 in the input of a weight-only layer: 24 bits, as many as float32 holds
 
 
 def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -109,8 +110,6 @@ class WeightOnlyLinear(nn.Module):
     Buffers: ``weight`` (O + r, I) float32, V above R of ``QuantizedLayer.factored``; ``sums`` (O + r,), of its rows; the others as in ``QuantLinear``.
     """
 
-    DIGITS = 3
-
     def __init__(self, layer: QuantizedLayer, bias: Tensor | None):
         super().__init__()
         values, step, left, right = layer.factored()
@@ -124,12 +123,38 @@ class WeightOnlyLinear(nn.Module):
         return F.linear(digits.float(), self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        values = x.double()
-        low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
-        scale = (high - low) / (256 ** self.DIGITS - 1)
-        scale = torch.where(scale == 0, 1.0, scale)
-        zero = -(low / scale).round()
-        whole = ((values / scale).round() + zero).to(torch.int64)
-        digits = torch.cat([(whole >> 8 * i) & 255 for i in range(self.DIGITS)]).to(torch.uint8)  # (3N, I)
-        sums = sum(part.double() * 256 ** i for i, part in enumerate(self.product(digits).chunk(self.DIGITS)))
-        return scaled(sums - zero * self.sums, self.step, self.left.double(), scale, self.bias).to(x.dtype)
+        digits, scale, zero = to_digits(x)
+        return from_digits(self.product(digits), scale, zero, self.sums, self.step, self.left, self.bias, x.dtype)
+
+
+# Operators of their own: otherwise torch.compile repeats this double-precision work for every token that the result modulates.
+
+@torch.library.custom_op("ditas::to_digits", mutates_args=())
+def to_digits(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``x`` (N, I) as base-256 digits, least significant first, (DIGITS * N, I) uint8; scale and zero (N, 1) float64."""
+    values = x.double()
+    low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
+    scale = (high - low) / (256 ** DIGITS - 1)
+    scale = torch.where(scale == 0, 1.0, scale)
+    zero = -(low / scale).round()
+    whole = ((values / scale).round() + zero).to(torch.int64)
+    return torch.cat([(whole >> 8 * i) & 255 for i in range(DIGITS)]).to(torch.uint8), scale, zero
+
+
+@to_digits.register_fake
+def _(x):
+    scale = x.new_empty(len(x), 1, dtype=torch.float64)
+    return x.new_empty(DIGITS * len(x), x.shape[1], dtype=torch.uint8), scale, torch.empty_like(scale)
+
+
+@torch.library.custom_op("ditas::from_digits", mutates_args=())
+def from_digits(sums: Tensor, scale: Tensor, zero: Tensor, weight_sums: Tensor, step: Tensor, left: Tensor, bias: Tensor | None,
+                dtype: torch.dtype) -> Tensor:
+    """Outputs (N, O) from the sums (DIGITS * N, O + r) of products with the digits."""
+    whole = sum(part.double() * 256 ** i for i, part in enumerate(sums.chunk(DIGITS)))
+    return scaled(whole - zero * weight_sums, step, left.double(), scale, bias).to(dtype)
+
+
+@from_digits.register_fake
+def _(sums, scale, zero, weight_sums, step, left, bias, dtype):
+    return sums.new_empty(len(scale), len(left), dtype=dtype)

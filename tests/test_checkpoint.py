@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from quant import checkpoint
 from quant.backend import install
 from quant.linear import block_linears
 from quant.pipeline import Start, act_spec, quantize_model
+from quant.quantizer import pack
 
 MODEL = "DiT-Digits"
 
@@ -38,7 +40,8 @@ def header(recipe_name, weight_bit, act_bit=8, **kwargs):
 
 def quantised(recipe_name, weight_bit):
     noise = ImageNoise(0, range(2), (4, 8, 8))
-    return quantize_model(digits_model(), RECIPES[recipe_name], weight_bit, 8, make_schedule("2"), Start(noise(), noise, torch.arange(2)))
+    recipe = replace(RECIPES[recipe_name], rounds=2)  # for speed; what matters here is what is written
+    return quantize_model(digits_model(), recipe, weight_bit, 8, make_schedule("2"), Start(noise(), noise, torch.arange(2)))
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +159,38 @@ def test_a_failed_write_leaves_nothing(saved, tmp_path, monkeypatch):
 
 def test_default_names_say_what_was_done():
     assert checkpoint.default_name("DiT-XL/2", 256, config.weight_bit, config.act_bit, "ditas") == "DiT-XL-2-256-W4A8-ditas.safetensors"
+
+
+def test_an_older_format_is_still_read(saved, tmp_path):
+    """Format 1: zero points in a byte each, float32 scales and factors, no integer steps, adaLN in float32."""
+    name = "blocks.2.mlp.fc1"
+    recipe = replace(RECIPES["ditas"], weight_scales="float", adaln_bits=16)
+    noise = ImageNoise(0, range(2), (4, 8, 8))
+    layers = quantize_model(digits_model(), recipe, 4, 8, make_schedule("2"), Start(noise(), noise, torch.arange(2))).layers
+    tensors = {key: value for key, value in digits_model().state_dict().items() if key.removesuffix(".weight") not in layers}
+    for key, layer in layers.items():
+        weight = layer.weight.weight
+        tensors |= {f"{key}.codes": pack(weight.codes, 4), f"{key}.scale": weight.scale, f"{key}.zero": weight.zero.to(torch.uint8),
+                    f"{key}.left": layer.weight.left, f"{key}.right": layer.weight.right / 3, f"{key}.smooth": layer.smooth}
+    fields = asdict(header("ditas", 4, recipe=recipe, format_version=1))
+    del fields["recipe"]["weight_scales"], fields["recipe"]["adaln_bits"]
+    tensors = {key: value.contiguous() for key, value in tensors.items()}
+    save_file(tensors, tmp_path / "old.safetensors", metadata={"ditas": json.dumps(fields)})
+    back, _, read = checkpoint.read(tmp_path / "old.safetensors")
+    assert back.recipe == recipe and read.keys() == layers.keys()
+    expected = layers[name].weight
+    assert torch.allclose(read[name].weight.dense(), expected.weight.dequantize() + expected.left @ expected.right / 3)
+    assert checkpoint.backend_for(back, "auto", torch.device("cpu")) == "fake"
+    with pytest.raises(UserError, match="quantise again with --weight-scales two-level"):
+        checkpoint.backend_for(back, "integer", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("adaln_bits, share", [(16, 2.0), (8, 1.0), (4, 0.5)])
+def test_modulation_takes_its_share_of_the_file(tmp_path, adaln_bits, share):
+    recipe = replace(RECIPES["rtn"], adaln_bits=adaln_bits)
+    layers = quantize_model(digits_model(), recipe, 4, 8, make_schedule("2"), None).layers
+    checkpoint.save(tmp_path / "model.safetensors", digits_model(), layers, header("rtn", 4, recipe=recipe))
+    sizes = [value.numel() * value.element_size() for key, value in load_file(tmp_path / "model.safetensors").items()
+             if key.startswith("blocks.1.adaLN_modulation.1.") and key.endswith(("codes", "weight"))]
+    assert sizes == [share * 6 * 128 * 128]
+    assert checkpoint.load(tmp_path / "model.safetensors")[0].recipe.adaln_bits == adaln_bits

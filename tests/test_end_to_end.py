@@ -1,4 +1,5 @@
 """Whole runs of the two scripts, as a user starts them."""
+import json
 import os
 import subprocess
 import sys
@@ -85,6 +86,22 @@ def test_unfolded_and_float_sampling(quantised):
     assert np.abs(images["folded"] - images["unfolded"]).mean() < 1  # codes may flip where float32 rounds differently
     assert 0 < np.abs(images["folded"] - images["float"]).mean() < 20
     assert images["ddim"].std() > 40
+
+
+def test_integer_arithmetic_makes_the_same_images(quantised):
+    folder, _ = quantised
+    images, settings = {}, {}
+    for key, argv in {"fake": ("--backend", "fake"), "integer": ("--backend", "integer"), "packed": ("--backend", "integer", "--cpu-weights", "packed"),
+                      "bfloat16": ("--backend", "integer", "--dtype", "bfloat16")}.items():
+        script("sample_merge_TAS.py", "--path", "results/DiT-Digits-16-W4A8-ditas", *argv, "--num-sampling-steps", 50, "--num-fid-samples", 16,
+               "--per-proc-batch-size", 16, "--sample-dir", f"backend-{key}", cwd=folder)
+        images[key] = np.load(next((folder / f"backend-{key}").glob("*.npz")))["arr_0"].astype(int)
+        settings[key] = json.loads(next((folder / f"backend-{key}").glob("*/manifest.json")).read_text())
+    assert (np.abs(images["integer"] - images["fake"]) <= 1).mean() >= 0.999
+    assert np.array_equal(images["integer"], images["packed"])
+    assert 0 < np.abs(images["bfloat16"] - images["fake"]).mean() < 5
+    assert [settings[key]["backend"] for key in images] == ["fake", "integer", "integer", "integer"]
+    assert [settings[key]["dtype"] for key in images] == ["float32", "float32", "float32", "bfloat16"]
 
 
 def latents(model):

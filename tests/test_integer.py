@@ -170,6 +170,18 @@ def test_whole_models_agree_folded_or_not(recipe_name, bits, adaln_bits, folded)
     assert relative(output("fake", torch.bfloat16), fake) < 5e-2
 
 
+@pytest.mark.parametrize("backend", ["fake", "integer"])
+def test_compiled_blocks_give_the_same(backend):
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([5, 900]), torch.tensor([1, 10])
+    model = random_model(depth=2)
+    layers = quantised(RECIPES["ditas"], 4, 8, model)
+    model = install(model, fold(model, layers), act_spec(RECIPES["ditas"], 8), backend)
+    eager = model(*inputs)
+    for block in model.blocks:
+        block.compile()
+    assert relative(model(*inputs), eager) < 1e-3  # a code may flip where the fused code rounds differently
+
+
 def test_folding_changes_no_code():
     model = random_model(depth=1)
     before = quantised(RECIPES["ditas"], 4, 8, model)

@@ -1,5 +1,9 @@
 """The Triton kernels under Triton's interpreter, which runs them on any machine, or on a GPU where there is one."""
 import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from quant.pipeline import act_spec, weight_spec
 from quant.quantizer import QuantSpec, quantize, signed_codes
 
 pytest.importorskip("triton", reason="Triton has no package for this platform")
+ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -83,3 +88,36 @@ def test_a_weight_only_layer_gives_the_reference(cuda):
     weight, x = integer_weight(made), torch.randn(3, 40, device=DEVICE)
     dense = weight.codes.double() * weight.step[:, None] + weight.left.double() @ weight.right.double()
     assert relative(cuda.ExpandedWeightOnly(weight, None).to(DEVICE)(x).cpu(), x.cpu().double() @ dense.T) < 1e-5
+
+
+COMPILE = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from quant.integer import cuda
+
+def build(kernel, types, constants, **options):
+    names = kernel.arg_names
+    source = ASTSource(kernel, {name: types.get(name, "constexpr") for name in names}, {(names.index(key),): value for key, value in constants.items()})
+    return triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options).asm["ptx"]
+
+floats = dict.fromkeys(["low", "left", "sums", "step", "scale", "zero", "bias"], "*fp32")
+whole = dict.fromkeys(["M", "N", "K", "GROUPS", "GROUP"], "i32")
+codes = build(cuda._quantize_kernel, {"x": "*bf16", "smooth": "*fp32", "codes": "*u8", "scale": "*fp32", "zero": "*fp32", "columns": "i32"},
+              {"TOP": 255, "DIVIDES": True, "BLOCK": 2048})
+assert "div.rn.f32" in codes and "div.full" not in codes
+for out, nibbles in (("fp32", False), ("bf16", True)):
+    ptx = build(cuda._linear_kernel, {"codes": "*u8", "weight": "*u8" if nibbles else "*i8", "group_scale": "*i8", "group_zero": "*i8", **floats, "out": "*" + out, **whole},
+                {"NIBBLES": nibbles, "RANK": 32, "HAS_BIAS": True, "BM": 128, "BN": 128, "BK": 64}, num_warps=8, num_stages=3)
+    assert "s32.s8.s8" in ptx  # the tensor cores' int8 product
+"""
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_for_real_gpus(capability, tmp_path):
+    """To machine code, which needs no GPU; running them there is another matter."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, "-c", COMPILE, str(capability)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
