@@ -40,7 +40,10 @@ def build_recipe(args: argparse.Namespace) -> Recipe:
     for flag, minimum in (("group_size", 1), ("rank", 0)):
         if getattr(args, flag) is not None:
             at_least(getattr(args, flag), minimum, f"--{flag.replace('_', '-')}")
-    return replace(recipe, **{key: value for key, value in given.items() if value is not None})
+    recipe = replace(recipe, **{key: value for key, value in given.items() if value is not None})
+    if recipe.weight_scales == "two-level" and recipe.weight_granularity != "group":
+        raise UserError(f"--weight-scales two-level is for groups along the inputs, recipe {args.recipe} has none: drop the flag or use recipe ditas")
+    return recipe
 
 
 def report_layers(text: str | None, names: list[str]) -> list[str]:

@@ -42,7 +42,7 @@ class Recipe:
         rounds: alternations of the low-rank branch.
         keep: which of them is kept, ``best`` or ``last``.
         order: ``smooth-first`` quantises ``W diag(s)``; ``lowrank-first`` quantises W and scales what came out.
-        adaln_bits: of the adaLN modulation weights (weight-only, per output channel); 16 leaves them in floating point.
+        adaln_bits: of the adaLN modulation weights (weight-only, per output channel); 16 leaves them in floating point (float16 in the file).
     """
 
     balance: str = "none"

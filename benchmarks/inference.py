@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,7 +24,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from config import RECIPES
+from config import RECIPES, UserError
 from models import DiT, DiT_models
 from quant import checkpoint
 from quant.linear import QuantizedLayer, block_linears, modulation_linears
@@ -31,6 +32,7 @@ from quant.lowrank import LowRankWeight, plain
 from quant.pipeline import adaln_spec, weight_spec
 from quant.twolevel import quantize_weight
 
+torch._dynamo.config.recompile_limit = 64  # all rows compile the same block's code, each with other modules and batch sizes
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RECIPE = RECIPES["ditas"]
 
@@ -48,8 +50,10 @@ def prepare(folder: Path, name: str) -> None:
     """Checkpoints of a random model at W4A8 and W8A8, as recipe ditas lays them out; smoothing factors and branches are random too."""
     for bits in (4, 8):
         path = folder / f"{name.replace('/', '-')}-W{bits}A8.safetensors"
-        if path.exists():
-            continue
+        with suppress(UserError):
+            header = checkpoint.read_header(path)
+            if (header.recipe, header.format_version) == (RECIPE, checkpoint.FORMAT_VERSION):
+                continue
         model = random_float(name)
         layers = {key: QuantizedLayer(plain(quantize_weight(linear.weight, adaln_spec(RECIPE.adaln_bits, linear.in_features))), None)
                   for key, linear in modulation_linears(model).items()}
@@ -164,7 +168,7 @@ def main(args: argparse.Namespace) -> None:
         if done.returncode == 0:
             memory[row] = json.loads(done.stdout.strip().splitlines()[-1])
         else:
-            print(f"left out: {row}: {done.stderr.strip().splitlines()[-1]}")
+            print(f"left out: {row}: {(done.stderr.strip().splitlines() or [f'status {done.returncode}'])[-1]}")
     models = {row: table[row][0]() for row in memory}
     for batch in args.batch:
         arguments = inputs(batch, next(iter(models.values())).input_size)
@@ -175,14 +179,14 @@ def main(args: argparse.Namespace) -> None:
             for row, model in models.items():
                 times[row].append(timed(model, arguments))
         median = {row: statistics.median(values) for row, values in times.items()}
-        base = median.get("bfloat16 compiled")
+        base, float32 = (median.get(row, float("nan")) for row in ("bfloat16 compiled", "float32"))
         peak = f"peak memory (batch {args.batch[0]}), MB"
         print(f"\n| batch {batch} | ms per forward | / bfloat16 compiled | / float32 | {peak} | weights, MB | on disk, MB |\n|---|---|---|---|---|---|---|")
         for row, value in median.items():
             bits = table[row][1]
             name = f"{args.model.replace('/', '-')}-W{8 if 'W8' in row else 4}A8.safetensors"
             disk = (folder / name).stat().st_size if bits is None else parameters * bits / 8
-            print(f"| {row} | {1000 * value:.0f} | {value / base if base else float('nan'):.2f} | {value / median['float32']:.2f} | "
+            print(f"| {row} | {1000 * value:.0f} | {value / base:.2f} | {value / float32:.2f} | "
                   f"{memory[row]['peak'] / 1e6:.0f} | {memory[row]['weights'] / 1e6:.0f} | {disk / 1e6:.0f} |")
 
 

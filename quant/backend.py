@@ -1,6 +1,7 @@
 """Which arithmetic a quantised model runs in, and the modules for it."""
 import sys
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 from torch import nn
@@ -40,14 +41,14 @@ def resolve(backend: str, reason: str | None, device: torch.device) -> str:
 
 def _fast(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.cuda.get_device_capability(device) >= (8, 0) and find_spec("triton") is not None
     from quant.integer.cpu import supported
     return supported()
 
 
 def install(model: nn.Module, layers: dict[str, QuantizedLayer], act: QuantSpec, backend: str = "fake", dtype: torch.dtype = torch.float32,
-            device: torch.device | str = "cpu", packed: bool = False) -> nn.Module:
-    """Replace the named linears of ``model``, in place, and move it; returns it in eval mode.
+            device: torch.device | str | None = None, packed: bool = False) -> nn.Module:
+    """Replace the named linears of ``model``, in place; returns it in eval mode, on ``device`` (default: where it is).
 
     Args:
         layers: what they become; adaLN modulations are weight-only.
@@ -56,7 +57,7 @@ def install(model: nn.Module, layers: dict[str, QuantizedLayer], act: QuantSpec,
         dtype: of everything in floating point: float32 or bfloat16.
         packed: on a CPU, keep integer weights at 4 bits and expand them in every call.
     """
-    device = torch.device(device)
+    device = model.pos_embed.device if device is None else torch.device(device)
     modules = {}
     for name, layer in layers.items():
         make = _weight_only if name.endswith(MODULATION) else partial(_linear, act=act)
@@ -74,8 +75,8 @@ def _weight_only(layer: QuantizedLayer, bias: torch.Tensor | None, backend: str,
         from quant.integer.cpu import OneDNNWeightOnly
         return OneDNNWeightOnly(integer_weight(layer), bias)
     if backend == "integer":
-        from quant.integer.cuda import ExpandedWeightOnly
-        return ExpandedWeightOnly(integer_weight(layer), bias)
+        from quant.integer.cuda import ExpandedWeightOnly, Int8WeightOnly
+        return (Int8WeightOnly if dtype == torch.float32 else ExpandedWeightOnly)(integer_weight(layer), bias)
     return WeightOnlyLinear(layer, bias) if dtype == torch.float32 else QuantLinear(layer, bias, OFF, dtype)
 
 

@@ -3,12 +3,12 @@
 Per quantised linear ``NAME``: ``NAME.codes`` and ``NAME.zero`` (packed bit streams, uint8; zero points that are no codes: int32),
 ``NAME.scale`` (float32; with two-level scales uint8, beside ``NAME.step``, bfloat16), ``NAME.left``, ``NAME.right`` (where there is a
 branch: bfloat16 and int8, in the published order float32), ``NAME.smooth`` (float32, where the recipe balances). Everything else
-keeps its published name, in float16 where it fits. Reading never unpickles.
+keeps its published name, rounded to float16 unless that overflows. Reading never unpickles.
 
 Format 1, still read, had zero points in a byte each, float32 factors and scales, and adaLN modulation always in float32.
 """
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -73,7 +73,7 @@ def _layer_tensors(name: str, layer: QuantizedLayer) -> dict[str, Tensor]:
 
 
 def _half(value: Tensor) -> Tensor:
-    """Float16 where that holds every value."""
+    """Float16 unless a value overflows."""
     return half if torch.isfinite(half := value.half()).all() else value
 
 
@@ -84,7 +84,7 @@ def save(path: Path, model: nn.Module, layers: dict[str, QuantizedLayer], header
         tensors |= _layer_tensors(name, layer)
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     with atomic(path) as temporary:
-        save_file(tensors, temporary, metadata={HEADER_KEY: json.dumps(asdict(header))})
+        save_file(tensors, temporary, metadata={HEADER_KEY: json.dumps(asdict(replace(header, format_version=FORMAT_VERSION)))})
 
 
 def find(path: str) -> Path:

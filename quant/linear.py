@@ -133,7 +133,7 @@ class WeightOnlyLinear(nn.Module):
 def to_digits(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``x`` (N, I) as base-256 digits, least significant first, (DIGITS * N, I) uint8; scale and zero (N, 1) float64."""
     values = x.double()
-    low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
+    low, high = values.amin(-1, keepdim=True).clamp(max=0), values.amax(-1, keepdim=True).clamp(min=0)
     scale = (high - low) / (256 ** DIGITS - 1)
     scale = torch.where(scale == 0, 1.0, scale)
     zero = -(low / scale).round()
@@ -143,8 +143,8 @@ def to_digits(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @to_digits.register_fake
 def _(x):
-    scale = x.new_empty(len(x), 1, dtype=torch.float64)
-    return x.new_empty(DIGITS * len(x), x.shape[1], dtype=torch.uint8), scale, torch.empty_like(scale)
+    scale = x.new_empty(x.shape[0], 1, dtype=torch.float64)
+    return x.new_empty(DIGITS * x.shape[0], x.shape[1], dtype=torch.uint8), scale, torch.empty_like(scale)
 
 
 @torch.library.custom_op("ditas::from_digits", mutates_args=())
@@ -157,4 +157,4 @@ def from_digits(sums: Tensor, scale: Tensor, zero: Tensor, weight_sums: Tensor, 
 
 @from_digits.register_fake
 def _(sums, scale, zero, weight_sums, step, left, bias, dtype):
-    return sums.new_empty(len(scale), len(left), dtype=dtype)
+    return sums.new_empty(scale.shape[0], left.shape[0], dtype=dtype)

@@ -86,7 +86,7 @@ def scale_and_zero(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, 
     """
     if spec.convention != "published":
         low = low.clamp(max=0)
-        scale = high.clamp(min=0).sub_(low).div_(spec.top)
+        scale = high.clamp(min=0).sub_(low).mul_(1 / spec.top)  # not a division, which CUDA and torch.compile round differently
     else:
         scale = torch.sub(high, low).div_(spec.top + 1)
         scale = torch.where(scale == 0, torch.maximum(low.abs(), high.abs()), scale)

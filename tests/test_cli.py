@@ -49,6 +49,8 @@ def checkpoint_path(tmp_path_factory):
     (["--weight-bit", "16"], "--weight-bit 16 is not available"),
     (["--act-bit", "3"], "--act-bit 3 is not available: expected one of 4, 5, 6, 7, 8, 16"),
     (["--act-bit", "eight"], "invalid int value"),
+    (["--recipe", "ditas-published", "--weight-scales", "two-level"], "--weight-scales two-level is for groups along the inputs"),
+    (["--adaln-weight-bit", "6"], "invalid choice: 6"),
     (["--nonsense"], "nonsense"),
     (["--model", "DiT-Digits", "--image-size", "256"], "image size 256 does not fit this model: expected 16"),
     (["--model", "DiT-XL/2", "--image-size", "128"], "image size 128 does not fit this model: expected 256 or 512"),
@@ -86,6 +88,8 @@ def test_quantdit_refuses(capsys, argv, message):
     (["--model", "DiT-Digits", "--sample-dir", "/dev/null"], "cannot write to folder"),
     (["--eta", "2"], "--eta 2.0 is out of range"),
     (["--threads", "0"], "--threads 0"),
+    (["--model", "DiT-Digits", "--backend", "integer"], "--backend integer needs a quantised checkpoint"),
+    (["--dtype", "float16"], "invalid choice"),
 ])
 def test_sampling_refuses(capsys, argv, message):
     assert message in fails(capsys, "sample", *argv)

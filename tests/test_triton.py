@@ -87,7 +87,9 @@ def test_a_weight_only_layer_gives_the_reference(cuda):
     made = QuantizedLayer(plain(quantize(torch.randn(60, 40), QuantSpec(8, "channel"))), None, torch.rand(60) + 0.5)
     weight, x = integer_weight(made), torch.randn(3, 40, device=DEVICE)
     dense = weight.codes.double() * weight.step[:, None] + weight.left.double() @ weight.right.double()
-    assert relative(cuda.ExpandedWeightOnly(weight, None).to(DEVICE)(x).cpu(), x.cpu().double() @ dense.T) < 1e-5
+    assert relative(cuda.Int8WeightOnly(weight, None).to(DEVICE)(x).cpu(), x.cpu().double() @ dense.T) < 1e-6
+    half = x.bfloat16()
+    assert relative(cuda.ExpandedWeightOnly(weight, None).to(DEVICE)(half).cpu(), half.cpu().double() @ dense.T) < 1e-2
 
 
 COMPILE = """
@@ -107,9 +109,10 @@ whole = dict.fromkeys(["M", "N", "K", "GROUPS", "GROUP"], "i32")
 codes = build(cuda._quantize_kernel, {"x": "*bf16", "smooth": "*fp32", "codes": "*u8", "scale": "*fp32", "zero": "*fp32", "columns": "i32"},
               {"TOP": 255, "DIVIDES": True, "BLOCK": 2048})
 assert "div.rn.f32" in codes and "div.full" not in codes
-for out, nibbles in (("fp32", False), ("bf16", True)):
+for out, nibbles, rank, low, tile in (("fp32", False, 16, "*fp32", 64), ("bf16", True, 32, "*fp32", 64), ("fp32", True, 0, "*u8", 32)):
+    floats |= {"low": low, "left": low}
     ptx = build(cuda._linear_kernel, {"codes": "*u8", "weight": "*u8" if nibbles else "*i8", "group_scale": "*i8", "group_zero": "*i8", **floats, "out": "*" + out, **whole},
-                {"NIBBLES": nibbles, "RANK": 32, "HAS_BIAS": True, "BM": 128, "BN": 128, "BK": 64}, num_warps=8, num_stages=3)
+                {"NIBBLES": nibbles, "RANK": rank, "HAS_BIAS": rank > 0, "BM": 128, "BN": 128, "BK": tile}, num_warps=8, num_stages=3)
     assert "s32.s8.s8" in ptx  # the tensor cores' int8 product
 """
 

@@ -34,12 +34,12 @@ def product_of_nibbles(codes: Tensor, nibbles: Tensor, scale: Tensor, zero: Tens
 
 @product.register_fake
 def _(codes, packed, ones, zeros):
-    return codes.new_empty(len(codes), len(ones), dtype=torch.float32)
+    return codes.new_empty(codes.shape[0], ones.shape[0], dtype=torch.float32)
 
 
 @product_of_nibbles.register_fake
 def _(codes, nibbles, scale, zero, right, ones, zeros):
-    return codes.new_empty(len(codes), len(ones), dtype=torch.float32)
+    return codes.new_empty(codes.shape[0], ones.shape[0], dtype=torch.float32)
 
 
 def _register(module: nn.Module, weight: IntegerWeight) -> None:

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from quant.integer.weight import IntegerWeight, Nibbles
-from quant.linear import scaled
+from quant.linear import WeightOnlyLinear, scaled
 from quant.quantizer import QuantSpec, signed_codes
 
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds a small float32 to the nearest integer, ties to even
@@ -20,7 +20,7 @@ TILE_K = (64, 32)  # inputs per tile of 4-bit weights; a tile must not cross a g
 
 @triton.jit
 def _quantize_kernel(x, smooth, codes, scale, zero, columns, TOP: tl.constexpr, DIVIDES: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < columns
     values = tl.load(x + row * columns + at, mask=inside, other=0.0).to(tl.float32)
@@ -28,7 +28,7 @@ def _quantize_kernel(x, smooth, codes, scale, zero, columns, TOP: tl.constexpr, 
         values = tl.div_rn(values, tl.load(smooth + at, mask=inside, other=1.0))
     low = tl.minimum(tl.min(values, 0), 0.0)
     high = tl.maximum(tl.max(values, 0), 0.0)
-    s = tl.div_rn(high - low, TOP * 1.0)
+    s = (high - low) * (1.0 / TOP)
     s = tl.where(s == 0, 1.0, s) + tl.sum(values * 0.0, 0)  # NaN where a value is not finite
     z = -((tl.div_rn(low, s) + ROUND) - ROUND)
     q = tl.minimum((tl.div_rn(values, s) + ROUND) - ROUND, TOP - z) + z
@@ -42,7 +42,7 @@ def _linear_kernel(codes, weight, group_scale, group_zero, low, left, sums, step
                    NIBBLES: tl.constexpr, RANK: tl.constexpr, HAS_BIAS: tl.constexpr,
                    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """``out = ((qx - zx) W^T) step sx + low left^T + bias``, tile (BM, BN) of (M, N); W (N, K) int8 or halves of 4 bits."""
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
     in_rows, in_cols = rows < M, cols < N
     k = tl.arange(0, BK)
@@ -109,7 +109,7 @@ def quantize_tokens(x: Tensor, smooth: Tensor | None, top: int) -> tuple[Tensor,
 
 @quantize_tokens.register_fake
 def _(x, smooth, top):
-    return torch.empty_like(x, dtype=torch.uint8), x.new_empty(len(x), dtype=torch.float32), x.new_empty(len(x), dtype=torch.float32)
+    return torch.empty_like(x, dtype=torch.uint8), x.new_empty(x.shape[0], dtype=torch.float32), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
 @torch.library.custom_op("ditas::integer_linear", mutates_args=())
@@ -141,7 +141,7 @@ def integer_linear(codes: Tensor, scale: Tensor, zero: Tensor, weight: Tensor, g
 
 @integer_linear.register_fake
 def _(codes, scale, zero, weight, group_scale, group_zero, tile, step, sums, low, left, bias, bfloat16):
-    return codes.new_empty(len(codes), len(weight), dtype=torch.bfloat16 if bfloat16 else torch.float32)
+    return codes.new_empty(codes.shape[0], weight.shape[0], dtype=torch.bfloat16 if bfloat16 else torch.float32)
 
 
 def _tile(half: Nibbles | None) -> int:
@@ -195,14 +195,30 @@ class TritonLinear(nn.Module):
                 zero.expand(*tokens, 1).flatten().contiguous())
 
 
+class Int8WeightOnly(WeightOnlyLinear):
+    """``WeightOnlyLinear`` with int8 weights in memory; the digits are exact in TF32 too."""
+
+    def __init__(self, weight: IntegerWeight, bias: Tensor | None):
+        nn.Module.__init__(self)
+        _register(self, weight, bias)
+        self.register_buffer("sums", weight.sums)
+
+    def product(self, digits: Tensor) -> Tensor:
+        return F.linear(digits.float(), self.weight.float())
+
+
 class ExpandedWeightOnly(nn.Module):
-    """A linear with int8 weights whose input (N, I) stays in floating point; the weight is converted in every call."""
+    """A linear with int8 weights and a bfloat16 input (N, I); the weight is converted, which is exact, in every call."""
 
     def __init__(self, weight: IntegerWeight, bias: Tensor | None):
         super().__init__()
-        for name, value in {"weight": torch.cat([weight.codes, weight.right]), "step": weight.step, "left": weight.left,
-                            "bias": None if bias is None else bias.detach().float().clone()}.items():
-            self.register_buffer(name, value)
+        _register(self, weight, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return scaled(F.linear(x, self.weight.to(x.dtype)), self.step, self.left, None, self.bias).to(x.dtype)
+
+
+def _register(module: nn.Module, weight: IntegerWeight, bias: Tensor | None) -> None:
+    for name, value in {"weight": torch.cat([weight.codes, weight.right]), "step": weight.step, "left": weight.left,
+                        "bias": None if bias is None else bias.detach().float().clone()}.items():
+        module.register_buffer(name, value)

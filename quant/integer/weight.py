@@ -84,5 +84,5 @@ def nibbles(layer: QuantizedLayer) -> Nibbles | None:
         return None
     low, high = quantized.codes.chunk(2, 1)
     zero = quantized.zero.reshape(rows, -1, 1).to(torch.int8)
-    scale = torch.ones_like(zero) if quantized.step is None else quantized.scale.to(torch.int8)
+    scale = torch.ones_like(zero) if quantized.step is None else quantized.scale.reshape(rows, -1, 1).to(torch.int8)
     return Nibbles(low | high << 4, scale, zero)
