@@ -58,6 +58,8 @@ def install(model: nn.Module, layers: dict[str, QuantizedLayer], act: QuantSpec,
         packed: on a CPU, keep integer weights at 4 bits and expand them in every call.
     """
     device = model.pos_embed.device if device is None else torch.device(device)
+    if device.type == "cpu":
+        device = torch.device("cpu")  # not cpu:0, as accelerate calls it: oneDNN's packed weights cannot be copied
     modules = {}
     for name, layer in layers.items():
         make = _weight_only if name.endswith(MODULATION) else partial(_linear, act=act)

@@ -219,3 +219,10 @@ def test_a_processor_without_int8_falls_back_with_a_warning(monkeypatch, capsys)
     assert resolve("integer", None, device) == "fake" and "warning: no int8 instructions" in capsys.readouterr().err
     monkeypatch.setattr("quant.integer.cpu.supported", lambda: True)
     assert resolve("auto", None, device) == resolve("integer", None, device) == "integer"
+
+
+def test_a_numbered_cpu_is_the_cpu():
+    """accelerate calls it cpu:0 under torchrun, and packed weights refuse to be copied there."""
+    model = random_model(depth=1)
+    layers = quantised(RECIPES["ditas"], 4, 8, model)
+    install(model, layers, act_spec(RECIPES["ditas"], 8), "integer", device=torch.device("cpu", 0))
