@@ -1,6 +1,6 @@
 """Quantise one model with several recipes and bit widths, sample, judge: one table, as text, CSV, Markdown and pictures.
 
-    python compare.py --model DiT-Digits-Outliers --report results/report         # bundled, twelve minutes on two CPU cores
+    python compare.py --model DiT-Digits-Outliers --report results/report         # bundled, runs on two CPU cores
     python compare.py --model DiT-Digits-Outliers --recipes rtn ditas ditas:rank=0 ditas:group-size=32 --bits W4A8 W8A8
     python compare.py --model DiT-XL/2 --image-size 256 512 --num-sampling-steps 50 100 --bits W8A8 W6A8 W4A8 --num-fid-samples 10000 \\
         --reference VIRTUAL_imagenet256_labeled.npz VIRTUAL_imagenet512.npz --nproc 8

@@ -160,7 +160,8 @@ def main(args: argparse.Namespace) -> None:
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
     print(f"PyTorch {torch.__version__}, {processor}, {torch.get_num_threads()} threads, VNNI {torch.cpu._is_vnni_supported()}, "
           f"AMX {torch.cpu._is_amx_tile_supported()}; {args.model} at 256 pixels, random weights")
-    parameters = sum(each.numel() for each in DiT_models[args.model].build(256).state_dict().values())
+    with torch.device("meta"):
+        parameters = sum(each.numel() for each in DiT_models[args.model].build(256).state_dict().values())
     memory = {}
     for row in table:
         command = [sys.executable, __file__, "--row", row, "--model", args.model, "--dtype", args.dtype, "--folder", args.folder, "--batch", str(args.batch[0])]

@@ -62,8 +62,8 @@ def install(model: nn.Module, layers: dict[str, QuantizedLayer], act: QuantSpec,
         device = torch.device("cpu")  # not cpu:0, as accelerate calls it: oneDNN's packed weights cannot be copied
     modules = {}
     for name, layer in layers.items():
-        make = _weight_only if name.endswith(MODULATION) else partial(_linear, act=act)
-        modules[name] = make(layer, model.get_submodule(name).bias, backend=backend, dtype=dtype, device=device, packed=packed)
+        make = _weight_only if name.endswith(MODULATION) else partial(_linear, act=act, packed=packed)
+        modules[name] = make(layer, model.get_submodule(name).bias, backend, dtype, device)
     for name in layers:
         model.set_submodule(name, nn.Identity())
     model = model.to(device, dtype)
@@ -72,7 +72,7 @@ def install(model: nn.Module, layers: dict[str, QuantizedLayer], act: QuantSpec,
     return model.eval()
 
 
-def _weight_only(layer: QuantizedLayer, bias: torch.Tensor | None, backend: str, dtype: torch.dtype, device: torch.device, packed: bool) -> nn.Module:
+def _weight_only(layer: QuantizedLayer, bias: torch.Tensor | None, backend: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
     if backend == "integer" and device.type == "cpu":
         from quant.integer.cpu import OneDNNWeightOnly
         return OneDNNWeightOnly(integer_weight(layer), bias)
@@ -82,7 +82,7 @@ def _weight_only(layer: QuantizedLayer, bias: torch.Tensor | None, backend: str,
     return WeightOnlyLinear(layer, bias) if dtype == torch.float32 else QuantLinear(layer, bias, OFF, dtype)
 
 
-def _linear(layer: QuantizedLayer, bias: torch.Tensor | None, act: QuantSpec, backend: str, dtype: torch.dtype, device: torch.device,
+def _linear(layer: QuantizedLayer, bias: torch.Tensor | None, backend: str, dtype: torch.dtype, device: torch.device, act: QuantSpec,
             packed: bool) -> nn.Module:
     if backend == "fake":
         return QuantLinear(layer, bias, act, dtype)

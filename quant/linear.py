@@ -72,7 +72,7 @@ class QuantLinear(nn.Module):
         super().__init__()
         values, step, left, right = layer.factored()
         for name, value in {"weight": torch.cat([values, right]).to(dtype), "step": step, "left": left, "smooth": layer.smooth,
-                            "bias": None if bias is None else bias.detach().float().clone()}.items():
+                            "bias": own(bias)}.items():
             self.register_buffer(name, value)
         self.act = act
 
@@ -84,6 +84,11 @@ class QuantLinear(nn.Module):
             values, scale, _ = signed_codes(values, self.act)
         sums = F.linear(values.to(x.dtype), self.weight)
         return scaled(sums, self.step, self.left, scale, self.bias).to(x.dtype)
+
+
+def own(bias: Tensor | None) -> Tensor | None:
+    """A float32 copy, which later changes to the linear it came from do not reach."""
+    return None if bias is None else bias.detach().float().clone()
 
 
 def scaled(sums: Tensor, step: Tensor | None, left: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -101,30 +106,40 @@ def scaled(sums: Tensor, step: Tensor | None, left: Tensor, scale: Tensor | None
     return y if bias is None else y + bias
 
 
-class WeightOnlyLinear(nn.Module):
-    """A linear with a quantised weight and an input (N, I) that stays in floating point: adaLN modulation.
+class WeightOnly(nn.Module):
+    """A linear with a quantised weight and an input (N, I) that stays in floating point: adaLN modulation. Subclasses bring the product.
 
     The input enters the product as three base-256 digits, 24 bits in all, as many as float32 holds; so the product is one of small
     integers, exact in float32 below 2^24, and any backend gets the same. For few rows, where reading the weight is what takes time.
 
-    Buffers: ``weight`` (O + r, I) float32, V above R of ``QuantizedLayer.factored``; ``sums`` (O + r,), of its rows; the others as in ``QuantLinear``.
+    Buffers: ``sums`` (O + r,), of the rows of V above R (see ``QuantizedLayer.factored``); the others as in ``QuantLinear``.
     """
 
-    def __init__(self, layer: QuantizedLayer, bias: Tensor | None):
+    def __init__(self, sums: Tensor, step: Tensor, left: Tensor, bias: Tensor | None):
         super().__init__()
-        values, step, left, right = layer.factored()
-        weight = torch.cat([values, right])
-        for name, value in {"weight": weight, "sums": weight.sum(1), "step": step, "left": left,
-                            "bias": None if bias is None else bias.detach().float().clone()}.items():
+        for name, value in {"sums": sums, "step": step, "left": left, "bias": own(bias)}.items():
             self.register_buffer(name, value)
 
     def product(self, digits: Tensor) -> Tensor:
         """Sums of products of ``digits`` (M, I) uint8 with the weight's rows, (M, O + r) float32."""
-        return F.linear(digits.float(), self.weight)
+        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         digits, scale, zero = to_digits(x)
         return from_digits(self.product(digits), scale, zero, self.sums, self.step, self.left, self.bias, x.dtype)
+
+
+class WeightOnlyLinear(WeightOnly):
+    """In floating point: ``weight`` (O + r, I) float32."""
+
+    def __init__(self, layer: QuantizedLayer, bias: Tensor | None):
+        values, step, left, right = layer.factored()
+        weight = torch.cat([values, right])
+        super().__init__(weight.sum(1), step, left, bias)
+        self.register_buffer("weight", weight)
+
+    def product(self, digits: Tensor) -> Tensor:
+        return F.linear(digits.float(), self.weight)
 
 
 # Operators of their own: otherwise torch.compile repeats this double-precision work for every token that the result modulates.

@@ -172,10 +172,13 @@ def test_folding_changes_no_output(name):
             assert (block.mlp.fc2.smooth is None) == (recipe.balance == "none")
 
 
-def test_the_quantised_layer_is_the_papers_equation():
+@pytest.mark.parametrize("spec", [QuantSpec(4, "group", 32), QuantSpec(4, "group", 32, "two-level"), QuantSpec(4, "channel")])
+def test_the_quantised_layer_is_the_papers_equation(spec):
     torch.manual_seed(0)
     weight, x, bias, smooth = torch.randn(24, 64), torch.randn(2, 5, 64), torch.randn(24), torch.rand(64) + 0.5
-    quantised = quantize(weight * smooth, QuantSpec(4, "group", 32))
+    quantised = quantize_weight(weight * smooth, spec)
+    scale_of_weight = quantised.scale.reshape(24, -1, 1).double() * (1 if quantised.step is None else quantised.step[:, :, None].double())
+    w_hat = ((quantised.codes.reshape(24, scale_of_weight.shape[1], -1).double() - quantised.zero.reshape(24, -1, 1)) * scale_of_weight).reshape(24, 64).numpy()
     left, right = torch.randn(24, 2), torch.randn(2, 64)
     out = QuantLinear(QuantizedLayer(LowRankWeight(quantised, left, right), smooth), bias, QuantSpec(8, "token"))(x)
     rows = []
@@ -184,7 +187,6 @@ def test_the_quantised_layer_is_the_papers_equation():
         scale = (high - low) / 255
         zero = round(-low / scale)
         q = (np.clip(np.round(token / scale) + zero, 0, 255) - zero) * scale
-        w_hat = ((quantised.codes.reshape(24, 2, 32).double() - quantised.zero) * quantised.scale.double()).reshape(24, 64).numpy()
         rows.append(w_hat @ q + left.double().numpy() @ (right.double().numpy() @ q) + bias.double().numpy())
     assert relative(out.reshape(-1, 24), np.stack(rows)) < 1e-5
 

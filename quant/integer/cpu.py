@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from quant.integer.linear import IntegerLinear
 from quant.integer.weight import IntegerWeight, Nibbles
-from quant.linear import WeightOnlyLinear
+from quant.linear import WeightOnly
 from quant.quantizer import QuantSpec
+
 
 def supported() -> bool:
     """Whether this processor multiplies int8 faster than float32."""
@@ -75,15 +76,12 @@ class OneDNNNibbleLinear(IntegerLinear):
         return product_of_nibbles(codes, self.nibbles, self.scale, self.zero, self.right, self.ones, self.zeros)
 
 
-class OneDNNWeightOnly(WeightOnlyLinear):
-    """``WeightOnlyLinear`` on int8: a quarter of the memory to read."""
+class OneDNNWeightOnly(WeightOnly):
+    """On int8: a quarter of the memory to read."""
 
     def __init__(self, weight: IntegerWeight, bias: Tensor | None):
-        nn.Module.__init__(self)
+        super().__init__(weight.sums, weight.step, weight.left, bias)
         _register(self, weight)
-        for name, value in {"sums": weight.sums, "step": weight.step, "left": weight.left,
-                            "bias": None if bias is None else bias.detach().float().clone()}.items():
-            self.register_buffer(name, value)
 
     def product(self, digits: Tensor) -> Tensor:
         return product(digits, self.packed, self.ones, self.zeros)

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from quant.integer.weight import IntegerWeight, Nibbles
-from quant.linear import WeightOnlyLinear, scaled
+from quant.linear import WeightOnly, own, scaled
 from quant.quantizer import QuantSpec, signed_codes
 
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds a small float32 to the nearest integer, ties to even
@@ -171,7 +171,7 @@ class TritonLinear(nn.Module):
                 "group_scale": half.scale.squeeze(-1) if packed else None, "group_zero": half.zero.squeeze(-1) if packed else None,
                 "left": F.pad(weight.left, (0, fill)) if rank else None, "right": right if rank else None,
                 "right_sums": right.sum(1, dtype=torch.int32).float() if rank else None, "ones": torch.ones(len(right)) if rank else None,
-                "bias": None if bias is None else bias.detach().float().clone(), "smooth": smooth}.items():
+                "bias": own(bias), "smooth": smooth}.items():
             self.register_buffer(name, None if value is None else value.contiguous())
         self.act = act
 
@@ -195,13 +195,12 @@ class TritonLinear(nn.Module):
                 zero.expand(*tokens, 1).flatten().contiguous())
 
 
-class Int8WeightOnly(WeightOnlyLinear):
-    """``WeightOnlyLinear`` with int8 weights in memory; the digits are exact in TF32 too."""
+class Int8WeightOnly(WeightOnly):
+    """Int8 weights in memory, a float32 product: the digits are exact in TF32 too."""
 
     def __init__(self, weight: IntegerWeight, bias: Tensor | None):
-        nn.Module.__init__(self)
-        _register(self, weight, bias)
-        self.register_buffer("sums", weight.sums)
+        super().__init__(weight.sums, weight.step, weight.left, bias)
+        self.register_buffer("weight", torch.cat([weight.codes, weight.right]))
 
     def product(self, digits: Tensor) -> Tensor:
         return F.linear(digits.float(), self.weight.float())
@@ -212,13 +211,8 @@ class ExpandedWeightOnly(nn.Module):
 
     def __init__(self, weight: IntegerWeight, bias: Tensor | None):
         super().__init__()
-        _register(self, weight, bias)
+        for name, value in {"weight": torch.cat([weight.codes, weight.right]), "step": weight.step, "left": weight.left, "bias": own(bias)}.items():
+            self.register_buffer(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
         return scaled(F.linear(x, self.weight.to(x.dtype)), self.step, self.left, None, self.bias).to(x.dtype)
-
-
-def _register(module: nn.Module, weight: IntegerWeight, bias: Tensor | None) -> None:
-    for name, value in {"weight": torch.cat([weight.codes, weight.right]), "step": weight.step, "left": weight.left,
-                        "bias": None if bias is None else bias.detach().float().clone()}.items():
-        module.register_buffer(name, value)
