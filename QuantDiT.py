@@ -3,52 +3,54 @@
     python QuantDiT.py --image-size 256 --seed 1 --model DiT-XL/2 --act-bit 8 --weight-bit 4 --num-sampling-steps 100
     python QuantDiT.py --model DiT-Digits-Outliers                       # bundled, runs on a CPU in a minute
     python QuantDiT.py --model DiT-Digits-Outliers --recipe smoothquant --smooth-timestep 25
+    python QuantDiT.py --model DiT-Digits-Outliers --recipe rtn --balance tas --alpha grid --act-granularity token    # any part of any recipe
 """
 import argparse
 import time
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import nn
 
 import config
 from config import RECIPES, Recipe, UserError
-from diffusion import ImageNoise, ddpm_step, make_schedule
+from diffusion import ImageNoise, Schedule, ddpm_step, make_schedule
 from diffusion.generate import generate_images
 from diffusion.images import grid, side_by_side
-from download import load_decoder, load_model
+from download import Decoder, load_decoder, load_extractor, load_model, load_reference
+from models import ModelCard
 from quant import checkpoint
 from quant.cli import Parser, add_model_flags, at_least, class_labels, find_card, one_of, run, user_value
 from quant.files import atomic, writable_folder
+from quant.flags import add_recipe_flags, build_recipe
+from quant.judge import fid_judge, sqnr_judge
 from quant.linear import block_linears
 from quant.lowrank import SOLVERS
-from quant.pipeline import Start, act_spec, quantize_model
+from quant.pipeline import Start, quantize_model
 from quant.quantizer import ACT_BITS, WEIGHT_BITS
+from quant.recipe import check_recipe
 from quant.smoothing import check_step
+from report.figures import group_allocation
 from report.layers import IMAGES, default_layers, observe
 from report.page import Section, write_page
 from report.quantisation import quantisation_figures
 
 
-def build_recipe(args: argparse.Namespace) -> Recipe:
-    """The chosen row of ``config.RECIPES`` with the flags that were given on top."""
-    recipe = RECIPES[one_of(args.recipe, RECIPES, "--recipe")]
-    given = {"weight_group": args.group_size, "rank": args.rank, "timestep": args.smooth_timestep, "weight_scales": args.weight_scales,
-             "adaln_bits": args.adaln_weight_bit}
-    for flag, minimum in (("group_size", 1), ("rank", 0)):
-        if getattr(args, flag) is not None:
-            at_least(getattr(args, flag), minimum, f"--{flag.replace('_', '-')}")
-    recipe = replace(recipe, **{key: value for key, value in given.items() if value is not None})
-    if recipe.weight_scales == "two-level" and recipe.weight_granularity != "group":
-        raise UserError(f"--weight-scales two-level is for groups along the inputs, recipe {args.recipe} has none: drop the flag or use recipe ditas")
-    return recipe
-
-
 def report_layers(text: str | None, names: list[str]) -> list[str]:
     """The layers whose inputs a report draws."""
     return default_layers(names) if text is None else [one_of(name, names, "--report-layers") for name in text.split(",")]
+
+
+def make_judge(args: argparse.Namespace, recipe: Recipe, card: ModelCard, model: nn.Module, decode: Decoder, schedule: Schedule,
+               folder: Path) -> Callable[[nn.Module], float]:
+    """What group sizes are chosen by."""
+    if recipe.judge == "sqnr":
+        return sqnr_judge(model, schedule, args.seed)
+    extractor = load_extractor(card.features, args.inception, model.pos_embed.device)
+    return user_value(fid_judge, decode, extractor, load_reference(card, args.reference, folder), schedule, args.seed)
 
 
 def main(args: argparse.Namespace) -> float:
@@ -60,6 +62,7 @@ def main(args: argparse.Namespace) -> float:
     weight_bit = one_of(config.weight_bit if args.weight_bit is None else args.weight_bit, WEIGHT_BITS, "--weight-bit")
     act_bit = one_of(config.act_bit if args.act_bit is None else args.act_bit, ACT_BITS, "--act-bit")
     recipe = build_recipe(args)
+    user_value(check_recipe, recipe, act_bit)
     at_least(args.cfg_scale, 1.0, "--cfg-scale")
     at_least(args.seed, 0, "--seed")
     schedule = user_value(make_schedule, args.num_sampling_steps)
@@ -84,12 +87,19 @@ def main(args: argparse.Namespace) -> float:
         noise = ImageNoise(args.seed, indices[:count], (model.in_channels, model.input_size, model.input_size), device)
         return Start(noise(), noise, labels[:count])
 
+    judge, history = None, None
+    if recipe.group_sizes:
+        judge, history = make_judge(args, recipe, card, model, decode, schedule, output.parent), output.with_suffix(".evolution.json")
     began = time.perf_counter()
-    result = user_value(partial(quantize_model, svd=args.svd), model, recipe, weight_bit, act_bit, schedule, start(len(indices)))
+    result = user_value(partial(quantize_model, svd=args.svd, judge=judge, history=history), model, recipe, weight_bit, act_bit, schedule, start(len(indices)))
     seconds = time.perf_counter() - began
-    checkpoint.save(output, model, result.layers, checkpoint.Header(
+    checkpoint.save(output, model, result, checkpoint.Header(
         model=name, image_size=image_size, num_classes=num_classes, weight_bit=weight_bit, act_bit=act_bit, recipe_name=args.recipe,
-        recipe=recipe, seed=args.seed, num_sampling_steps=args.num_sampling_steps, svd=args.svd, alphas=result.alphas))
+        recipe=recipe, seed=args.seed, num_sampling_steps=args.num_sampling_steps, svd=args.svd, alphas=result.alphas, groups=result.groups))
+    if result.evolution:
+        with atomic(output.with_suffix(".evolution.png")) as temporary:
+            temporary.write_bytes(group_allocation([each.best for each in result.evolution], [each.mean for each in result.evolution], result.groups))
+        print(f"wrote {output.with_suffix('.evolution.png')}: the choice of group sizes; {history} lets the same command go on after an interruption")
     print(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB), quantised in {seconds:.1f} s")
 
     def picture() -> Image.Image:
@@ -97,8 +107,7 @@ def main(args: argparse.Namespace) -> float:
         return grid(images, columns=4)
 
     float_picture = picture()
-    act = act_spec(recipe, act_bit)
-    observed = None if args.report is None else observe(model, result.layers, act, schedule, start(IMAGES), shown)
+    observed = None if args.report is None else observe(model, result.layers, schedule, start(IMAGES), shown)
     _, model = checkpoint.load(output, device)
     pair = side_by_side([float_picture, picture()], ["float", f"W{weight_bit}A{act_bit} {args.recipe}"])
     with atomic(output.with_suffix(".png")) as temporary:
@@ -124,17 +133,13 @@ def make_parser() -> Parser:
     parser.add_argument("--cfg-scale", type=float, default=4.0,
                         help=f"guidance of the picture (default: 4.0); calibration always uses {config.calibration_cfg_scale}")
     parser.add_argument("--class-labels", help="classes to calibrate on, separated by commas (default: the paper's 16, or 0 1 2 …)")
-    parser.add_argument("--smooth-timestep", type=int, help="index in sampling order that recipe smoothquant looks at (default: 0, the noisiest)")
-    parser.add_argument("--group-size", type=int, help="weights per scale in recipes with groups (default: the recipe's)")
-    parser.add_argument("--rank", type=int, help="rank of the low-rank branch, 0 for none (default: the recipe's)")
-    parser.add_argument("--weight-scales", choices=("float", "two-level"),
-                        help="of groups: floating, which can only be simulated, or integers inside one scale per output channel (default: the recipe's)")
-    parser.add_argument("--adaln-weight-bit", type=int, choices=checkpoint.ADALN_BITS,
-                        help="of the adaLN modulation, weight-only; 16 is none (default: the recipe's)")
     parser.add_argument("--svd", choices=tuple(SOLVERS), default="fast", help="how the low-rank branch is found (default: fast)")
     parser.add_argument("--report", metavar="DIR", help="draw figures of what quantisation did into this folder, with a page report.html")
     parser.add_argument("--report-layers", help="layers whose inputs are drawn, separated by commas, such as blocks.9.mlp.fc2 (default: the last fc2 and qkv)")
+    parser.add_argument("--reference", help="with --judge fid: .npz of real images (default: the bundled model's data)")
+    parser.add_argument("--inception", help="with --judge fid: Inception weights (default: fetched on first use)")
     parser.add_argument("--output", help="where to write (default: results/<model>-<size>-W<w>A<a>-<recipe>.safetensors)")
+    add_recipe_flags(parser)
     return parser
 
 

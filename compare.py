@@ -1,7 +1,7 @@
 """Quantise one model with several recipes and bit widths, sample, judge: one table, as text, CSV, Markdown and pictures.
 
     python compare.py --model DiT-Digits-Outliers --report results/report         # bundled, runs on two CPU cores
-    python compare.py --model DiT-Digits-Outliers --recipes rtn ditas ditas:rank=0 ditas:group-size=32 --bits W4A8 W8A8
+    python compare.py --model DiT-Digits-Outliers --recipes rtn ditas ditas:lowrank=0 ditas:group-size=32 --bits W4A8 W8A8
     python compare.py --model DiT-XL/2 --image-size 256 512 --num-sampling-steps 50 100 --bits W8A8 W6A8 W4A8 --num-fid-samples 10000 \\
         --reference VIRTUAL_imagenet256_labeled.npz VIRTUAL_imagenet512.npz --nproc 8
 """
@@ -38,7 +38,9 @@ from models import ModelCard
 from quant import checkpoint
 from quant.cli import Parser, at_least, class_labels, find_card, one_of, run, user_value
 from quant.files import atomic, sha256, writable_folder
+from quant.flags import FLAGS, build_recipe
 from quant.quantizer import ACT_BITS, WEIGHT_BITS
+from quant.recipe import check_recipe
 from quant.smoothing import check_step
 from report import figures
 from report.page import Figure, Section, html_table, write_page
@@ -46,7 +48,7 @@ from report.page import Figure, Section, html_table, write_page
 SCRIPTS = Path(__file__).parent
 LPIPS_SIZE = 64  # pixels per side that its network needs
 SHOWN = 12  # images per row of the picture
-OVERRIDES = ("rank", "group-size", "weight-scales", "adaln-weight-bit", "svd", "smooth-timestep", "class-labels")
+OVERRIDES = (*(flag.name for flag in FLAGS), "svd", "class-labels")
 
 
 @dataclass(frozen=True)
@@ -109,10 +111,12 @@ def parse_job(recipe: str, bits: str, steps: int, num_classes: int) -> Job:
     for override in filter(None, overrides.split(",")):
         flag, equals, value = override.partition("=")
         if flag not in OVERRIDES or not equals:
-            raise UserError(f"bad override '{override}' of recipe '{recipe}': expected {', '.join(OVERRIDES)}, as in ditas:rank=0")
+            raise UserError(f"bad override '{override}' of recipe '{recipe}': expected {', '.join(OVERRIDES)}, as in ditas:lowrank=0")
         words += [f"--{flag}", value]
     args = QuantDiT.make_parser().parse_args(words)
-    user_value(check_step, QuantDiT.build_recipe(args).timestep, steps)
+    built = build_recipe(args)
+    user_value(check_recipe, built, act)
+    user_value(check_step, built.timestep, steps)
     if args.class_labels is not None:
         class_labels(args.class_labels, num_classes)
     return Job(recipe, f"{weight}/{act}", tuple(words))

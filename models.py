@@ -143,10 +143,13 @@ class DiT(nn.Module):
         x = x.reshape(x.shape[0], side, side, p, p, self.out_channels)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], self.out_channels, self.input_size, self.input_size)
 
+    def embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """What enters the first block: tokens (N, T, D) and the conditioning (N, D)."""
+        return self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y)
+
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         wanted = x.dtype
-        x = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed  # (N, T, D)
-        c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
+        x, c = self.embed(x, t, y)
         for block in self.blocks:
             x = block(x, c)  # (N, T, D)
         return self.unpatchify(self.final_layer(x, c)).to(wanted)  # (N, 2C, H, W)

@@ -27,14 +27,16 @@ from config import RECIPES
 from diffusion import ImageNoise, guided_denoiser, make_schedule, sample
 from download import load_model
 from models import DiT, DiT_models
+from quant.activation import Activation
 from quant.backend import install
 from quant.calibrate import hooked, record
 from quant.linear import QuantizedLayer, block_linears
 from quant.lowrank import lowrank_quantize, plain
-from quant.pipeline import Start, act_spec, quantize_model, weight_spec
+from quant.pipeline import Start, quantize_model
 from quant.quantizer import QuantSpec, fake_quantize
+from quant.recipe import act_spec, weight_spec
 from quant.smoothing import aggregate, smoothing_factors
-from quant.twolevel import quantize_weight
+from quant.weights import gptq_quantizer, nearest_quantizer, quantize_weight
 
 STEPS, LABELS = 50, 16
 
@@ -53,7 +55,7 @@ def published_procedure(model, recipe, weight_bits, act_bits, schedule) -> tuple
     bases = {}
     if recipe.order == "lowrank-first":
         for name, linear in linears.items():
-            bases[name] = lowrank_quantize(linear.weight, spec, config.lowrank_rank(recipe, min(linear.weight.shape)), recipe.rounds, recipe.keep, "fast")
+            bases[name] = lowrank_quantize(linear.weight, nearest_quantizer(linear.weight, spec), config.lowrank_rank(recipe, min(linear.weight.shape)), recipe.rounds, recipe.keep, "fast")
     begin = start(model)
     _, absmax = record(model, linears, schedule, begin.labels, config.calibration_cfg_scale, begin.x, begin.draw)
     for name, linear in linears.items():
@@ -78,7 +80,9 @@ def published_procedure(model, recipe, weight_bits, act_bits, schedule) -> tuple
         alphas[name] = recipe.alphas[int(loss.argmin())]
         if not bases:
             s = smoothing_factors(aggregate(absmax[name], recipe.balance, recipe.timestep), balanced, alphas[name], config.factor_floor)
-            lowrank_quantize(linear.weight * s, spec, config.lowrank_rank(recipe, min(linear.weight.shape)), recipe.rounds, recipe.keep, "fast")
+            weight, importance = linear.weight * s, (absmax[name] / s).square().mean(0)
+            rank = config.lowrank_rank(recipe, min(weight.shape))
+            lowrank_quantize(weight, nearest_quantizer(weight, spec, importance), rank, recipe.rounds, recipe.keep, "fast").integer_branch(weight)
     return alphas, losses
 
 
@@ -119,8 +123,9 @@ def forward() -> None:
         layers = {}
         for key, linear in block_linears(quantised).items():
             divides = recipe.balance != "none" and key.endswith("fc2")  # the others are folded when sampling
-            layers[key] = QuantizedLayer(plain(quantize_weight(linear.weight, weight_spec(recipe, 4))), torch.ones(linear.in_features) if divides else None)
-        install(quantised, layers, act_spec(recipe, 8))
+            layers[key] = QuantizedLayer(plain(quantize_weight(linear.weight, weight_spec(recipe, 4))), Activation(act_spec(recipe, 8)),
+                                         torch.ones(linear.in_features) if divides else None)
+        install(quantised, layers)
         pairs = []
         for i in range(9):
             pairs.append((timed(lambda: model(x, t, y))[1], timed(lambda: quantised(x, t, y))[1]))
@@ -137,10 +142,25 @@ def lowrank() -> None:
         weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * 0.02
         timings, errors = {}, {}
         for solver in ("fast", "exact", "fast"):
-            result, timings[solver] = timed(lambda: lowrank_quantize(weight, spec, 32, 10, "best", solver))
+            result, timings[solver] = timed(lambda: lowrank_quantize(weight, nearest_quantizer(weight, spec), 32, 10, "best", solver))
             errors[solver] = (weight - result.dense()).norm().item()
         print(f"| {rows} x {columns} | {timings['exact']:.1f} | {timings['fast']:.2f} | {timings['exact'] / timings['fast']:.1f}x "
               f"| {errors['fast'] / errors['exact'] - 1:+.3%} |", flush=True)
+
+
+def gptq() -> None:
+    rows, columns = 1152, 4608
+    generator = torch.Generator().manual_seed(0)
+    weight, x = 0.02 * torch.randn(rows, columns, generator=generator), torch.randn(2 * columns, columns, generator=generator)
+    hessian = x.T @ x
+    print("\n| GPTQ of 1152 x 4608, W4, groups of 64 | scales, s | rounding, s | output error over nearest |")
+    print("|---|---|---|---|")
+    for convention in ("affine", "two-level"):
+        spec = QuantSpec(4, "group", 64, convention)
+        quantizer, scales = timed(lambda: gptq_quantizer(weight, spec, hessian))
+        result, seconds = timed(lambda: quantizer(weight))
+        errors = [(x @ (each.dequantize() - weight).T).norm().item() for each in (result, quantize_weight(weight, spec))]
+        print(f"| {'float scales' if convention == 'affine' else convention} | {scales:.2f} | {seconds:.2f} | {errors[0] / errors[1]:.3f} |", flush=True)
 
 
 def memory() -> None:
@@ -163,4 +183,4 @@ def memory() -> None:
 
 
 if __name__ == "__main__":
-    run_sections(__doc__, {"memory": memory, "lowrank": lowrank, "forward": forward, "calibration": calibration})
+    run_sections(__doc__, {"memory": memory, "lowrank": lowrank, "gptq": gptq, "forward": forward, "calibration": calibration})

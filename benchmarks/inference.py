@@ -27,10 +27,12 @@ from tqdm import tqdm
 from config import RECIPES, UserError
 from models import DiT, DiT_models
 from quant import checkpoint
+from quant.activation import Activation
 from quant.linear import QuantizedLayer, block_linears, modulation_linears
 from quant.lowrank import LowRankWeight, plain
-from quant.pipeline import adaln_spec, weight_spec
-from quant.twolevel import quantize_weight
+from quant.pipeline import Result
+from quant.recipe import act_spec, adaln_spec, weight_spec
+from quant.weights import quantize_weight
 
 torch._dynamo.config.recompile_limit = 64  # all rows compile the same block's code, each with other modules and batch sizes
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -61,10 +63,12 @@ def prepare(folder: Path, name: str) -> None:
             rows, columns = linear.weight.shape
             rank = max(1, round(min(rows, columns) * 32 / 1152))
             branch = (1e-5 * torch.randn(rows, rank)).bfloat16().float(), torch.randint(-127, 128, (rank, columns)).float()
-            layers[key] = QuantizedLayer(LowRankWeight(quantize_weight(linear.weight, weight_spec(RECIPE, bits)), *branch), torch.rand(columns) + 0.5)
+            layers[key] = QuantizedLayer(LowRankWeight(quantize_weight(linear.weight, weight_spec(RECIPE, bits)), *branch),
+                                         Activation(act_spec(RECIPE, 8)), torch.rand(columns) + 0.5)
         path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.save(path, model, layers, checkpoint.Header(model=name, image_size=256, num_classes=1000, weight_bit=bits, act_bit=8, recipe_name="ditas",
-                                                               recipe=RECIPE, seed=0, num_sampling_steps="50", svd="fast", alphas={}))
+        header = checkpoint.Header(model=name, image_size=256, num_classes=1000, weight_bit=bits, act_bit=8, recipe_name="ditas", recipe=RECIPE, seed=0,
+                                   num_sampling_steps="50", svd="fast", alphas={})
+        checkpoint.save(path, model, Result(layers), header)
 
 
 def compiled(model: nn.Module) -> nn.Module:

@@ -1,18 +1,17 @@
 """Which arithmetic a quantised model runs in, and the modules for it."""
 import sys
-from functools import partial
 from importlib.util import find_spec
 
 import torch
 from torch import nn
 
 from config import UserError
+from quant.activation import Clock
+from quant.attention import Operands, QuantAttention
 from quant.integer.weight import integer_weight, nibbles
-from quant.linear import MODULATION, QuantizedLayer, QuantLinear, WeightOnlyLinear
-from quant.quantizer import OFF_BITS, QuantSpec
+from quant.linear import PatchLinear, QuantizedLayer, QuantLinear, WeightOnlyLinear
 
 BACKENDS = ("fake", "integer", "auto")
-OFF = QuantSpec(OFF_BITS, "token")
 
 
 def resolve(backend: str, reason: str | None, device: torch.device) -> str:
@@ -46,47 +45,50 @@ def _fast(device: torch.device) -> bool:
     return supported()
 
 
-def install(model: nn.Module, layers: dict[str, QuantizedLayer], act: QuantSpec, backend: str = "fake", dtype: torch.dtype = torch.float32,
-            device: torch.device | str | None = None, packed: bool = False) -> nn.Module:
+def install(model: nn.Module, layers: dict[str, QuantizedLayer], backend: str = "fake", dtype: torch.dtype = torch.float32,
+            device: torch.device | str | None = None, packed: bool = False, operands: dict[str, Operands] | None = None) -> nn.Module:
     """Replace the named linears of ``model``, in place; returns it in eval mode, on ``device`` (default: where it is).
 
     Args:
-        layers: what they become; adaLN modulations are weight-only.
-        act: how the inputs of the others are quantised.
+        layers: what they become.
         backend: ``fake``, ``integer``, or ``reference`` (exact integers, slow).
         dtype: of everything in floating point: float32 or bfloat16.
         packed: on a CPU, keep integer weights at 4 bits and expand them in every call.
+        operands: by the name of the attention, how its operands are quantised; None: nowhere.
     """
     device = model.pos_embed.device if device is None else torch.device(device)
     if device.type == "cpu":
         device = torch.device("cpu")  # not cpu:0, as accelerate calls it: oneDNN's packed weights cannot be copied
+    clock = find_clock(layers)
     modules = {}
     for name, layer in layers.items():
-        make = _weight_only if name.endswith(MODULATION) else partial(_linear, act=act, packed=packed)
-        modules[name] = make(layer, model.get_submodule(name).bias, backend, dtype, device)
+        old = model.get_submodule(name)
+        module = _linear(layer, layer.bias(old.bias), backend, dtype, device, packed, clock)
+        modules[name] = PatchLinear(module, old.kernel_size) if isinstance(old, nn.Conv2d) else module
     for name in layers:
         model.set_submodule(name, nn.Identity())
     model = model.to(device, dtype)
+    for name, each in (operands or {}).items():
+        model.set_submodule(name, QuantAttention(model.get_submodule(name), each).to(device))
     for name, module in modules.items():
         model.set_submodule(name, module.to(device))
+    if clock is not None:
+        clock.to(device).watch(model.t_embedder)
     return model.eval()
 
 
-def _weight_only(layer: QuantizedLayer, bias: torch.Tensor | None, backend: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    if backend == "integer" and device.type == "cpu":
-        from quant.integer.cpu import OneDNNWeightOnly
-        return OneDNNWeightOnly(integer_weight(layer), bias)
-    if backend == "integer":
-        from quant.integer.cuda import ExpandedWeightOnly, Int8WeightOnly
-        return (Int8WeightOnly if dtype == torch.float32 else ExpandedWeightOnly)(integer_weight(layer), bias)
-    return WeightOnlyLinear(layer, bias) if dtype == torch.float32 else QuantLinear(layer, bias, OFF, dtype)
+def find_clock(layers: dict[str, QuantizedLayer]) -> Clock | None:
+    """For the layers whose ranges depend on the timestep; None if there are none."""
+    return next((Clock(layer.act.timesteps) for layer in layers.values() if layer.act is not None and layer.act.timesteps is not None), None)
 
 
-def _linear(layer: QuantizedLayer, bias: torch.Tensor | None, backend: str, dtype: torch.dtype, device: torch.device, act: QuantSpec,
-            packed: bool) -> nn.Module:
+def _linear(layer: QuantizedLayer, bias: torch.Tensor | None, backend: str, dtype: torch.dtype, device: torch.device, packed: bool,
+            clock: Clock | None) -> nn.Module:
+    if layer.act is None and (backend != "fake" or dtype == torch.float32):
+        return _weight_only(layer, bias, backend, dtype, device)
     if backend == "fake":
-        return QuantLinear(layer, bias, act, dtype)
-    weight, half = integer_weight(layer), nibbles(layer)
+        return QuantLinear(layer, bias, dtype, clock)
+    weight, half, act = integer_weight(layer), nibbles(layer), layer.act.spec
     if backend == "reference":
         from quant.integer.linear import ReferenceLinear
         return ReferenceLinear(weight, bias, layer.smooth, act)
@@ -97,3 +99,13 @@ def _linear(layer: QuantizedLayer, bias: torch.Tensor | None, backend: str, dtyp
     if packed and half is not None:
         return OneDNNNibbleLinear(weight, half, bias, layer.smooth, act)
     return OneDNNLinear(weight, bias, layer.smooth, act)
+
+
+def _weight_only(layer: QuantizedLayer, bias: torch.Tensor | None, backend: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    if backend == "integer" and device.type == "cpu":
+        from quant.integer.cpu import OneDNNWeightOnly
+        return OneDNNWeightOnly(integer_weight(layer), bias)
+    if backend == "integer":
+        from quant.integer.cuda import ExpandedWeightOnly, Int8WeightOnly
+        return (Int8WeightOnly if dtype == torch.float32 else ExpandedWeightOnly)(integer_weight(layer), bias)
+    return WeightOnlyLinear(layer, bias)

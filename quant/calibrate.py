@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffusion import Schedule, guided_denoiser, sample_loop
+from quant.linear import as_tokens, matrix
 
 Observer = Callable[[Tensor, Tensor], None]
 
@@ -46,7 +47,7 @@ def hooked(layers: dict[str, nn.Module], see: Callable[[str, Tensor, Tensor], No
 
 
 @torch.inference_mode()
-def record(model: nn.Module, layers: dict[str, nn.Linear], schedule: Schedule, labels: Tensor, cfg_scale: float,
+def record(model: nn.Module, layers: dict[str, nn.Module], schedule: Schedule, labels: Tensor, cfg_scale: float,
            x: Tensor, draw: Callable[[], Tensor], desc: str = "trajectory") -> tuple[Trajectory, dict[str, Tensor]]:
     """Sample once and observe the maxima.
 
@@ -59,11 +60,11 @@ def record(model: nn.Module, layers: dict[str, nn.Linear], schedule: Schedule, l
     Raises:
         ValueError: an input was not finite.
     """
-    absmax = {name: torch.zeros(len(schedule), layer.in_features, device=x.device) for name, layer in layers.items()}
+    absmax = {name: torch.zeros(len(schedule), matrix(layer).shape[1], device=x.device) for name, layer in layers.items()}
     step = 0
 
     def see(name, inputs, _):
-        absmax[name][step] = inputs.abs().amax((0, 1))
+        absmax[name][step] = as_tokens(layers[name], inputs).abs().amax((0, 1))
 
     latents = [x]
     with hooked(layers, see):
@@ -80,11 +81,11 @@ def record(model: nn.Module, layers: dict[str, nn.Linear], schedule: Schedule, l
 
 
 @torch.inference_mode()
-def replay(model: nn.Module, layers: dict[str, nn.Linear], trajectory: Trajectory, observers: dict[str, Observer],
+def replay(model: nn.Module, layers: dict[str, nn.Module], trajectory: Trajectory, observers: dict[str, list[Observer]],
            tokens: int, desc: str) -> None:
     """Run the recorded latents through the model once more, with and without label.
 
-    Each observer gets its layer's input (K, 2N, T, I) and output without bias (K, 2N, T, O) for K timesteps at a time, where
+    Each of a layer's observers gets its input (K, 2N, T, I) and output without bias (K, 2N, T, O) for K timesteps at a time, where
     K is as many as fit ``tokens`` tokens, at least one. ``desc`` names the progress bar.
     """
     steps, n = trajectory.latents.shape[:2]
@@ -95,9 +96,12 @@ def replay(model: nn.Module, layers: dict[str, nn.Linear], trajectory: Trajector
             k = len(chunk)
 
             def see(name, inputs, output):
+                output = output.flatten(2).transpose(1, 2) if output.dim() == 4 else as_tokens(layers[name], output)
                 bias = layers[name].bias
                 output = output if bias is None else output - bias
-                observers[name](inputs.unflatten(0, (k, -1)), output.unflatten(0, (k, -1)))
+                inputs = as_tokens(layers[name], inputs).unflatten(0, (k, -1))
+                for observer in observers[name]:
+                    observer(inputs, output.unflatten(0, (k, -1)))
 
             x = torch.cat([trajectory.latents[chunk]] * 2, dim=1).flatten(0, 1)  # (K * 2N, C, H, W)
             with hooked(layers, see):

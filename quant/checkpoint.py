@@ -2,13 +2,17 @@
 
 Per quantised linear ``NAME``: ``NAME.codes`` and ``NAME.zero`` (packed bit streams, uint8; zero points that are no codes: int32),
 ``NAME.scale`` (float32; with two-level scales uint8, beside ``NAME.step``, bfloat16), ``NAME.left``, ``NAME.right`` (where there is a
-branch: bfloat16 and int8, in the published order float32), ``NAME.smooth`` (float32, where the recipe balances). Everything else
-keeps its published name, rounded to float16 unless that overflows. Reading never unpickles.
+branch: bfloat16 and int8, in the published order float32), ``NAME.smooth`` and ``NAME.shift`` (float32, where the recipe has them). Static
+activation ranges: ``NAME.act`` (float32: scale, zero; with a range per timestep one of each per entry of ``timesteps``), and of the
+operands of attention ``blocks.I.attn.operands`` (rows query, key, value, and probabilities if they have a range). Everything else keeps its
+published name, rounded to float16 unless that overflows. Reading never unpickles.
 
-Format 1, still read, had zero points in a byte each, float32 factors and scales, and adaLN modulation always in float32.
+Formats 1 and 2 are still read. 1 had zero points in a byte each, float32 factors and scales, and adaLN modulation always in float32;
+2 knew no static ranges, shifts, scopes or group sizes that differ from layer to layer.
 """
 import json
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -19,25 +23,28 @@ from torch import Tensor, nn
 from config import Recipe, UserError
 from download import load_into
 from models import DiT_models
+from quant.activation import Activation
+from quant.attention import Operands
 from quant.backend import install, resolve
 from quant.files import atomic
+from quant.flags import ADALN_BITS
 from quant.integer.weight import why_not
-from quant.linear import QuantizedLayer, block_linears, modulation_linears
+from quant.linear import SCOPES, QuantizedLayer, matrix, modulation_linears, scope_linears
 from quant.lowrank import LowRankWeight
 from quant.merge import fold
-from quant.pipeline import act_spec, adaln_spec, weight_spec
+from quant.pipeline import Result
 from quant.quantizer import ACT_BITS, OFF_BITS, WEIGHT_BITS, Quantized, QuantSpec, grouped, pack, unpack
+from quant.recipe import act_spec, adaln_spec, weight_spec
 
-FORMAT_VERSION = 2
-READABLE = (1, 2)
+FORMAT_VERSION = 3
+READABLE = (1, 2, 3)
 HEADER_KEY = "ditas"
 SUFFIX = ".safetensors"
-ADALN_BITS = (4, 8, OFF_BITS)
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a checkpoint was made from and how; ``alphas`` is the migration strength of each layer."""
+    """What a checkpoint was made from and how; ``alphas`` is the migration strength of each layer, ``groups`` its group size where they differ."""
 
     model: str
     image_size: int
@@ -50,6 +57,7 @@ class Header:
     num_sampling_steps: str
     svd: str
     alphas: dict[str, float]
+    groups: dict[str, int] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
 
@@ -67,8 +75,9 @@ def _layer_tensors(name: str, layer: QuantizedLayer) -> dict[str, Tensor]:
     if len(right):
         whole = torch.equal(right, right.round())  # what LowRankWeight.integer_branch made
         tensors |= {"left": left.bfloat16(), "right": right.to(torch.int8)} if whole else {"left": left, "right": right}
-    if layer.smooth is not None:
-        tensors["smooth"] = layer.smooth
+    if layer.act is not None and layer.act.static:
+        tensors["act"] = torch.stack([layer.act.scale, layer.act.zero])
+    tensors |= {key: value for key in ("smooth", "shift") if (value := getattr(layer, key)) is not None}
     return {f"{name}.{key}": value for key, value in tensors.items()}
 
 
@@ -77,11 +86,17 @@ def _half(value: Tensor) -> Tensor:
     return half if torch.isfinite(half := value.half()).all() else value
 
 
-def save(path: Path, model: nn.Module, layers: dict[str, QuantizedLayer], header: Header) -> None:
-    """Write the checkpoint of a float ``model`` whose linears became ``layers``; complete or not at all."""
+def save(path: Path, model: nn.Module, result: Result, header: Header) -> None:
+    """Write the checkpoint of a float ``model`` whose linears became those of ``result``; complete or not at all."""
+    layers = result.layers
     tensors = {key: _half(value) for key, value in model.state_dict().items() if key.removesuffix(".weight") not in layers}
     for name, layer in layers.items():
         tensors |= _layer_tensors(name, layer)
+        if layer.act is not None and layer.act.timesteps is not None:
+            tensors["timesteps"] = layer.act.timesteps
+    for name, each in result.operands.items():
+        acts = [act for act in (each.query, each.key, each.value, each.probabilities) if act is not None]
+        tensors[f"{name}.operands"] = torch.stack([torch.stack([act.scale, act.zero]) for act in acts])
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     with atomic(path) as temporary:
         save_file(tensors, temporary, metadata={HEADER_KEY: json.dumps(asdict(replace(header, format_version=FORMAT_VERSION)))})
@@ -128,18 +143,22 @@ def _check(header: Header) -> None:
         raise ValueError(f"{header.model} W{header.weight_bit}A{header.act_bit} is unknown here")
     if not isinstance(header.num_classes, int) or not 1 <= header.num_classes <= 1_000_000:
         raise ValueError(f"{header.num_classes} classes")
-    if header.recipe.adaln_bits not in ADALN_BITS:
-        raise ValueError(f"{header.recipe.adaln_bits} bits for adaLN")
+    if header.recipe.adaln_bits not in ADALN_BITS or header.recipe.scope not in SCOPES:
+        raise ValueError(f"{header.recipe.adaln_bits} bits for adaLN, scope {header.recipe.scope}")
     weight_spec(header.recipe, header.weight_bit), act_spec(header.recipe, header.act_bit)
 
 
-def _read_layer(tensors: dict[str, Tensor], name: str, shape: torch.Size, spec: QuantSpec) -> QuantizedLayer:
+def _taker(tensors: dict[str, Tensor], name: str) -> Callable[[str, tuple[int, ...]], Tensor]:
     def take(key: str, expected: tuple[int, ...]) -> Tensor:
         value = tensors.pop(f"{name}.{key}")
         if tuple(value.shape) != expected:
             raise ValueError(f"{name}.{key} is {tuple(value.shape)}, expected {expected}")
         return value.float()
+    return take
 
+
+def _read_layer(tensors: dict[str, Tensor], name: str, shape: torch.Size, spec: QuantSpec, act: Activation | None) -> QuantizedLayer:
+    take = _taker(tensors, name)
     rows, columns = shape
     view, dims = grouped(torch.empty(shape, device="meta"), spec)
     per_group = tuple(view.amin(dims, keepdim=True).shape)
@@ -153,14 +172,50 @@ def _read_layer(tensors: dict[str, Tensor], name: str, shape: torch.Size, spec: 
     rank = len(tensors.get(f"{name}.right", ()))
     left = take("left", (rows, rank)) if f"{name}.left" in tensors else torch.zeros(rows, 0)
     right = take("right", (rank, columns)) if f"{name}.right" in tensors else torch.zeros(0, columns)
-    smooth = take("smooth", (columns,)) if f"{name}.smooth" in tensors else None
-    return QuantizedLayer(LowRankWeight(weight, left, right), smooth)
+    smooth, shift = (take(key, (columns,)) if f"{name}.{key}" in tensors else None for key in ("smooth", "shift"))
+    if f"{name}.act" in tensors:
+        each_step = tensors["timesteps"] if tensors[f"{name}.act"].dim() == 2 else None
+        act = replace(act, **_range(take("act", (2,) if each_step is None else (2, len(each_step)))), timesteps=each_step)
+    return QuantizedLayer(LowRankWeight(weight, left, right), act, smooth, shift=shift)
 
 
-def read(path: Path) -> tuple[Header, nn.Module, dict[str, QuantizedLayer]]:
-    """Header, a model that lacks the weights of its quantised linears, and these; on the CPU, nothing folded.
+def _range(pair: Tensor) -> dict[str, Tensor]:
+    return {"scale": pair[0], "zero": pair[1]}
 
-    Raises:
+
+def _read_operands(tensors: dict[str, Tensor], layers: dict[str, QuantizedLayer], depth: int, recipe: Recipe, spec: QuantSpec) -> dict[str, Operands]:
+    if recipe.attention == "none":
+        return {}
+    count, found = 4 if recipe.attention == "uniform" else 3, {}
+    for name in (f"blocks.{i}.attn" for i in range(depth)):
+        acts = [Activation(spec, **_range(pair)) for pair in _taker(tensors, name)("operands", (count, 2))]
+        found[name] = Operands(*acts[:3], acts[3] if count == 4 else None, layers[f"{name}.proj"].smooth)
+    return found
+
+
+def layer_specs(header: Header, model: nn.Module) -> dict[str, tuple[QuantSpec, Activation | None]]:
+    """How the weight and the input of every quantised layer are, by its name; of static ranges without the range."""
+    recipe, specs = header.recipe, {}
+    for name in scope_linears(model, recipe.scope):
+        group = header.groups.get(name)
+        specs[name] = weight_spec(recipe, header.weight_bit, group), Activation(act_spec(recipe, header.act_bit, name, group))
+    if recipe.adaln_bits != OFF_BITS:
+        specs |= {name: (adaln_spec(recipe.adaln_bits, linear.in_features), None) for name, linear in modulation_linears(model).items()}
+    return specs
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint in memory: ``model`` lacks the weights of its quantised ``layers``; on the CPU, nothing folded."""
+
+    header: Header
+    model: nn.Module
+    layers: dict[str, QuantizedLayer]
+    operands: dict[str, Operands]
+
+
+def read(path: Path) -> Stored:
+    """Raises:
         UserError: as ``read_header``, or the tensors are not those of the model that the header names.
     """
     header = read_header(path)
@@ -169,16 +224,16 @@ def read(path: Path) -> tuple[Header, nn.Module, dict[str, QuantizedLayer]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
         with torch.device("meta"):
             model = DiT_models[header.model].build(header.image_size, header.num_classes)
-        specs = dict.fromkeys(block_linears(model), weight_spec(header.recipe, header.weight_bit))
-        if header.recipe.adaln_bits != OFF_BITS:
-            specs |= {name: adaln_spec(header.recipe.adaln_bits, linear.in_features) for name, linear in modulation_linears(model).items()}
-        layers = {name: _read_layer(tensors, name, model.get_submodule(name).weight.shape, spec) for name, spec in specs.items()}
+        layers = {name: _read_layer(tensors, name, matrix(model.get_submodule(name)).shape, *specs)
+                  for name, specs in layer_specs(header, model).items()}
+        operands = _read_operands(tensors, layers, len(model.blocks), header.recipe, act_spec(header.recipe, header.act_bit))
+        tensors.pop("timesteps", None)
         for name in layers:  # the float weights are not there, and not needed: keep the skeleton without them
             model.get_submodule(name).weight = None
         load_into(model, tensors, str(path), f"{header.model} at {header.image_size} pixels")
     except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise UserError(f"checkpoint '{path}' is damaged or of another model than its header says ({error}); make it again with QuantDiT.py") from None
-    return header, model, layers
+    return Stored(header, model, layers, operands)
 
 
 def backend_for(header: Header, backend: str, device: torch.device) -> str:
@@ -187,7 +242,7 @@ def backend_for(header: Header, backend: str, device: torch.device) -> str:
     Raises:
         UserError: ``integer`` was asked for and the checkpoint cannot run on it.
     """
-    reason = why_not(weight_spec(header.recipe, header.weight_bit), act_spec(header.recipe, header.act_bit))
+    reason = why_not(header.recipe, weight_spec(header.recipe, header.weight_bit), act_spec(header.recipe, header.act_bit))
     if header.format_version == 1 and header.recipe.rank != 0:
         reason = reason or "its low-rank branch is of an older format: quantise again with this QuantDiT.py"
     return resolve(backend, reason, device)
@@ -204,7 +259,8 @@ def load(path: Path, device: torch.device | str = "cpu", folded: bool = False, b
     Raises:
         UserError: as ``read``.
     """
-    header, model, layers = read(path)
+    stored = read(path)
+    layers, operands = stored.layers, stored.operands
     if folded:
-        layers = fold(model, layers)
-    return header, install(model, layers, act_spec(header.recipe, header.act_bit), backend, dtype, device, packed)
+        layers, operands = fold(stored.model, layers), {name: each.fold() for name, each in operands.items()}
+    return stored.header, install(stored.model, layers, backend, dtype, device, packed, operands)

@@ -5,16 +5,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quant.activation import Activation, Clock, quantiser
 from quant.lowrank import LowRankWeight
-from quant.quantizer import OFF_BITS, QuantSpec, signed_codes
 
 BLOCK_LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 MODULATION = "adaLN_modulation.1"
+PATCHES = "x_embedder.proj"
+SCOPES = ("blocks", "adaln", "all")
 DIGITS = 3  # of base 256 in the input of a weight-only layer: 24 bits, as many as float32 holds
 
 
 def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linears a recipe quantises, by state-dict name, in the order in which a forward pass meets them."""
+    """The four linears of every block, by state-dict name, in the order in which a forward pass meets them."""
     return {f"blocks.{i}.{name}": block.get_submodule(name) for i, block in enumerate(model.blocks) for name in BLOCK_LINEARS}
 
 
@@ -23,18 +25,54 @@ def modulation_linears(model: nn.Module) -> dict[str, nn.Linear]:
     return {f"blocks.{i}.{MODULATION}": block.get_submodule(MODULATION) for i, block in enumerate(model.blocks)}
 
 
+def scope_linears(model: nn.Module, scope: str) -> dict[str, nn.Module]:
+    """What a recipe of this scope quantises, by state-dict name.
+
+    ``blocks``: the four linears of every block; ``adaln``: its modulation too; ``all``: every linear and the patch embedding,
+    a convolution whose patches do not overlap, which is a linear of patches.
+    """
+    if scope == "blocks":
+        return block_linears(model)
+    if scope == "adaln":
+        return modulation_linears(model) | block_linears(model)
+    outer = (PATCHES, "t_embedder.mlp.0", "t_embedder.mlp.2")
+    last = (f"final_layer.{MODULATION}", "final_layer.linear")
+    return {name: model.get_submodule(name) for name in outer} | scope_linears(model, "adaln") | {name: model.get_submodule(name) for name in last}
+
+
+def timed(name: str) -> bool:
+    """Whether the input of this layer is a vector per image that comes from the timestep embedding."""
+    return name.endswith(MODULATION) or name.startswith("t_embedder.")
+
+
+def matrix(module: nn.Module) -> Tensor:
+    """The weight of a linear or patch convolution as (O, I)."""
+    return module.weight.flatten(1)
+
+
+def as_tokens(module: nn.Module, x: Tensor) -> Tensor:
+    """The input of a linear or patch convolution as (N, T, I)."""
+    if isinstance(module, nn.Conv2d):
+        return F.unfold(x, module.kernel_size, stride=module.stride).transpose(1, 2)
+    return x if x.dim() == 3 else x.unsqueeze(1)
+
+
 @dataclass(frozen=True)
 class QuantizedLayer:
     """What quantisation found for one linear: ``W diag(smooth) ~ weight``.
 
     Attributes:
+        act: how its input is quantised; None leaves it in floating point.
         smooth: (I,) float32, divides the input; None for all ones.
         rows: (O,) float32, multiplies the output channels (what folding put there); None for all ones.
+        shift: (I,) float32, is added to the input before it is divided, and its effect taken from the output; None for zeros.
     """
 
     weight: LowRankWeight
-    smooth: Tensor | None
+    act: Activation | None
+    smooth: Tensor | None = None
     rows: Tensor | None = None
+    shift: Tensor | None = None
 
     def factored(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """V (O, I), step (O,), L (O, r) and R (r, I) such that the weight is ``diag(step) V + L R``.
@@ -50,6 +88,15 @@ class QuantizedLayer:
         rows = torch.ones_like(step) if self.rows is None else self.rows
         return values, step * rows, self.weight.left * rows[:, None], self.weight.right
 
+    def bias(self, bias: Tensor | None) -> Tensor | None:
+        """What to add to the product in place of the linear's bias (O,): the effect of the shift is taken out."""
+        if self.shift is None:
+            return bias
+        offset = self.weight.dense() @ (self.shift if self.smooth is None else self.shift / self.smooth)
+        if self.rows is not None:
+            offset = offset * self.rows
+        return -offset if bias is None else bias - offset
+
     def divide_rows(self, rows: slice, factors: Tensor) -> "QuantizedLayer":
         """The same with these output channels divided by ``factors``."""
         every = torch.ones(len(self.weight.left), device=factors.device) if self.rows is None else self.rows.clone()
@@ -58,32 +105,45 @@ class QuantizedLayer:
 
 
 class QuantLinear(nn.Module):
-    """``y = Qa(x / s) (W_hat + L R)^T + b`` with simulated quantisation (DiTAS, eq. 3).
+    """``y = Qa((x + z) / s) (W_hat + L R)^T + b`` with simulated quantisation (DiTAS, eq. 3; z = 0 there).
 
     The low-rank branch sees the quantised activation. The floating product is of integer values, as far as the weight's layout has
     them, and scales come after it: sums below 2^24 are exact in float32, so that integer arithmetic gives the same up to the last
     bits. Input (..., T, I) and output (..., T, O) are of type ``dtype``; ranges, codes and what follows the product are float32 work.
 
-    Buffers: ``weight`` (O + r, I) of type ``dtype``, V above R; ``step`` (O,) or None, ``left`` (O, r), ``smooth`` (I,) or None,
-    ``bias`` (O,) or None, all float32.
+    Buffers: ``weight`` (O + r, I) of type ``dtype``, V above R; ``step`` (O,) or None, ``left`` (O, r), ``shift`` and ``smooth`` (I,)
+    or None, ``bias`` (O,) or None, all float32.
     """
 
-    def __init__(self, layer: QuantizedLayer, bias: Tensor | None, act: QuantSpec, dtype: torch.dtype = torch.float32):
+    def __init__(self, layer: QuantizedLayer, bias: Tensor | None, dtype: torch.dtype = torch.float32, clock: Clock | None = None):
         super().__init__()
         values, step, left, right = layer.factored()
-        for name, value in {"weight": torch.cat([values, right]).to(dtype), "step": step, "left": left, "smooth": layer.smooth,
+        for name, value in {"weight": torch.cat([values, right]).to(dtype), "step": step, "left": left, "shift": layer.shift, "smooth": layer.smooth,
                             "bias": own(bias)}.items():
             self.register_buffer(name, value)
-        self.act = act
+        self.act = quantiser(layer.act, clock)
 
     def forward(self, x: Tensor) -> Tensor:
-        values, scale = x.float(), None
+        values = x.float()
+        if self.shift is not None:
+            values = values + self.shift
         if self.smooth is not None:
             values = values / self.smooth
-        if self.act.bits != OFF_BITS:
-            values, scale, _ = signed_codes(values, self.act)
+        values, scale = self.act(values)
         sums = F.linear(values.to(x.dtype), self.weight)
         return scaled(sums, self.step, self.left, scale, self.bias).to(x.dtype)
+
+
+class PatchLinear(nn.Module):
+    """A patch convolution computed by a linear of patches: (N, C, H, W) to (N, D, H / p, W / p)."""
+
+    def __init__(self, linear: nn.Module, patch: tuple[int, int]):
+        super().__init__()
+        self.linear, self.patch = linear, patch
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = F.unfold(x, self.patch, stride=self.patch).transpose(1, 2)  # (N, T, C p p)
+        return self.linear(patches).transpose(1, 2).unflatten(2, (x.shape[2] // self.patch[0], -1))
 
 
 def own(bias: Tensor | None) -> Tensor | None:

@@ -2,15 +2,17 @@
 
 ``W ~ W_hat + L R``: quantise what the branch leaves over, then fit the branch to what the quantiser leaves over, and so on.
 """
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from quant.quantizer import Quantized, QuantSpec
-from quant.twolevel import LIMIT, quantize_weight
+from quant.quantizer import Quantized
+from quant.twolevel import LIMIT
 
 OVERSAMPLE = 16  # extra directions carried by the fast solver
+DAMPING = 1e-4  # of the second moment's mean diagonal, added to its diagonal
 FAST_ITERATIONS = 20  # double subspace iterations per round, warm-started
 
 
@@ -25,20 +27,22 @@ class LowRankWeight:
     def dense(self) -> Tensor:
         return torch.addmm(self.weight.dequantize(), self.left, self.right)
 
-    def integer_branch(self, original: Tensor) -> "LowRankWeight":
+    def integer_branch(self, original: Tensor, moment: Tensor | None = None) -> "LowRankWeight":
         """The same with ``right`` rounded to integers of at most 127 and ``left`` the best fit to them, in bfloat16 values.
 
         So that one integer product serves the quantised weight and the branch.
 
         Args:
             original: (O, I), the weight that this one approximates.
+            moment: (I, I), of the inputs, as in ``lowrank_quantize``.
         """
         if not len(self.right):
             return self
         peak = self.right.abs().amax(1, keepdim=True)
         right = (self.right * (LIMIT / torch.where(peak > 0, peak, 1.0))).round()
-        residual = (original - self.weight.dequantize()).double()
-        left = residual @ torch.linalg.pinv(right.double())  # least squares
+        residual, whole = (original - self.weight.dequantize()).double(), right.double()
+        seen = whole if moment is None else whole @ moment.double()
+        left = residual @ seen.T @ torch.linalg.pinv(whole @ seen.T, hermitian=True)  # least squares
         return LowRankWeight(self.weight, left.bfloat16().float(), right)
 
 
@@ -86,31 +90,44 @@ def fast_factors(matrix: Tensor, rank: int, basis: Tensor | None) -> tuple[Tenso
 SOLVERS = {"exact": exact_factors, "fast": fast_factors}
 
 
-def lowrank_quantize(weight: Tensor, spec: QuantSpec, rank: int, rounds: int, keep: str, solver: str,
-                     importance: Tensor | None = None) -> LowRankWeight:
+def lowrank_quantize(weight: Tensor, quantizer: Callable[[Tensor], Quantized], rank: int, rounds: int, keep: str, solver: str,
+                     moment: Tensor | None = None) -> LowRankWeight:
     """Alternate ``W_hat = Q(W - L R)`` and ``L R = best rank-r of (W - W_hat)``, starting from ``L R = 0``.
 
     Args:
         weight: (O, I) float32.
+        quantizer: Q.
         rank: 0 plainly quantises.
         rounds: alternations.
-        keep: ``best`` returns the round of smallest ``|W - W_hat - L R|``, ``last`` the last one (as published).
+        keep: ``best`` returns the round of smallest error, ``last`` the last one (as published).
         solver: a key of ``SOLVERS``.
-        importance: (I,), for the quantiser (see ``quant.twolevel``).
+        moment: (I, I), second moment ``X^T X`` of the inputs, by any factor: errors are those of the output, ``|X (W - W_hat - L R)^T|``;
+            None: those of the weight.
 
     Raises:
-        ValueError: as ``quantize``.
+        ValueError: as the quantiser.
     """
     rank = min(rank, *weight.shape)
     if rank == 0:
-        return plain(quantize_weight(weight, spec, importance))
+        return plain(quantizer(weight))
+    root = None if moment is None else moment_root(moment)
     left, right = weight.new_zeros(weight.shape[0], rank), weight.new_zeros(rank, weight.shape[1])
     best, best_error, basis = None, float("inf"), None
     for _ in range(rounds):
-        quantized = quantize_weight(torch.addmm(weight, left, right, alpha=-1), spec, importance)
+        quantized = quantizer(torch.addmm(weight, left, right, alpha=-1))
         residual = weight - quantized.dequantize()
-        left, right, basis = SOLVERS[solver](residual, rank, basis)
-        error = torch.addmm(residual, left, right, alpha=-1).norm().item()
+        seen = residual if root is None else residual @ root  # (O, I): in a basis where inputs are uncorrelated and of size one
+        left, right, basis = SOLVERS[solver](seen, rank, basis)
+        error = torch.addmm(seen, left, right, alpha=-1).norm().item()
+        if root is not None:
+            right = torch.linalg.solve_triangular(root, right, upper=False, left=False)
         if keep == "last" or error < best_error:
             best, best_error = LowRankWeight(quantized, left, right), error
     return best
+
+
+def moment_root(moment: Tensor) -> Tensor:
+    """Lower triangular C with ``C C^T`` the second moment (I, I), damped so that inputs which never varied do not make it singular."""
+    damped = moment.double().clone()
+    damped.diagonal().add_(DAMPING * damped.diagonal().mean())
+    return torch.linalg.cholesky(damped).to(moment)

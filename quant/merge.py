@@ -21,13 +21,16 @@ def _divide_rows(model: nn.Module, layers: dict[str, QuantizedLayer], name: str,
         model.get_submodule(name).weight[rows] /= factors[:, None]
 
 
-def fold_modulation(model: nn.Module, layers: dict[str, QuantizedLayer], name: str, shift_chunk: int, scale_chunk: int, factors: Tensor) -> None:
-    """Divide ``x (1 + scale) + shift`` by ``factors`` (D,) through the rows of the adaLN linear ``name``, in place."""
+def fold_modulation(model: nn.Module, layers: dict[str, QuantizedLayer], name: str, shift_chunk: int, scale_chunk: int, factors: Tensor,
+                    offset: Tensor | None = None) -> None:
+    """Add ``offset`` (D,) to ``x (1 + scale) + shift`` and divide by ``factors`` (D,) through the rows of the adaLN linear ``name``, in place."""
     width, bias = len(factors), model.get_submodule(name).bias
     shift = slice(shift_chunk * width, (shift_chunk + 1) * width)
     scale = slice(scale_chunk * width, (scale_chunk + 1) * width)
     for rows in (shift, scale):
         _divide_rows(model, layers, name, rows, factors)
+    if offset is not None:
+        bias[shift] += offset
     bias[shift] /= factors
     bias[scale] = (1 + bias[scale]) / factors - 1
 
@@ -43,7 +46,7 @@ def fold_value(model: nn.Module, layers: dict[str, QuantizedLayer], name: str, f
 
 @torch.no_grad()
 def fold(model: nn.Module, layers: dict[str, QuantizedLayer]) -> dict[str, QuantizedLayer]:
-    """Fold the factors of every qkv, fc1 (adaLN) and proj (V); fc2 keeps dividing.
+    """Fold the factors and shifts of every qkv, fc1 (adaLN) and the factors of proj (V); fc2 keeps dividing.
 
     Args:
         model: with float linears where ``layers`` are not installed yet; its biases and float adaLN weights change in place.
@@ -55,9 +58,13 @@ def fold(model: nn.Module, layers: dict[str, QuantizedLayer]) -> dict[str, Quant
     for i in range(len(model.blocks)):
         block = f"blocks.{i}"
         for name, chunks in ((f"{block}.attn.qkv", (_SHIFT1, _SCALE1)), (f"{block}.mlp.fc1", (_SHIFT2, _SCALE2))):
-            if layers[name].smooth is not None:
-                fold_modulation(model, layers, f"{block}.{MODULATION}", *chunks, layers[name].smooth)
-                layers[name] = replace(layers[name], smooth=None)
+            layer = layers[name]
+            if layer.smooth is not None:
+                linear = model.get_submodule(name)
+                if layer.shift is not None:
+                    linear.bias.copy_(layer.bias(linear.bias))
+                fold_modulation(model, layers, f"{block}.{MODULATION}", *chunks, layer.smooth, layer.shift)
+                layers[name] = replace(layer, smooth=None, shift=None)
         proj = f"{block}.attn.proj"
         if layers[proj].smooth is not None:
             fold_value(model, layers, f"{block}.attn.qkv", layers[proj].smooth)

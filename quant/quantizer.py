@@ -3,7 +3,7 @@
 A quantiser maps ``x`` to integer codes ``q`` in [0, 2^bits - 1] and back: ``x ~ scale * (q - zero)``. Which values share a
 scale is the *granularity*; every granularity is a view of the tensor and the dimensions reduced in it.
 """
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -100,6 +100,33 @@ def signed_codes_(values: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
     The range is the values' own, so their low end rounds to code 0 and only the top needs a clamp.
     """
     return torch.minimum(values.round_(), spec.top - zero, out=values)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values that codes of groups can stand for: ``scale * v`` with integers v = q - zero from ``low`` to ``high``.
+
+    All are float32 (O, G), except of a single group, which ``select`` gives, (O,). ``code_scale`` is what ``Quantized`` holds as its scale.
+    """
+
+    scale: Tensor
+    zero: Tensor
+    low: Tensor
+    high: Tensor
+    code_scale: Tensor
+
+    def signed(self, groups: Tensor) -> Tensor:
+        """The nearest v of every weight (O, G, g), integer-valued."""
+        return (groups / self.scale[..., None]).round_().clamp_(self.low[..., None], self.high[..., None])
+
+    def select(self, group: int) -> "Grid":
+        return Grid(*(getattr(self, each.name)[:, group].contiguous() for each in fields(self)))
+
+
+def affine_grid(scale: Tensor, zero: Tensor, spec: QuantSpec) -> Grid:
+    """Of one floating scale and zero point per group, (O, G) or with trailing dimensions of size 1."""
+    scale, zero = (each.reshape(len(each), -1) for each in (scale, zero))
+    return Grid(scale, zero, -zero, spec.top - zero, scale)
 
 
 @dataclass(frozen=True)

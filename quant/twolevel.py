@@ -6,7 +6,7 @@ expands exactly to int8, and its product with int8 activations stays one integer
 import torch
 from torch import Tensor
 
-from quant.quantizer import Quantized, QuantSpec, grouped, quantize
+from quant.quantizer import Grid, Quantized, QuantSpec, grouped
 
 LIMIT = 127  # of int8, symmetric
 STEP_FACTORS = (0.9, 1.0, 1.07, 1.14, 1.22, 1.3)  # tried, of the step that just holds the channel's largest weight
@@ -14,69 +14,85 @@ SCALE_OFFSETS = (-1, 0, 1, 2)  # tried, from the integer scale just below the on
 BLOCK = 2 ** 18  # weights handled at a time: small enough to stay in a CPU's cache between passes
 
 
-def quantize_weight(weight: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> Quantized:
-    """Quantise a weight (O, I) by the convention of its spec; for ``importance`` see ``quantize_two_level``.
-
-    Raises:
-        ValueError: as ``quantize``.
-    """
-    return quantize_two_level(weight, spec, importance) if spec.convention == "two-level" else quantize(weight, spec)
-
-
-def quantize_two_level(weight: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> Quantized:
-    """Quantise a weight (O, I) in groups; every channel's step and every group's integer scale is the one of least error.
-
-    Steps are bfloat16 values, so that they are stored as such.
+def find_steps(weight: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> Tensor:
+    """Each output channel's step of least error, (O, 1), bfloat16 values, so that they are stored as such.
 
     Args:
         importance: (I,) weights of the squared errors, such as the second moment of the inputs; None for all the same.
+    """
+    groups, cost = _view(weight, importance, spec)
+    return torch.cat([_find_steps(rows, cost, spec) for rows in groups.split(_rows(weight))])
+
+
+def two_level_grid(groups: Tensor, step: Tensor, importance: Tensor | None, spec: QuantSpec) -> Grid:
+    """The codes' values for groups (O, G, g) of weights with steps (O, 1): integer scales of least error.
+
+    Args:
+        importance: (G, g), or None, as in ``find_steps``.
+    """
+    cost = groups.new_ones(1) if importance is None else importance
+    scale, _ = _find_scales(groups, step[:, None], cost, spec)
+    return _grid(groups.amin(-1, keepdim=True).clamp_(max=0), scale, step[:, None], spec)
+
+
+def quantize_two_level(weight: Tensor, spec: QuantSpec, importance: Tensor | None, step: Tensor) -> Quantized:
+    """Quantise a weight (O, I) in groups, with given steps (O, 1) and integer scales of least error; for ``importance`` see ``find_steps``.
 
     Raises:
         ValueError: the weight holds NaN or infinity, or does not divide into groups.
     """
     if not torch.isfinite(weight).all():
         raise ValueError("cannot quantise a tensor that holds NaN or infinity")
-    groups, _ = grouped(weight, spec)  # (O, G, g)
-    cost = torch.ones_like(groups[0]) if importance is None else importance.view_as(groups[0])
-    blocks = [_quantize_rows(rows, cost, spec) for rows in groups.split(max(1, BLOCK // weight.shape[1]))]
-    codes, scale, zero, step = (torch.cat(parts) for parts in zip(*blocks))
-    return Quantized(codes.reshape(weight.shape), scale, zero, spec, step.reshape(-1, 1))
+    groups, cost = _view(weight, importance, spec)
+    codes, scale, zero = [], [], []
+    for rows, steps in zip(groups.split(_rows(weight)), step.split(_rows(weight))):
+        grid = two_level_grid(rows, steps, cost, spec)
+        codes.append(grid.signed(rows).add_(grid.zero[..., None]).to(torch.uint8))
+        scale.append(grid.code_scale)
+        zero.append(grid.zero)
+    return Quantized(torch.cat(codes).reshape(weight.shape), torch.cat(scale)[..., None], torch.cat(zero)[..., None], spec, step)
 
 
-def _quantize_rows(groups: Tensor, cost: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes (O, G, g) uint8, scale and zero (O, G, 1), step (O, 1, 1)."""
-    low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)  # (O, G, 1)
-    peak = torch.maximum(high, -low).amax(1, keepdim=True)  # (O, 1, 1)
-    best = None
+def _view(weight: Tensor, importance: Tensor | None, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Groups (O, G, g) and what their errors count, (G, g) or (1,)."""
+    groups, _ = grouped(weight, spec)
+    return groups, groups.new_ones(1) if importance is None else importance.view_as(groups[0])
+
+
+def _rows(weight: Tensor) -> int:
+    return max(1, BLOCK // weight.shape[1])
+
+
+def _find_steps(groups: Tensor, cost: Tensor, spec: QuantSpec) -> Tensor:
+    peak = groups.abs().amax((1, 2))[:, None, None]  # (O, 1, 1)
+    best = least = None
     for factor in STEP_FACTORS:
         step = (peak * (factor / LIMIT)).bfloat16().float()
         step.masked_fill_(step == 0, 1.0)
-        below = ((high - low) / (step * spec.top)).floor()
-        scales = torch.stack([(below + offset).clamp(1, LIMIT) for offset in SCALE_OFFSETS])  # (K, O, G, 1)
-        errors = torch.stack([_error(groups, low, scale, step, cost, spec) for scale in scales])
-        error, index = errors.min(0)
-        found = step, scales.gather(0, index[None])[0], error.sum(1, keepdim=True)
-        if best is None:
-            best = found
-        else:
-            better = found[2] < best[2]  # (O, 1, 1)
-            best = tuple(torch.where(better, new, old) for new, old in zip(found, best))
-    step, scale, _ = best
-    zero = _zero(low, scale, step, spec)
-    return _signed(groups, zero, scale, step, spec).add_(zero).to(torch.uint8), scale, zero, step
+        error = _find_scales(groups, step, cost, spec)[1].sum(1, keepdim=True)  # (O, 1, 1)
+        better = error < least if least is not None else torch.ones_like(error, dtype=torch.bool)
+        best = step if best is None else torch.where(better, step, best)
+        least = error if least is None else torch.minimum(error, least)
+    return best[:, 0]
 
 
-def _zero(low: Tensor, scale: Tensor, step: Tensor, spec: QuantSpec) -> Tensor:
-    return (-low / (scale * step)).round_().clamp_(max=spec.top)
+def _find_scales(groups: Tensor, step: Tensor, cost: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Integer scales of least error and these errors, (O, G, 1), given steps (O, 1, 1)."""
+    low, high = groups.amin(-1, keepdim=True).clamp_(max=0), groups.amax(-1, keepdim=True).clamp_(min=0)  # (O, G, 1)
+    below = ((high - low) / (step * spec.top)).floor()
+    scales = torch.stack([(below + offset).clamp(1, LIMIT) for offset in SCALE_OFFSETS])  # (K, O, G, 1)
+    error, index = torch.stack([_error(groups, _grid(low, scale, step, spec), cost) for scale in scales]).min(0)
+    return scales.gather(0, index[None])[0], error
 
 
-def _signed(groups: Tensor, zero: Tensor, scale: Tensor, step: Tensor, spec: QuantSpec) -> Tensor:
-    """``q - z``, integer-valued, (O, G, g)."""
+def _grid(low: Tensor, scale: Tensor, step: Tensor, spec: QuantSpec) -> Grid:
+    """From the groups' lowest weights and integer scales (O, G, 1) and steps (O, 1, 1)."""
+    scale, whole = scale[..., 0], (scale * step)[..., 0]
+    zero = (-low[..., 0] / whole).round_().clamp_(max=spec.top)
     bound = (LIMIT / scale).floor_()
-    return (groups / (scale * step)).round_().clamp_(torch.maximum(-zero, -bound), torch.minimum(spec.top - zero, bound))
+    return Grid(whole, zero, torch.maximum(-zero, -bound), torch.minimum(spec.top - zero, bound), scale)
 
 
-def _error(groups: Tensor, low: Tensor, scale: Tensor, step: Tensor, cost: Tensor, spec: QuantSpec) -> Tensor:
+def _error(groups: Tensor, grid: Grid, cost: Tensor) -> Tensor:
     """Weighted squared error of every group, (O, G, 1)."""
-    fitted = _signed(groups, _zero(low, scale, step, spec), scale, step, spec).mul_(scale * step)
-    return fitted.sub_(groups).square_().mul_(cost).sum(-1, keepdim=True)
+    return grid.signed(groups).mul_(grid.scale[..., None]).sub_(groups).square_().mul_(cost).sum(-1, keepdim=True)

@@ -86,6 +86,29 @@ def layer_errors(error_db: dict[str, float]) -> bytes:
     return _png(canvas)
 
 
+def group_allocation(best: list[float], mean: list[float], groups: dict[str, int]) -> bytes:
+    """A search for group sizes (Q-DiT, algorithm 1): the least loss so far and each round's mean loss; the size chosen for every layer."""
+    kinds = [kind for kind in BLOCK_LINEARS if any(name.endswith(kind) for name in groups)]
+    table = np.array([[size for name, size in groups.items() if name.endswith(kind)] for kind in kinds])  # (kinds, blocks)
+    canvas = Canvas(figsize=(11, 5.6), layout="constrained")
+    top, bottom = canvas.subplots(2, 1, height_ratios=(3, 2))
+    rounds = range(1, len(best) + 1)
+    top.plot(rounds, mean, "o-", color="tab:gray", label="mean of the round")
+    top.plot(rounds, best, "o-", color="tab:blue", label="best so far")
+    top.set(xlabel="round", ylabel="loss", title="search for group sizes (lower is better)")
+    top.xaxis.set_major_locator(MaxNLocator(integer=True))
+    top.grid(alpha=0.3)
+    top.legend()
+    image = bottom.imshow(np.log2(table), aspect="auto", cmap="viridis", interpolation="nearest")
+    for (row, column), size in np.ndenumerate(table):
+        dark = image.norm(np.log2(size)) < 0.6
+        bottom.text(column, row, str(size), ha="center", va="center", fontsize=8, color="white" if dark else "black")
+    bottom.set_yticks(range(len(kinds)), [kind.split(".")[1] for kind in kinds])
+    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+    bottom.set(xlabel="block", title=f"group size of each layer, mean {np.mean(table):.1f}")
+    return _png(canvas)
+
+
 def sqnr_over_steps(curves: dict[str, list[float]]) -> bytes:
     """SQNR of the latents after each step, a line per row of the comparison."""
     canvas = Canvas(figsize=(9, 4.5), layout="constrained")

@@ -2,16 +2,13 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import config
 from diffusion import Schedule
 from quant.calibrate import Trajectory, record, replay
-from quant.linear import QuantizedLayer, block_linears
+from quant.linear import QuantizedLayer, QuantLinear, block_linears
 from quant.pipeline import Start
-from quant.quantizer import QuantSpec, fake_quantize
-
 
 IMAGES = 4  # in the trajectory that a report looks at
 
@@ -43,7 +40,7 @@ def default_layers(names: list[str]) -> list[str]:
 
 
 @torch.inference_mode()
-def observe(model: nn.Module, layers: dict[str, QuantizedLayer], act: QuantSpec, schedule: Schedule, start: Start,
+def observe(model: nn.Module, layers: dict[str, QuantizedLayer], schedule: Schedule, start: Start,
             wanted: list[str]) -> Observed:
     """Sample once with the float ``model`` and look at the layers.
 
@@ -59,17 +56,16 @@ def observe(model: nn.Module, layers: dict[str, QuantizedLayer], act: QuantSpec,
     for i, step in enumerate(watched):
 
         def observer(name, keep=i == middle):
-            layer = layers[name]
+            quantised = QuantLinear(layers[name], layers[name].bias(None))
 
             def see(x, y):  # (1, 2N, T, I), (1, 2N, T, O)
-                smoothed = x[0] if layer.smooth is None else x[0] / layer.smooth
-                error = F.linear(fake_quantize(smoothed, act), layer.weight.dense()) - y[0]
+                error = quantised(x[0]) - y[0]
                 energies[name] += torch.stack([y.square().sum(dtype=torch.float64), error.square().sum(dtype=torch.float64)]).cpu()
                 if keep and name in wanted:
                     inputs[name] = x[0, 0].abs().cpu()
             return see
 
         one = Trajectory(trajectory.latents[step:step + 1], trajectory.timesteps[step:step + 1], trajectory.labels)
-        replay(model, linears, one, {name: observer(name) for name in linears}, 1, f"errors at step {step}")
+        replay(model, linears, one, {name: [observer(name)] for name in linears}, 1, f"errors at step {step}")
     error_db = {name: float(10 * torch.log10(signal / noise)) for name, (signal, noise) in energies.items()}
     return Observed({name: values.cpu() for name, values in absmax.items()}, error_db, inputs, watched)

@@ -15,8 +15,9 @@ from diffusion import ImageNoise, make_schedule
 from models import DiT_models
 from quant import checkpoint
 from quant.backend import install
+from quant.judge import sqnr_judge
 from quant.linear import block_linears
-from quant.pipeline import Start, act_spec, quantize_model
+from quant.pipeline import Result, Start, quantize_model
 from quant.quantizer import pack
 
 MODEL = "DiT-Digits"
@@ -40,26 +41,28 @@ def header(recipe_name, weight_bit, act_bit=8, **kwargs):
 
 def quantised(recipe_name, weight_bit):
     noise = ImageNoise(0, range(2), (4, 8, 8))
-    recipe = replace(RECIPES[recipe_name], rounds=2)  # for speed; what matters here is what is written
-    return quantize_model(digits_model(), recipe, weight_bit, 8, make_schedule("2"), Start(noise(), noise, torch.arange(2)))
+    recipe = replace(RECIPES[recipe_name], rounds=2, iterations=2, population=3, generations=1)  # for speed; what matters here is what is written
+    schedule, model = make_schedule("2"), digits_model()
+    return quantize_model(model, recipe, weight_bit, 8, schedule, Start(noise(), noise, torch.arange(2)), judge=sqnr_judge(model, schedule, 0))
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoint") / "model.safetensors"
     with torch.no_grad():
-        checkpoint.save(path, digits_model(), quantised("ditas", 4).layers, header("ditas", 4))
+        checkpoint.save(path, digits_model(), quantised("ditas", 4), header("ditas", 4))
     return path
 
 
-@pytest.mark.parametrize("recipe_name, weight_bit", [("rtn", 2), ("rtn", 3), ("smoothquant", 8), ("ditas", 4), ("ditas", 5), ("ditas-published", 4)])
+@pytest.mark.parametrize("recipe_name, weight_bit", [("rtn", 2), ("rtn", 3), ("smoothquant", 8), ("ditas", 4), ("ditas", 5), ("ditas-published", 4), ("ptq4dm", 4),
+                                                     ("repq-vit", 4), ("tfmq-dm", 3), ("g4w-p4a", 4), ("ptq4dit", 4), ("qdit", 4), ("ditas-plus", 4)])
 def test_a_reloaded_model_computes_the_same_bits(tmp_path, recipe_name, weight_bit):
     result = quantised(recipe_name, weight_bit)
     path = tmp_path / "model.safetensors"
-    checkpoint.save(path, digits_model(), result.layers, header(recipe_name, weight_bit))
+    checkpoint.save(path, digits_model(), result, header(recipe_name, weight_bit, groups=result.groups))
     back, model = checkpoint.load(path)
-    assert back == header(recipe_name, weight_bit)
-    expected = install(stored(digits_model()), result.layers, act_spec(RECIPES[recipe_name], 8))
+    assert back == header(recipe_name, weight_bit, groups=result.groups)
+    expected = install(stored(digits_model()), result.layers, operands=result.operands)
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([10, 800]), torch.tensor([0, 10])
     assert torch.equal(model(x, t, y), expected(x, t, y))
     assert os.listdir(tmp_path) == ["model.safetensors"]
@@ -72,7 +75,7 @@ def test_codes_take_their_true_width(saved):
         assert f"{name}.weight" not in tensors
     with safe_open(saved, framework="pt") as file:
         fields = json.loads(file.metadata()["ditas"])
-    assert fields["model"] == MODEL and fields["recipe"]["weight_group"] == 64 and fields["format_version"] == 2
+    assert fields["model"] == MODEL and fields["recipe"]["weight_group"] == 64 and fields["format_version"] == 3
 
 
 def test_the_path_may_lack_its_extension(saved):
@@ -153,7 +156,7 @@ def test_a_failed_write_leaves_nothing(saved, tmp_path, monkeypatch):
         raise OSError("no space left on device")
     monkeypatch.setattr(checkpoint, "save_file", full_disk)
     with pytest.raises(OSError):
-        checkpoint.save(tmp_path / "model.safetensors", digits_model(), {}, header("rtn", 4))
+        checkpoint.save(tmp_path / "model.safetensors", digits_model(), Result({}), header("rtn", 4))
     assert os.listdir(tmp_path) == []
 
 
@@ -173,10 +176,13 @@ def test_an_older_format_is_still_read(saved, tmp_path):
         tensors |= {f"{key}.codes": pack(weight.codes, 4), f"{key}.scale": weight.scale, f"{key}.zero": weight.zero.to(torch.uint8),
                     f"{key}.left": layer.weight.left, f"{key}.right": layer.weight.right / 3, f"{key}.smooth": layer.smooth}
     fields = asdict(header("ditas", 4, recipe=recipe, format_version=1))
-    del fields["recipe"]["weight_scales"], fields["recipe"]["adaln_bits"]
+    known = ("balance", "timestep", "alphas", "weight_granularity", "weight_group", "act_granularity", "convention", "rank", "rounds", "keep", "order")
+    fields["recipe"] = {key: fields["recipe"][key] for key in known}
+    del fields["groups"]
     tensors = {key: value.contiguous() for key, value in tensors.items()}
     save_file(tensors, tmp_path / "old.safetensors", metadata={"ditas": json.dumps(fields)})
-    back, _, read = checkpoint.read(tmp_path / "old.safetensors")
+    old = checkpoint.read(tmp_path / "old.safetensors")
+    back, read = old.header, old.layers
     assert back.recipe == recipe and read.keys() == layers.keys()
     expected = layers[name].weight
     assert torch.allclose(read[name].weight.dense(), expected.weight.dequantize() + expected.left @ expected.right / 3)
@@ -188,8 +194,8 @@ def test_an_older_format_is_still_read(saved, tmp_path):
 @pytest.mark.parametrize("adaln_bits, share", [(16, 2.0), (8, 1.0), (4, 0.5)])
 def test_modulation_takes_its_share_of_the_file(tmp_path, adaln_bits, share):
     recipe = replace(RECIPES["rtn"], adaln_bits=adaln_bits)
-    layers = quantize_model(digits_model(), recipe, 4, 8, make_schedule("2"), None).layers
-    checkpoint.save(tmp_path / "model.safetensors", digits_model(), layers, header("rtn", 4, recipe=recipe))
+    result = quantize_model(digits_model(), recipe, 4, 8, make_schedule("2"), None)
+    checkpoint.save(tmp_path / "model.safetensors", digits_model(), result, header("rtn", 4, recipe=recipe))
     sizes = [value.numel() * value.element_size() for key, value in load_file(tmp_path / "model.safetensors").items()
              if key.startswith("blocks.1.adaLN_modulation.1.") and key.endswith(("codes", "weight"))]
     assert sizes == [share * 6 * 128 * 128]

@@ -25,7 +25,7 @@ MODEL, STEPS, COUNT = "DiT-Digits-Outliers", 3, 12
 
 
 def words(folder, *more):
-    return ["--model", MODEL, "--recipes", "rtn", "ditas:rank=0,group-size=32", "--num-sampling-steps", str(STEPS), "--num-fid-samples", str(COUNT),
+    return ["--model", MODEL, "--recipes", "rtn", "ditas:lowrank=0,group-size=32", "--num-sampling-steps", str(STEPS), "--num-fid-samples", str(COUNT),
             "--per-proc-batch-size", "4", "--num-fidelity-samples", "6", "--output", str(folder), *more]
 
 
@@ -44,7 +44,7 @@ def compared(tmp_path_factory):
 
 def test_table_has_every_row_and_says_where_outliers_came_from(compared):
     folder, rows = compared
-    assert [(row["recipe"], row["W/A"]) for row in rows] == [("float", "32/32"), ("rtn", "4/8"), ("ditas:rank=0,group-size=32", "4/8")]
+    assert [(row["recipe"], row["W/A"]) for row in rows] == [("float", "32/32"), ("rtn", "4/8"), ("ditas:lowrank=0,group-size=32", "4/8")]
     assert all(row["N"] == str(COUNT) and row["steps"] == str(STEPS) and row["LPIPS"] in ("-", "n/a") for row in rows)
     text = (folder / "out/table.md").read_text()
     assert "by construction" in text and text.count("\n| ") == 4 + 1
@@ -54,7 +54,7 @@ def test_table_has_every_row_and_says_where_outliers_came_from(compared):
 def test_scores_equal_those_of_evaluate(compared, capsys):
     folder, rows = compared
     files = [json.loads((folder / "out" / f"{MODEL}-16-{STEPS}" / name / "row.json").read_text())["npz"]
-             for name in ("float-W32A32", "rtn-W4A8", "ditas-rank=0-group-size=32-W4A8")]
+             for name in ("float-W32A32", "rtn-W4A8", "ditas-lowrank=0-group-size=32-W4A8")]
     run(evaluate.main, evaluate.make_parser(), [str(folder / "out/digits-reference.npz"), *files, "--features", "digits", "--json"])
     for row, expected in zip(rows, json.loads(capsys.readouterr().out)):
         assert row["FID"] == f"{expected['fid']:.3f}" and row["sFID"] == f"{expected['sfid']:.3f}" and row["recall"] == f"{expected['recall']:.4f}"
@@ -62,7 +62,7 @@ def test_scores_equal_those_of_evaluate(compared, capsys):
 
 def test_overrides_reach_the_checkpoint_and_sqnr_is_that_of_the_final_latents(compared):
     folder, rows = compared
-    header, quantised = checkpoint.load(folder / "out" / f"{MODEL}-16-{STEPS}/ditas-rank=0-group-size=32-W4A8/checkpoint.safetensors")
+    header, quantised = checkpoint.load(folder / "out" / f"{MODEL}-16-{STEPS}/ditas-lowrank=0-group-size=32-W4A8/checkpoint.safetensors")
     assert header.recipe.rank == 0 and header.recipe.weight_group == 32
     model = load_model(MODEL, DiT_models[MODEL], 16, 10, None, torch.device("cpu"))
     made = [generate_latents(each, make_schedule(str(STEPS)), range(6), labels_for(range(6), 0, 10, None), 0, 1.5, ddpm_step) for each in (model, quantised)]
@@ -72,8 +72,8 @@ def test_overrides_reach_the_checkpoint_and_sqnr_is_that_of_the_final_latents(co
 def test_report_shows_the_comparison_and_each_row(compared):
     folder, _ = compared
     page = (folder / "report/report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 and "ditas:rank=0,group-size=32" in page
-    assert sorted(path.parent.name for path in folder.glob("report/*/*/report.html")) == ["ditas-rank=0-group-size=32-W4A8", "rtn-W4A8"]
+    assert page.count("data:image/png;base64,") == 2 and "ditas:lowrank=0,group-size=32" in page
+    assert sorted(path.parent.name for path in folder.glob("report/*/*/report.html")) == ["ditas-lowrank=0-group-size=32-W4A8", "rtn-W4A8"]
 
 
 def test_finished_rows_are_kept_and_changed_settings_make_them_anew(compared, monkeypatch, capsys):
@@ -103,7 +103,7 @@ def test_finished_rows_are_kept_and_changed_settings_make_them_anew(compared, mo
     (["--recipes", "ditas:weight-bit=8"], "bad override 'weight-bit=8'"),
     (["--recipes", "smoothquant:smooth-timestep=3"], "timestep index 3 is outside a trajectory of 3 steps"),
     (["--recipes", "ditas:class-labels=99"], "bad class labels '99'"),
-    (["--recipes", "ditas:rank=-1"], "--rank -1 is too small"),
+    (["--recipes", "ditas:lowrank=-1"], "--lowrank -1 is too small"),
     (["--bits", "4/8"], "bad bit width '4/8'"),
     (["--bits", "W9A8"], "weight width 9"),
     (["--bits", "W4A3"], "activation width 3"),

@@ -20,7 +20,7 @@ from metrics import sqnr_db
 from models import DiT_models
 from quant.backend import install
 from quant.merge import fold
-from quant.pipeline import Start, act_spec, quantize_model
+from quant.pipeline import Start, quantize_model
 
 ROOT = Path(__file__).parents[1]
 STEPS, COUNT = 50, 32
@@ -121,7 +121,7 @@ def sqnr(outliers, name, weight_bits, **changes) -> float:
     recipe, noise = replace(RECIPES[name], **changes), ImageNoise(0, range(16), (4, 8, 8))
     result = quantize_model(model, recipe, weight_bits, 8, make_schedule(str(STEPS)), Start(noise(), noise, torch.arange(16) % 10))
     fresh = load_model("DiT-Digits-Outliers", DiT_models["DiT-Digits-Outliers"], 16, 10, None, torch.device("cpu"))
-    return sqnr_db(reference, latents(install(fresh, fold(fresh, result.layers), act_spec(recipe, 8))))
+    return sqnr_db(reference, latents(install(fresh, fold(fresh, result.layers))))
 
 
 def test_the_papers_ordering_shows_on_the_outlier_twin(outliers):

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import RECIPES, UserError
+from quant.activation import Activation
 from quant.backend import install, resolve
 from quant.integer.cpu import OneDNNLinear, OneDNNNibbleLinear, OneDNNWeightOnly
 from quant.integer.linear import ReferenceLinear
@@ -16,24 +17,25 @@ from quant.integer.weight import integer_weight, nibbles, why_not
 from quant.linear import QuantizedLayer, QuantLinear, WeightOnlyLinear, block_linears, modulation_linears
 from quant.lowrank import lowrank_quantize, plain
 from quant.merge import fold
-from quant.pipeline import act_spec, adaln_spec, weight_spec
 from quant.quantizer import QuantSpec, fake_quantize, quantize
-from quant.twolevel import quantize_weight
+from quant.recipe import act_spec, adaln_spec, weight_spec
+from quant.weights import nearest_quantizer, quantize_weight
 
-READY = ("rtn", "smoothquant", "ditas")
+READY = ("rtn", "smoothquant", "ditas", "ditas-plus")
+TOKEN = Activation(QuantSpec(8, "token"))
 TWO_LEVEL = QuantSpec(4, "group", 64, "two-level")
 
 
-def layer(rows, columns, spec, rank=3, smooth=True, seed=0) -> QuantizedLayer:
+def layer(rows, columns, spec, rank=3, smooth=True, seed=0, act=TOKEN) -> QuantizedLayer:
     torch.manual_seed(seed)
     factors = torch.exp(torch.randn(columns)) if smooth else None
     weight = 0.05 * torch.randn(rows, columns) * (1 if factors is None else factors)
-    found = lowrank_quantize(weight, spec, rank, 2, "best", "fast")
-    return QuantizedLayer(found.integer_branch(weight) if rank else plain(quantize_weight(weight, spec)), factors, torch.rand(rows) + 0.5)
+    found = lowrank_quantize(weight, nearest_quantizer(weight, spec), rank, 2, "best", "fast")
+    return QuantizedLayer(found.integer_branch(weight), act, factors, torch.rand(rows) + 0.5)
 
 
-def modules(made: QuantizedLayer, bias, act) -> dict:
-    weight, half = integer_weight(made), nibbles(made)
+def modules(made: QuantizedLayer, bias) -> dict:
+    weight, half, act = integer_weight(made), nibbles(made), made.act.spec
     every = {"reference": ReferenceLinear(weight, bias, made.smooth, act), "onednn": OneDNNLinear(weight, bias, made.smooth, act)}
     return every | ({} if half is None else {"nibbles": OneDNNNibbleLinear(weight, half, bias, made.smooth, act)})
 
@@ -45,23 +47,22 @@ def test_every_backend_agrees_with_the_simulated_layer(recipe_name, bits):
     made = layer(96, 128, weight_spec(recipe, bits), 3 if recipe.rank != 0 else 0)
     bias, x = torch.randn(96), 3 * torch.randn(2, 7, 128)
     for act_bits in range(4, 9):
-        act = act_spec(recipe, act_bits)
-        fake = QuantLinear(made, bias, act)(x)
-        for name, module in modules(made, bias, act).items():
+        made = replace(made, act=Activation(act_spec(recipe, act_bits)))
+        fake = QuantLinear(made, bias)(x)
+        for name, module in modules(made, bias).items():
             assert relative(module(x), fake) < 1e-5, name
             assert module(x.bfloat16()).dtype == torch.bfloat16
-            assert relative(module(x.bfloat16()), QuantLinear(made, bias, act, torch.bfloat16)(x.bfloat16())) < 1e-2, name
+            assert relative(module(x.bfloat16()), QuantLinear(made, bias, torch.bfloat16)(x.bfloat16())) < 1e-2, name
 
 
 @pytest.mark.parametrize("rows, columns, tokens", [(1, 1, 1), (3, 5, 1), (17, 33, 3), (130, 63, 2), (65, 192, 1), (64, 100, 9)])
 def test_odd_shapes(rows, columns, tokens):
     group = {1: 1, 5: 5, 33: 11, 63: 21, 192: 64, 100: 50}[columns]
-    act = QuantSpec(8, "token")
     for spec in (QuantSpec(4, "group", group, "two-level"), QuantSpec(8, "channel"), QuantSpec(3, "channel")):
         made = layer(rows, columns, spec, rank=min(2, rows, columns))
         x = torch.randn(1, tokens, columns)
-        fake = QuantLinear(made, None, act)(x)
-        for name, module in modules(made, None, act).items():
+        fake = QuantLinear(made, None)(x)
+        for name, module in modules(made, None).items():
             assert relative(module(x), fake) < 1e-5, (name, spec)
 
 
@@ -71,7 +72,7 @@ def test_codes_are_those_of_the_simulated_quantiser(granularity, bits):
     spec, x = QuantSpec(bits, granularity), torch.randn(3, 11, 50) * torch.exp(3 * torch.randn(3, 11, 1))
     x[0, 0], x[1, 1] = 0, 4.0
     seen = []
-    module = modules(QuantizedLayer(plain(quantize(torch.randn(4, 50), QuantSpec(4, "channel"))), torch.full((50,), 1.5)), None, spec)["onednn"]
+    module = modules(QuantizedLayer(plain(quantize(torch.randn(4, 50), QuantSpec(4, "channel"))), Activation(spec), torch.full((50,), 1.5)), None)["onednn"]
     product, module.product = module.product, lambda codes: seen.append(codes) or product(codes)
     module(x)
     expected = quantize(x / 1.5, spec)  # the quantiser that weights take
@@ -82,9 +83,8 @@ def test_codes_are_those_of_the_simulated_quantiser(granularity, bits):
 def test_sums_are_exact_even_where_they_are_largest():
     """All codes 255, all weights 127: 255 * 127 * 4608 = 149 million, beyond float32's integers, within int32's."""
     codes = torch.full((2, 4608), 255, dtype=torch.uint8)
-    ones = QuantizedLayer(plain(quantize(torch.ones(16, 4608), QuantSpec(7, "channel"))), None)
-    act = QuantSpec(8, "token")
-    for module in modules(ones, None, act).values():
+    ones = QuantizedLayer(plain(quantize(torch.ones(16, 4608), QuantSpec(7, "channel"))), TOKEN)
+    for module in modules(ones, None).values():
         assert torch.equal(module.product(codes), torch.full((2, 16), 255 * 127 * 4608, dtype=torch.float32))
 
 
@@ -93,11 +93,11 @@ def test_sums_are_exact_even_where_they_are_largest():
 def test_sums_are_those_of_numpy(tokens, rows, columns, seed):
     rng = np.random.default_rng(seed)
     weight = torch.from_numpy(rng.normal(size=(rows, columns)).astype(np.float32))
-    made = QuantizedLayer(plain(quantize(weight, QuantSpec(int(rng.integers(2, 9)), "channel"))), None)
+    made = QuantizedLayer(plain(quantize(weight, QuantSpec(int(rng.integers(2, 9)), "channel"))), TOKEN)
     codes = rng.integers(0, 256, (tokens, columns), dtype=np.uint8)
     integers = integer_weight(made)
     expected = codes.astype(np.int64) @ torch.cat([integers.codes, integers.right]).numpy().astype(np.int64).T
-    for module in modules(made, None, QuantSpec(8, "token")).values():
+    for module in modules(made, None).values():
         assert np.array_equal(module.product(torch.from_numpy(codes)).numpy(), expected.astype(np.float32))
 
 
@@ -136,10 +136,10 @@ def test_importance_moves_the_error_to_where_it_costs_less():
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_weight_only_layer_keeps_its_input(bits):
     weight = torch.randn(60, 40)
-    made = QuantizedLayer(plain(quantize_weight(weight, adaln_spec(bits, 40))), None, torch.rand(60) + 0.5)
-    bias, x, off = torch.randn(60), torch.randn(3, 40) * torch.tensor([[1.0], [100.0], [0.0]]), QuantSpec(16, "token")
+    made = QuantizedLayer(plain(quantize_weight(weight, adaln_spec(bits, 40))), None, None, torch.rand(60) + 0.5)
+    bias, x = torch.randn(60), torch.randn(3, 40) * torch.tensor([[1.0], [100.0], [0.0]])
     x[2] = torch.tensor([0.0, 0.3])[bits // 8]  # constant
-    expected = QuantLinear(made, bias, off)(x)
+    expected = QuantLinear(made, bias)(x)
     assert relative(WeightOnlyLinear(made, bias)(x), expected) < 1e-6
     assert relative(OneDNNWeightOnly(integer_weight(made), bias)(x), WeightOnlyLinear(made, bias)(x)) < 1e-9
 
@@ -149,8 +149,8 @@ def quantised(recipe, bits, adaln_bits, model):
     for i, (name, linear) in enumerate(block_linears(model).items()):
         smooth = None if recipe.balance == "none" else torch.exp(torch.randn(linear.in_features, generator=torch.Generator().manual_seed(i)))
         weight = linear.weight if smooth is None else linear.weight * smooth
-        found = lowrank_quantize(weight, spec, 2 if recipe.rank is None else 0, 2, "best", "fast")
-        layers[name] = QuantizedLayer(found.integer_branch(weight), smooth)
+        found = lowrank_quantize(weight, nearest_quantizer(weight, spec), 2 if recipe.rank is None else 0, 2, "best", "fast")
+        layers[name] = QuantizedLayer(found.integer_branch(weight), Activation(act_spec(recipe, 8)), smooth)
     if adaln_bits < 16:
         layers |= {name: QuantizedLayer(plain(quantize_weight(linear.weight, adaln_spec(adaln_bits, linear.in_features))), None)
                    for name, linear in modulation_linears(model).items()}
@@ -166,7 +166,7 @@ def test_whole_models_agree_folded_or_not(recipe_name, bits, adaln_bits, folded)
     def output(backend, dtype=torch.float32, packed=False):
         model = random_model(depth=1)
         layers = quantised(recipe, bits, adaln_bits, model)
-        return install(model, fold(model, layers) if folded else layers, act_spec(recipe, 8), backend, dtype, packed=packed)(*inputs)
+        return install(model, fold(model, layers) if folded else layers, backend, dtype, packed=packed)(*inputs)
 
     fake = output("fake")
     for backend in ({"backend": "reference"}, {"backend": "integer"}, {"backend": "integer", "packed": True}):
@@ -180,7 +180,7 @@ def test_compiled_blocks_give_the_same(backend):
     inputs = torch.randn(2, 4, 8, 8), torch.tensor([5, 900]), torch.tensor([1, 10])
     model = random_model(depth=2)
     layers = quantised(RECIPES["ditas"], 4, 8, model)
-    model = install(model, fold(model, layers), act_spec(RECIPES["ditas"], 8), backend)
+    model = install(model, fold(model, layers), backend)
     eager = model(*inputs)
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for block in model.blocks:
@@ -203,9 +203,10 @@ def test_folding_changes_no_code():
     (RECIPES["ditas"], 16, "--act-bit 16"),
     (RECIPES["ditas-published"], 8, "use recipe ditas"),
     (replace(RECIPES["ditas"], weight_scales="float"), 8, "--weight-scales two-level"),
+    *((RECIPES[name], 8, "use recipe ditas") for name in ("ptq4dm", "repq-vit", "tfmq-dm", "g4w-p4a", "ptq4dit", "qdit")),
 ])
 def test_what_cannot_run_on_integers_says_why(recipe, act_bits, message):
-    reason = why_not(weight_spec(recipe, 4), act_spec(recipe, act_bits))
+    reason = why_not(recipe, weight_spec(recipe, 4), act_spec(recipe, act_bits))
     assert message in reason
     assert resolve("auto", reason, torch.device("cpu")) == "fake" == resolve("fake", reason, torch.device("cpu"))
     with pytest.raises(UserError, match="cannot run this checkpoint"):
@@ -225,4 +226,4 @@ def test_a_numbered_cpu_is_the_cpu():
     """accelerate calls it cpu:0 under torchrun, and packed weights refuse to be copied there."""
     model = random_model(depth=1)
     layers = quantised(RECIPES["ditas"], 4, 8, model)
-    install(model, layers, act_spec(RECIPES["ditas"], 8), "integer", device=torch.device("cpu", 0))
+    install(model, layers, "integer", device=torch.device("cpu", 0))

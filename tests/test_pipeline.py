@@ -10,14 +10,16 @@ import config
 from config import RECIPES
 from diffusion import ImageNoise, guided_denoiser, make_schedule, sample
 from metrics import sqnr_db
+from quant.activation import Activation
 from quant.backend import install
 from quant.calibrate import record, replay
-from quant.linear import QuantizedLayer, QuantLinear, block_linears
+from quant.linear import QuantizedLayer, QuantLinear, block_linears, matrix, scope_linears, timed
 from quant.lowrank import LowRankWeight
 from quant.merge import fold
-from quant.pipeline import Start, act_spec, quantize_model, weight_spec
+from quant.pipeline import Start, quantize_model
 from quant.quantizer import QuantSpec, quantize
-from quant.twolevel import quantize_weight
+from quant.recipe import act_spec, weight_spec
+from quant.weights import quantize_weight
 
 RECIPE = replace(RECIPES["ditas-published"], rank=4)
 
@@ -52,15 +54,15 @@ def test_every_intermediate_matches_golden(published):
 
 def test_quantised_model_matches_golden_before_and_after_folding(published):
     values, inputs = golden("ditas"), [torch.tensor(golden("dit")[k]) for k in "xty"]
-    for state, model in (("unmerged", install(golden_model(), published.layers, act_spec(RECIPE, 8))),
-                         ("merged", folded(golden_model(), published.layers, act_spec(RECIPE, 8)))):
+    for state, model in (("unmerged", install(golden_model(), published.layers)),
+                         ("merged", folded(golden_model(), published.layers))):
         assert relative(model(*inputs), values[f"forward_{state}"]) < 1e-5
         assert sqnr_db(torch.tensor(values[f"latents_{state}"]), latents(model)) > 90
     assert sqnr_db(torch.tensor(values["latents_float"]), latents(golden_model())) > 90
 
 
-def folded(model, layers, act):
-    return install(model, fold(model, layers), act)
+def folded(model, layers):
+    return install(model, fold(model, layers))
 
 
 def golden_layers(weight_of) -> dict[str, QuantizedLayer]:
@@ -70,7 +72,7 @@ def golden_layers(weight_of) -> dict[str, QuantizedLayer]:
     for name, linear in block_linears(model).items():
         zeros = quantize(torch.zeros_like(linear.weight), QuantSpec(4, "channel"))
         weight = torch.tensor(weight_of(values, name))
-        layers[name] = QuantizedLayer(LowRankWeight(zeros, torch.eye(len(weight)), weight), torch.tensor(values[f"{name}/scale"]))
+        layers[name] = QuantizedLayer(LowRankWeight(zeros, torch.eye(len(weight)), weight), None, torch.tensor(values[f"{name}/scale"]))
     return layers
 
 
@@ -113,10 +115,11 @@ def test_calibration_runs_at_most_two_trajectories(name):
     noise = ImageNoise(0, range(n), (4, 8, 8))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     calls = counted(model)
-    recipe = replace(RECIPES[name], rank=2, timestep=0)
+    recipe = replace(RECIPES[name], timestep=0, group_sizes=(), weight="gptq" if RECIPES[name].weight == "adaround" else RECIPES[name].weight)
     result = quantize_model(model, recipe, 4, 8, make_schedule(str(steps)), Start(noise(), noise, torch.arange(n)))
     assert sum(calls) == {"rtn": 0, "smoothquant": 1}.get(name, 2) * steps * 2 * n
-    assert len(result.layers) == (20 if recipe.adaln_bits == 16 else 25) and all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert len(result.layers) == {"blocks": 20 if recipe.adaln_bits == 16 else 25, "adaln": 25, "all": 30}[recipe.scope]
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_replay_shows_the_same_inputs_however_many_timesteps_go_at_once():
@@ -129,7 +132,7 @@ def test_replay_shows_the_same_inputs_however_many_timesteps_go_at_once():
     handle.remove()
     for tokens in (1, 200, 10 ** 6):
         seen = {name: [] for name in linears}
-        replay(model, linears, trajectory, {name: lambda x, y, name=name: seen[name].append((x.clone(), y.clone())) for name in linears}, tokens, "test")
+        replay(model, linears, trajectory, {name: [lambda x, y, name=name: seen[name].append((x.clone(), y.clone()))] for name in linears}, tokens, "test")
         inputs, outputs = (torch.cat(parts) for parts in zip(*seen["blocks.1.mlp.fc2"]))
         assert relative(inputs, torch.stack([i for i, _ in recorded])) < 1e-5
         assert relative(outputs + linears["blocks.1.mlp.fc2"].bias, torch.stack([o for _, o in recorded])) < 1e-5
@@ -146,15 +149,23 @@ def test_a_model_that_gives_nan_is_refused():
         quantize_model(model, RECIPES["ditas"], 4, 8, make_schedule("3"), Start(noise(), noise, torch.arange(2)))
 
 
-def random_layers(model, recipe, bits):
+def random_layers(model, recipe, bits, act_bits):
+    """Any factors, shifts, branches and static ranges where the recipe has them."""
     generator = torch.Generator().manual_seed(0)
     layers = {}
-    for name, linear in block_linears(model).items():
-        smooth = None if recipe.balance == "none" else torch.exp(torch.randn(linear.in_features, generator=generator))
-        weight = quantize_weight(linear.weight if smooth is None else linear.weight * smooth, weight_spec(recipe, bits))
-        rank = 3
-        left, right = torch.randn(len(linear.weight), rank, generator=generator), torch.randn(rank, linear.in_features, generator=generator)
-        layers[name] = QuantizedLayer(LowRankWeight(weight, 0.01 * left, 0.01 * right), smooth)
+    for name, linear in scope_linears(model, recipe.scope).items():
+        weight, smooth, shift = matrix(linear), None, None
+        if recipe.balance != "none" and name.endswith(("qkv", "proj", "fc1", "fc2")) and name.startswith("blocks."):
+            smooth = torch.exp(torch.randn(weight.shape[1], generator=generator))
+            shift = torch.randn(weight.shape[1], generator=generator) if recipe.balance == "reparameterise" and name.endswith(("qkv", "fc1")) else None
+        quantised = quantize_weight(weight if smooth is None else weight * smooth, weight_spec(recipe, bits))
+        left, right = torch.randn(len(weight), 3, generator=generator), torch.randn(3, weight.shape[1], generator=generator)
+        act = Activation(act_spec(recipe, act_bits, name))
+        if recipe.act_range == "static":
+            act = replace(act, scale=torch.tensor(0.05), zero=torch.tensor(120.0))
+            if recipe.act_steps == "each" and timed(name):
+                act = replace(act, scale=torch.tensor([0.03, 0.05]), zero=torch.tensor([120.0, 9.0]), timesteps=torch.tensor([900, 10]))
+        layers[name] = QuantizedLayer(LowRankWeight(quantised, 0.01 * left, 0.01 * right), act, smooth, shift=shift)
     return layers
 
 
@@ -163,12 +174,13 @@ def test_folding_changes_no_output(name):
     recipe = RECIPES[name]
     x, t, y = torch.randn(3, 4, 8, 8), torch.tensor([5, 400, 900]), torch.tensor([0, 3, 10])
     for act_bits, bound in ((16, 1e-4), (8, 2e-2)):  # with rounding, a code may flip on a float32 tie
-        layers, act = random_layers(random_model(), recipe, 4), act_spec(recipe, act_bits)
-        before = install(random_model(), layers, act)(x, t, y)
-        model = folded(random_model(), layers, act)
+        layers = random_layers(random_model(), recipe, 4, act_bits)
+        before = install(random_model(), layers)(x, t, y)
+        model = folded(random_model(), layers)
         assert relative(model(x, t, y), before) < bound
         for block in model.blocks:
             assert block.attn.qkv.smooth is None and block.attn.proj.smooth is None and block.mlp.fc1.smooth is None
+            assert block.attn.qkv.shift is None and block.mlp.fc1.shift is None
             assert (block.mlp.fc2.smooth is None) == (recipe.balance == "none")
 
 
@@ -180,7 +192,7 @@ def test_the_quantised_layer_is_the_papers_equation(spec):
     scale_of_weight = quantised.scale.reshape(24, -1, 1).double() * (1 if quantised.step is None else quantised.step[:, :, None].double())
     w_hat = ((quantised.codes.reshape(24, scale_of_weight.shape[1], -1).double() - quantised.zero.reshape(24, -1, 1)) * scale_of_weight).reshape(24, 64).numpy()
     left, right = torch.randn(24, 2), torch.randn(2, 64)
-    out = QuantLinear(QuantizedLayer(LowRankWeight(quantised, left, right), smooth), bias, QuantSpec(8, "token"))(x)
+    out = QuantLinear(QuantizedLayer(LowRankWeight(quantised, left, right), Activation(QuantSpec(8, "token")), smooth), bias)(x)
     rows = []
     for token in (x / smooth).reshape(-1, 64).double().numpy():
         low, high = min(token.min(), 0), max(token.max(), 0)

@@ -16,7 +16,7 @@ import config
 from config import RECIPES
 from diffusion import ImageNoise, guided_denoiser, make_schedule, sample_loop
 from quant.linear import QuantLinear, block_linears
-from quant.pipeline import Start, act_spec, quantize_model
+from quant.pipeline import Start, quantize_model
 from report import figures
 from report.layers import default_layers, observe
 from report.page import Figure, Section, html_table, write_page
@@ -38,7 +38,7 @@ def quantised():
 
 def test_layer_errors_equal_those_of_the_installed_layers(quantised):
     model, schedule, recipe, result = quantised
-    seen = observe(model, result.layers, act_spec(recipe, 8), schedule, begin(model), ["blocks.1.mlp.fc2"])
+    seen = observe(model, result.layers, schedule, begin(model), ["blocks.1.mlp.fc2"])
     name, start = "blocks.1.mlp.fc2", begin(model)
     linear = block_linears(model)[name]
     inputs = []
@@ -46,7 +46,7 @@ def test_layer_errors_equal_those_of_the_installed_layers(quantised):
     with torch.no_grad():
         list(sample_loop(guided_denoiser(model, start.labels, config.calibration_cfg_scale), schedule, start.x, start.draw))
         handle.remove()
-        module = QuantLinear(result.layers[name], linear.bias, act_spec(recipe, 8))
+        module = QuantLinear(result.layers[name], linear.bias)
         signal = sum(F.linear(x, linear.weight).square().sum() for x in inputs)
         noise = sum((module(x) - linear(x)).square().sum() for x in inputs)
     assert seen.watched == [0, 1, 2] and seen.steps == STEPS
@@ -60,7 +60,7 @@ def test_all_figures_of_a_run_are_drawn(quantised):
     model, schedule, recipe, result = quantised
     layers = default_layers(list(block_linears(model)))
     assert layers == ["blocks.1.mlp.fc2", "blocks.1.attn.qkv"]
-    observed = observe(model, result.layers, act_spec(recipe, 8), schedule, begin(model), layers)
+    observed = observe(model, result.layers, schedule, begin(model), layers)
     made = quantisation_figures(observed, recipe, result, Image.new("RGB", (40, 20), "red"))
     assert [figure.name for figure in made] == ["images", "layer-errors", "alpha-losses", *(
         f"channel-{kind}-{name}" for name in observed.inputs for kind in ("magnitude", "maxima"))]

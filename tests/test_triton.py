@@ -15,8 +15,8 @@ from quant.integer.linear import ReferenceLinear
 from quant.integer.weight import integer_weight, nibbles
 from quant.linear import QuantizedLayer
 from quant.lowrank import plain
-from quant.pipeline import act_spec, weight_spec
 from quant.quantizer import QuantSpec, quantize, signed_codes
+from quant.recipe import act_spec, weight_spec
 
 pytest.importorskip("triton", reason="Triton has no package for this platform")
 ROOT = Path(__file__).parents[1]
@@ -33,7 +33,7 @@ def pair(cuda, made, bias, act):
     return (cuda.TritonLinear(weight, nibbles(made), bias, made.smooth, act).to(DEVICE), ReferenceLinear(weight, bias, made.smooth, act).to(DEVICE))
 
 
-@pytest.mark.parametrize("recipe_name", ["rtn", "smoothquant", "ditas"])
+@pytest.mark.parametrize("recipe_name", ["rtn", "smoothquant", "ditas", "ditas-plus"])
 @pytest.mark.parametrize("bits", [2, 4, 5, 8])
 def test_outputs_are_those_of_the_reference(cuda, recipe_name, bits):
     recipe = RECIPES[recipe_name]
@@ -84,7 +84,7 @@ def test_a_value_that_is_not_finite_is_not_hidden(cuda):
 
 
 def test_a_weight_only_layer_gives_the_reference(cuda):
-    made = QuantizedLayer(plain(quantize(torch.randn(60, 40), QuantSpec(8, "channel"))), None, torch.rand(60) + 0.5)
+    made = QuantizedLayer(plain(quantize(torch.randn(60, 40), QuantSpec(8, "channel"))), None, None, torch.rand(60) + 0.5)
     weight, x = integer_weight(made), torch.randn(3, 40, device=DEVICE)
     dense = weight.codes.double() * weight.step[:, None] + weight.left.double() @ weight.right.double()
     assert relative(cuda.Int8WeightOnly(weight, None).to(DEVICE)(x).cpu(), x.cpu().double() @ dense.T) < 1e-6

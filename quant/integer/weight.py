@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from config import Recipe
 from quant.linear import QuantizedLayer
 from quant.quantizer import OFF_BITS, QuantSpec
 
@@ -50,12 +51,14 @@ class Nibbles:
         return ((codes.unflatten(1, (self.zero.shape[1], -1)) - self.zero) * self.scale).flatten(1)
 
 
-def why_not(weight: QuantSpec, act: QuantSpec) -> str | None:
+def why_not(recipe: Recipe, weight: QuantSpec, act: QuantSpec) -> str | None:
     """Why layers quantised like this cannot run on integers, and what to use instead; None if they can."""
+    if recipe.act_range == "static" or recipe.scope != "blocks":
+        return "static ranges, and layers outside the blocks, are only simulated: use recipe ditas, ditas-plus, rtn or smoothquant"
     if act.bits == OFF_BITS:
         return "its activations are not quantised (--act-bit 16): quantise with --act-bit 4 to 8"
     if act.granularity not in ("token", "image") or weight.granularity == "strided":
-        return "scales of the published layout vary along the inputs of one product and with the batch: use recipe ditas, rtn or smoothquant"
+        return "its scales vary along the inputs of one product or with the batch: use recipe ditas, ditas-plus, rtn or smoothquant"
     if weight.granularity == "group" and weight.convention != "two-level":
         return "its groups have floating scales (an older file, or --weight-scales float): quantise again with --weight-scales two-level"
     return None

@@ -1,0 +1,110 @@
+"""Every part of a recipe as a flag of the command line."""
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from config import RECIPES, Recipe, UserError, alpha_grid
+from quant.cli import Parser, at_least, one_of
+from quant.linear import SCOPES
+from quant.quantizer import OFF_BITS
+from quant.ranges import RANGES
+
+ADALN_BITS = (4, 8, OFF_BITS)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag ``--name`` for the field of ``Recipe``; ``read`` turns its text into a value, or raises a ``UserError``."""
+
+    field: str
+    name: str
+    read: Callable[[str, str], object]
+    help: str
+
+
+def _choice(*allowed: str) -> Callable[[str, str], str]:
+    return lambda text, flag: one_of(text, allowed, flag)
+
+
+def _number(minimum: int | None) -> Callable[[str, str], int]:
+    def read(text: str, flag: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise UserError(f"{flag} '{text}' is not a whole number") from None
+        return value if minimum is None else at_least(value, minimum, flag)
+    return read
+
+
+def _alphas(text: str, flag: str) -> tuple[float, ...]:
+    if text == "grid":
+        return alpha_grid
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise UserError(f"{flag} '{text}' is no migration strength: expected 'grid' or a number from 0 to 1")
+    return (value,)
+
+
+def _sizes(text: str, flag: str) -> tuple[int, ...]:
+    if text == "none":
+        return ()
+    parts = text.replace("/", ",").split(",")
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UserError(f"{flag} '{text}' is no list of group sizes: expected 'none' or numbers such as 32,64,128")
+    return tuple(map(int, parts))
+
+
+def _adaln(text: str, flag: str) -> int:
+    return one_of(_number(None)(text, flag), ADALN_BITS, flag)
+
+
+def _rank(text: str, flag: str) -> int | None:
+    return None if text == "paper" else _number(0)(text, flag)
+
+
+FLAGS = (
+    Flag("scope", "scope", _choice(*SCOPES), "which linears: of the blocks, these and adaLN modulation, or all and the patch embedding"),
+    Flag("balance", "balance", _choice("none", "smoothquant", "tas", "salience", "reparameterise"), "where smoothing factors come from"),
+    Flag("timestep", "smooth-timestep", _number(None), "index in sampling order that balance smoothquant looks at (0 is the noisiest)"),
+    Flag("alphas", "alpha", _alphas, "migration strength: 'grid' searches layer by layer, or one number"),
+    Flag("weight", "weight", _choice("nearest", "gptq", "adaround"), "how weights are rounded"),
+    Flag("weight_range", "weight-range", _choice(*RANGES), "of floating weight scales: minmax, or the best of several"),
+    Flag("weight_granularity", "weight-granularity", _choice("channel", "group", "strided"), "what shares a weight scale"),
+    Flag("weight_group", "group-size", _number(1), "weights per scale, where granularity is group"),
+    Flag("weight_scales", "weight-scales", _choice("float", "two-level"),
+         "of groups: floating, which can only be simulated, or integers inside one scale per output channel"),
+    Flag("act_granularity", "act-granularity", _choice("tensor", "image", "token", "group"), "what shares an activation scale"),
+    Flag("act_range", "act-range", _choice("dynamic", "static"), "of activations: measured in every call, or found once"),
+    Flag("act_clip", "act-clip", _choice(*RANGES), "how static ranges are chosen"),
+    Flag("act_steps", "act-steps", _choice("uniform", "normal", "each"), "timesteps that static ranges are found on"),
+    Flag("attention", "attention", _choice("none", "uniform", "log-sqrt2"), "quantiser of queries, keys, values and the softmax output"),
+    Flag("rank", "lowrank", _rank, "rank of the low-rank branch; 0 for none, 'paper' for 32 at width 1152 and the same share elsewhere"),
+    Flag("metric", "lowrank-metric", _choice("weight", "output"), "errors that the low-rank branch makes small"),
+    Flag("adaln_bits", "adaln-weight-bit", _adaln, "of the adaLN modulation, weight-only; 16 is none"),
+    Flag("iterations", "iterations", _number(1), "of AdaRound, per block"),
+    Flag("group_sizes", "group-sizes", _sizes, "to choose from for every layer by evolution, such as 32,64,128; 'none' for one size"),
+    Flag("population", "population", _number(2), "of that evolution"),
+    Flag("generations", "generations", _number(1), "of that evolution"),
+    Flag("constraint", "constraint", _choice("mean", "bitops"), "on the group sizes"),
+    Flag("judge", "judge", _choice("sqnr", "fid"), "what evolution looks at: SQNR of latents, or FID of 500 images"),
+)
+
+
+def add_recipe_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("parts of the recipe (default: the recipe's own, see config.py)")
+    for flag in FLAGS:
+        group.add_argument(f"--{flag.name}", dest=f"part_{flag.field}", metavar="VALUE", help=flag.help)
+
+
+def build_recipe(args: argparse.Namespace) -> Recipe:
+    """The chosen row of ``config.RECIPES`` with the flags that were given on top.
+
+    Raises:
+        UserError: an unknown recipe or value.
+    """
+    recipe = RECIPES[one_of(args.recipe, RECIPES, "--recipe")]
+    given = {flag.field: flag.read(text, f"--{flag.name}") for flag in FLAGS if (text := getattr(args, f"part_{flag.field}")) is not None}
+    return replace(recipe, **given)

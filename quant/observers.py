@@ -1,0 +1,93 @@
+"""What recipes collect while the calibration trajectory is replayed (see ``quant.calibrate.replay``), beside the grid search."""
+import torch
+from torch import Tensor
+
+from quant.linear import matrix
+
+
+class SecondMoment:
+    """``X^T X`` of a layer's inputs; attribute ``value`` (I, I) float32, divided by the number of timesteps."""
+
+    def __init__(self, module: torch.nn.Module, steps: int):
+        columns = matrix(module).shape[1]
+        self.value = torch.zeros(columns, columns, device=module.weight.device)
+        self._steps = steps
+
+    def __call__(self, x: Tensor, y: Tensor) -> None:
+        rows = x.flatten(0, 2)
+        self.value.addmm_(rows.T, rows, alpha=1 / self._steps)
+
+
+class Samples:
+    """A layer's inputs for some images at some steps; attributes ``inputs`` (P, T, I) and ``outputs`` (P, T, O) without bias, in order.
+
+    Args:
+        picks: (P, 2), step and image, sorted.
+    """
+
+    def __init__(self, picks: Tensor):
+        self._picks, self._step, self._inputs, self._outputs = picks, 0, [], []
+
+    def __call__(self, x: Tensor, y: Tensor) -> None:
+        step, image = self._picks[(self._picks[:, 0] >= self._step) & (self._picks[:, 0] < self._step + len(x))].T
+        self._inputs.append(x[step - self._step, image])
+        self._outputs.append(y[step - self._step, image])
+        self._step += len(x)
+
+    @property
+    def inputs(self) -> Tensor:
+        return torch.cat(self._inputs)
+
+    @property
+    def outputs(self) -> Tensor:
+        return torch.cat(self._outputs)
+
+
+class ImageMaxima:
+    """Largest magnitude of each input channel over an image's tokens; attribute ``value`` (steps * 2N, I)."""
+
+    def __init__(self):
+        self._parts = []
+
+    def __call__(self, x: Tensor, y: Tensor) -> None:
+        self._parts.append(x.abs().amax(2).flatten(0, 1))
+
+    @property
+    def value(self) -> Tensor:
+        return torch.cat(self._parts)
+
+
+class StepRange:
+    """Smallest and largest input at each step, over images and channels; attributes ``low``, ``high`` (steps,)."""
+
+    def __init__(self):
+        self._parts = []
+
+    def __call__(self, x: Tensor, y: Tensor) -> None:
+        self._parts.append(torch.stack(x.flatten(1).aminmax(dim=1)))
+
+    @property
+    def low(self) -> Tensor:
+        return torch.cat(self._parts, 1)[0]
+
+    @property
+    def high(self) -> Tensor:
+        return torch.cat(self._parts, 1)[1]
+
+
+def pick(steps: int, images: int, count: int, spread: str, seed: int = 0) -> Tensor:
+    """Which image at which step a static quantiser is calibrated on: (count, 2), sorted.
+
+    Args:
+        spread: ``uniform`` over the steps, or ``normal``: PTQ4DM's timesteps (Shang et al., 2023, section 3.3), drawn from a normal
+            distribution with its mean and deviation at 0.4 of the diffusion time (0 is the clean image), then stretched to all of it, as its code does.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if spread == "normal":
+        time = 0.4 + 0.4 * torch.randn(count, generator=generator)
+        time = (time - time.min()) / (time.max() - time.min()).clamp(min=1e-6)
+        step = (steps - 1 - (time * steps).floor().clamp(0, steps - 1)).long()
+    else:
+        step = torch.arange(count) * steps // count
+    image = torch.randint(images, (count,), generator=generator)
+    return torch.stack([step, image], 1)[(step * images + image).argsort()]

@@ -1,0 +1,200 @@
+"""AdaRound with learned activation steps, block by block (Nagel et al., 2020; BRECQ, Li et al., 2021; as PTQ4DiT uses them).
+
+Every weight is rounded down or up. Which, is learned: a block of the quantised model, given the outputs of the quantised blocks before
+it, has to give what the float block gives to the float outputs. Rounding is relaxed to h(V) in [0, 1] and pushed to 0 or 1 as the
+iterations go; the steps of static activation quantisers are learned beside it.
+"""
+import math
+from copy import deepcopy
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import config
+from quant.activation import Activation, Clock, quantiser
+from quant.attention import Operands, QuantAttention
+from quant.backend import install
+from quant.linear import QuantizedLayer
+from quant.quantizer import OFF_BITS, grouped
+
+STRETCH = (-0.1, 1.1)  # of the sigmoid, so that h reaches 0 and 1 (Louizos et al., 2018)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Model inputs for P images: latents ``x`` (P, C, H, W), ``t`` and ``y`` (P,)."""
+
+    x: Tensor
+    t: Tensor
+    y: Tensor
+
+
+def rectified_sigmoid(v: Tensor) -> Tensor:
+    """h(V), in [0, 1]."""
+    low, high = STRETCH
+    return (v.sigmoid() * (high - low) + low).clamp(0, 1)
+
+
+def rounding_loss(h: Tensor, beta: float) -> Tensor:
+    """``sum (1 - |2h - 1|^beta)``: 0 where every h is 0 or 1."""
+    return (1 - (2 * h - 1).abs().pow(beta)).sum()
+
+
+def beta_at(iteration: int, iterations: int) -> float | None:
+    """The exponent of ``rounding_loss``: none while warming up, then linearly from the first to the second of ``config.rounding_beta``."""
+    warm = config.rounding_warmup * iterations
+    if iteration < warm:
+        return None
+    first, last = config.rounding_beta
+    return last + (first - last) * (1 - (iteration - warm) / (iterations - warm))
+
+
+class LearnedStep(nn.Module):
+    """A static activation quantiser whose step ``scale`` is a parameter (LSQ); gradients pass straight through the rounding."""
+
+    def __init__(self, act: Activation, clock: Clock | None):
+        super().__init__()
+        self.scale = nn.Parameter(act.scale.clone())
+        self.register_buffer("zero", act.zero)
+        self.top, self.clock = act.spec.top, clock if act.timesteps is not None else None
+
+    def forward(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        scale, zero = self.scale, self.zero
+        if self.clock is not None:
+            scale, zero = scale[self.clock.index, None], zero[self.clock.index, None]
+        codes = values / scale
+        codes = codes + (codes.round() - codes).detach()
+        return torch.minimum(torch.maximum(codes, -zero), self.top - zero), scale
+
+
+class StraightThrough(nn.Module):
+    """Any other activation quantiser, with the gradient of the identity."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, values: Tensor) -> tuple[Tensor, None]:
+        codes, scale = self.module(values.detach())
+        return values + ((codes if scale is None else codes * scale) - values).detach(), None
+
+
+def learnable(act: Activation | None, clock: Clock | None) -> nn.Module:
+    static = act is not None and act.static and act.spec.bits != OFF_BITS
+    return LearnedStep(act, clock) if static else StraightThrough(quantiser(act, clock))
+
+
+class SoftLinear(nn.Module):
+    """A quantised linear whose weights are between their two roundings: ``scale * (clamp(floor(W / scale) + h(V) + zero) - zero)``."""
+
+    def __init__(self, weight: Tensor, layer: QuantizedLayer, bias: Tensor | None, clock: Clock | None):
+        super().__init__()
+        quantized = layer.weight.weight
+        view, _ = grouped(weight, quantized.spec)
+        scale, zero = ((each.expand_as(view) if view.dim() == each.dim() else each).expand(view.shape).reshape(weight.shape)
+                       for each in (quantized.scale, quantized.zero))
+        below = (weight / scale).floor()
+        fraction = (weight / scale - below).clamp(0.01, 0.99)
+        low, high = STRETCH
+        self.v = nn.Parameter(torch.logit((fraction - low) / (high - low)))
+        for name, value in {"below": below, "scale": scale, "zero": zero, "bias": bias, "smooth": layer.smooth, "shift": layer.shift}.items():
+            self.register_buffer(name, value)
+        self.top, self.layer, self.act = quantized.spec.top, layer, learnable(layer.act, clock)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = x if self.shift is None else x + self.shift
+        values = values if self.smooth is None else values / self.smooth
+        codes, scale = self.act(values)
+        weight = ((self.below + rectified_sigmoid(self.v) + self.zero).clamp(0, self.top) - self.zero) * self.scale
+        return nn.functional.linear(codes if scale is None else codes * scale, weight, self.bias)
+
+    def harden(self) -> QuantizedLayer:
+        """The layer with every weight rounded the way it leans, and the steps found."""
+        quantized = self.layer.weight.weight
+        codes = (self.below + (self.v >= 0) + self.zero).clamp(0, self.top).to(torch.uint8)
+        act = replace(self.layer.act, scale=self.act.scale.detach()) if isinstance(self.act, LearnedStep) else self.layer.act
+        return replace(self.layer, weight=replace(self.layer.weight, weight=replace(quantized, codes=codes)), act=act)
+
+
+def reconstruct(model: nn.Module, layers: dict[str, QuantizedLayer], operands: dict[str, Operands], inputs: Inputs, iterations: int,
+                seed: int = 0) -> tuple[dict[str, QuantizedLayer], dict[str, Operands]]:
+    """Learn the rounding of every layer inside the blocks.
+
+    Args:
+        model: float, left as it was.
+        layers: rounded to the nearest, of floating scales and no low-rank branch; those outside the blocks are used and not learned.
+        operands: of the attentions, whose steps are learned; may be empty.
+        inputs: of the calibration trajectory.
+        iterations: per block; the published 20 000 are for blocks of DiT-XL/2.
+
+    Returns:
+        Layers and operands.
+    """
+    layers, operands = dict(layers), dict(operands)
+    quantised = install(deepcopy(model), layers, operands=operands)
+    clock = next((each for each in (getattr(module, "clock", None) for module in quantised.modules()) if each is not None), None)
+    x, c = model.embed(inputs.x, inputs.t, inputs.y)
+    seen, condition = quantised.embed(inputs.x, inputs.t, inputs.y)
+    index = None if clock is None else clock.index
+    generator = torch.Generator().manual_seed(seed)
+    with tqdm(total=iterations * len(model.blocks), desc="rounding", unit="step") as bar:
+        for i, block in enumerate(model.blocks):
+            target = block(x, c)
+            soft = deepcopy(quantised.blocks[i])
+            names = [name for name in layers if name.startswith(f"blocks.{i}.")]
+            found = {}
+            for name in names:
+                module = model.get_submodule(name)
+                weight = module.weight if layers[name].smooth is None else module.weight * layers[name].smooth
+                found[name] = SoftLinear(weight.detach(), layers[name], layers[name].bias(module.bias.detach()), clock)
+            for name, module in found.items():
+                soft.set_submodule(name.removeprefix(f"blocks.{i}."), module)
+            if isinstance(soft.attn, QuantAttention):
+                for key in ("query", "key", "value", "probabilities"):
+                    act = getattr(operands[f"blocks.{i}.attn"], key)
+                    setattr(soft.attn, key, StraightThrough(getattr(soft.attn, key)) if act is None else learnable(act, None))
+            _train(soft, list(found.values()), seen, condition, index, clock, target, iterations, generator, bar)
+            layers |= {name: module.harden() for name, module in found.items()}
+            if isinstance(soft.attn, QuantAttention):
+                key = f"blocks.{i}.attn"
+                learned = {name: replace(getattr(operands[key], name), scale=module.scale.detach())
+                           for name, module in soft.attn.named_children() if isinstance(module, LearnedStep)}
+                operands[key] = replace(operands[key], **learned)
+            hard = install(deepcopy(model), layers, operands=operands)
+            _share_clock(hard, clock, index)
+            seen, x = hard.blocks[i](seen, condition), target
+    return layers, operands
+
+
+def _share_clock(model: nn.Module, clock: Clock | None, index: Tensor | None) -> None:
+    for module in model.modules():
+        if getattr(module, "clock", None) is not None:
+            module.clock = clock
+    if clock is not None:
+        clock.index = index
+
+
+@torch.enable_grad()
+def _train(block: nn.Module, linears: list[SoftLinear], x: Tensor, c: Tensor, index: Tensor | None, clock: Clock | None, target: Tensor,
+           iterations: int, generator: torch.Generator, bar: tqdm) -> None:
+    steps = [module.scale for module in block.modules() if isinstance(module, LearnedStep)]
+    rounding = torch.optim.Adam([each.v for each in linears], lr=config.rounding_rate)
+    ranges = torch.optim.Adam(steps, lr=config.step_rate) if steps else None
+    for iteration in range(iterations):
+        batch = torch.randint(len(x), (config.reconstruction_batch,), generator=generator).to(x.device)
+        if clock is not None:
+            clock.index = index[batch]
+        error = (block(x[batch], c[batch]) - target[batch]).square().sum(1).mean()
+        beta = beta_at(iteration, iterations)
+        loss = error if beta is None else error + config.rounding_weight * sum(rounding_loss(rectified_sigmoid(each.v), beta) for each in linears)
+        for optimiser in filter(None, (rounding, ranges)):
+            optimiser.zero_grad()
+        loss.backward()
+        rounding.step()
+        if ranges is not None:
+            for group in ranges.param_groups:
+                group["lr"] = config.step_rate * 0.5 * (1 + math.cos(math.pi * iteration / iterations))
+            ranges.step()
+        bar.update()

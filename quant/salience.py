@@ -1,0 +1,33 @@
+"""Salience balancing: smoothing factors from channel magnitudes weighted over time (PTQ4DiT, Wu et al., 2024)."""
+import torch
+from torch import Tensor
+
+
+def salience_factors(act: Tensor, weight: Tensor, floor: float) -> Tensor:
+    """``s_j = sqrt(a_j / w_j)``, (I,) float32: ``x / s`` and ``W diag(s)`` then have the same salience ``sqrt(a_j w_j)`` per channel.
+
+    ``a`` is a mean of the rows of ``act`` that favours those complementary to the weight: row t counts ``softmax(-rho_t)``, where rho_t
+    is Spearman's correlation over channels of the row with ``w``. Both ``a`` and ``w`` are at least ``floor``.
+
+    Args:
+        act: (S, I), largest magnitude of every input channel, one row per sample and timestep.
+        weight: (O, I); ``w_j`` is its largest magnitude in column j.
+    """
+    w = weight.abs().amax(0)  # (I,)
+    share = torch.softmax(-spearman(act, w), 0).to(act.dtype)  # (S,)
+    return ((share @ act).clamp(min=floor) / w.clamp(min=floor)).sqrt()
+
+
+def spearman(rows: Tensor, other: Tensor) -> Tensor:
+    """Spearman's rank correlation of each row (S, I) with ``other`` (I,), (S,) float64; 0 where a side is constant, and so has no ranks."""
+    a, b = _centred_ranks(rows), _centred_ranks(other)
+    length = a.norm(dim=-1) * b.norm()
+    return (a @ b) / torch.where(length > 0, length, 1.0)
+
+
+def _centred_ranks(values: Tensor) -> Tensor:
+    """Ranks along the last dimension, ties sharing the mean of theirs, less the mean rank; float64."""
+    ordered = values.sort(-1).values
+    below = torch.searchsorted(ordered, values)
+    up_to = torch.searchsorted(ordered, values, right=True)
+    return (below + up_to - values.shape[-1]).double() / 2

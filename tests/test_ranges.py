@@ -1,0 +1,125 @@
+import numpy as np
+import pytest
+import torch
+from conftest import golden
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quant.quantizer import QuantSpec, fake_quantize, grouped, quantize
+from quant.ranges import percentile_range, quantize_range, shrunk_range, static_codes, tensor_range
+
+GOLDEN = {key: torch.tensor(value) for key, value in golden("baselines").items()}
+
+
+def spread(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Heavy-tailed values, off 0 by a different amount in every row."""
+    rng = np.random.default_rng(seed)
+    return torch.tensor(rng.standard_t(3, shape) + rng.normal(size=(shape[0],) + (1,) * (len(shape) - 1)), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("group", [16, 32, 48])
+@pytest.mark.parametrize("choice, published", [("minmax", "max"), ("shrink", "mse")])
+def test_qdit_weights_match_golden(group, choice, published):
+    out = quantize_range(GOLDEN["weight"], QuantSpec(4, "group", group), choice).dequantize()
+    assert torch.allclose(out, GOLDEN[f"qdit_weight_asym_w4_g{group}_{published}"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("group", [16, 32, 48])
+def test_qdit_activations_match_golden(group):
+    out = fake_quantize(GOLDEN["act"], QuantSpec(8, "group", group))
+    assert torch.allclose(out, GOLDEN[f"qdit_act_asym_a8_g{group}"], rtol=0, atol=1e-5)
+
+
+def test_ptq4dit_quantisers_match_golden():
+    weight = quantize_range(GOLDEN["ptq4dit_weight"], QuantSpec(4, "channel"), "percentile").dequantize()
+    assert torch.allclose(weight, GOLDEN["ptq4dit_weight_w4"], rtol=0, atol=1e-5)
+    act, spec = GOLDEN["ptq4dit_act"], QuantSpec(8, "tensor")
+    scale, zero = tensor_range(act, spec, "percentile")
+    assert scale.dim() == zero.dim() == 0 and scale.dtype == zero.dtype == torch.float32
+    assert torch.allclose(static_codes(act, scale, zero, spec) * scale, GOLDEN["ptq4dit_act_a8"], rtol=0, atol=1e-5)
+
+
+def least(values: np.ndarray, ranges: list[tuple[float, float]], norm: float, top: int) -> tuple[float, float]:
+    """Scale and zero point by trying every range on one group, in double precision."""
+    found = []
+    for low, high in ranges:
+        scale = (max(high, 0) - min(low, 0)) / top
+        zero = np.round(-min(low, 0) / scale)
+        error = np.abs((np.clip(np.round(values / scale) + zero, 0, top) - zero) * scale - values) ** norm
+        found.append((error.mean(), scale, zero))
+    return min(found, key=lambda entry: entry[0])[1:]
+
+
+@pytest.mark.parametrize("granularity, group", [("channel", 0), ("group", 32), ("strided", 8), ("tensor", 0), ("image", 0)])
+@pytest.mark.parametrize("bits", [3, 6])
+def test_every_group_gets_the_best_of_its_ranges(granularity, group, bits):
+    spec = QuantSpec(bits, granularity, group)
+    x = spread(*((3, 16, 64) if granularity == "image" else (16, 64)), seed=bits)
+    view, dims = grouped(x, spec)
+    shrunk, cut = shrunk_range(view, dims, spec), percentile_range(view, dims, spec)
+    assert shrunk[0].shape == cut[1].shape == view.amin(dims, keepdim=True).shape
+    kept = [dim for dim in range(view.dim()) if dim not in {dim % view.dim() for dim in dims}]
+    groups = view.numpy().transpose(*kept, *(dim for dim in range(view.dim()) if dim not in kept)).astype(np.float64)
+    for i, values in enumerate(groups.reshape(shrunk[0].numel(), -1)):
+        ends = [(values.min() * (1 - k / 1000), values.max() * (1 - k / 1000)) for k in range(100)]
+        assert np.allclose([part.flatten()[i] for part in shrunk], least(values, ends, 2.4, spec.top), rtol=1e-5)
+        tails = [tuple(np.quantile(values, [1 - p, p])) for p in (0.999, 0.9999, 0.99999)]
+        assert np.allclose([part.flatten()[i] for part in cut], least(values, tails, 2, spec.top), rtol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 8), st.sampled_from(["minmax", "shrink", "percentile"]), st.sampled_from([-9.0, 0.0, 0.5, 9.0]), st.integers(0, 2 ** 32 - 1))
+def test_zero_points_are_codes_and_errors_no_worse_than_before(bits, choice, offset, seed):
+    spec = QuantSpec(bits, "group", 16)
+    x = spread(8, 32, seed=seed) + offset
+    x[3] = 0
+    x[4] = 0.7
+    q = quantize_range(x, spec, choice)
+    assert torch.equal(q.zero, q.zero.round()) and q.zero.min() >= 0 and q.zero.max() <= spec.top
+    assert (q.scale > 0).all() and (q.scale[3] == 1).all() and int(q.codes.max()) <= spec.top
+    assert torch.equal(q.dequantize()[3], x[3])
+    assert torch.allclose(q.dequantize()[4], x[4], rtol=1e-5)  # a constant group needs no narrower range
+    if choice == "shrink":
+        errors = [grouped((other.dequantize() - x).abs().pow(2.4), spec)[0].mean(-1) for other in (q, quantize(x, spec))]
+        assert (errors[0] <= errors[1] * (1 + 1e-5) + 1e-12).all()
+
+
+def test_the_widest_of_equally_good_ranges_is_kept():
+    x, spec = 1e-25 * spread(8, 32), QuantSpec(4, "channel")  # errors so small that their powers are 0
+    assert torch.equal(quantize_range(x, spec, "shrink").scale, quantize(x, spec).scale)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 1000, 6144])
+def test_percentiles_are_those_of_torch(count):
+    sample, spec = spread(count), QuantSpec(8, "tensor")
+    pairs = [(torch.quantile(sample, 1 - p).clamp(max=0), torch.quantile(sample, p).clamp(min=0)) for p in (0.999, 0.9999, 0.99999)]
+    scale, _ = tensor_range(sample, spec, "percentile")
+    assert any(torch.isclose(scale, (high - low) / 255, rtol=1e-6, atol=0) for low, high in pairs)
+
+
+def test_samples_of_more_values_than_torch_quantile_takes():
+    sample = torch.arange(2 ** 24 + 6, dtype=torch.int32).float() / 2 ** 24  # 0 to 1
+    scale, zero = tensor_range(sample, QuantSpec(8, "tensor"), "percentile")
+    assert zero == 0 and abs(scale * 255 - 1) < 2e-3
+
+
+@pytest.mark.parametrize("zero", [0, 77, 255])
+def test_static_codes_are_clamped_at_both_ends_as_in_pytorch(zero):
+    x = 3 * spread(5, 40, 8)
+    scale, spec = torch.tensor(0.02), QuantSpec(8, "tensor")
+    codes = static_codes(x, scale, torch.tensor(float(zero)), spec)
+    assert codes.min() == -zero and codes.max() == 255 - zero
+    assert torch.allclose(codes * scale, torch.fake_quantize_per_tensor_affine(x, 0.02, zero, 0, 255), atol=1e-6)
+    assert torch.isnan(static_codes(torch.tensor([float("nan")]), scale, torch.tensor(0.0), spec)).all()
+
+
+@pytest.mark.parametrize("choice", ["minmax", "shrink", "percentile"])
+def test_what_is_not_finite_or_not_known_is_refused(choice):
+    x = spread(8, 8)
+    x[3, 5] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        quantize_range(x, QuantSpec(4, "channel"), choice)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        tensor_range(x, QuantSpec(8, "tensor"), choice)
+    with pytest.raises(ValueError, match="expected one of"):
+        quantize_range(spread(8, 8), QuantSpec(4, "channel"), choice + "s")

@@ -1,0 +1,60 @@
+import numpy as np
+import torch
+import torch.nn.functional as F
+from conftest import relative
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quant.quantizer import QuantSpec
+from quant.ranges import static_codes
+from quant.repq import channel_quantizer, reparameterize, reparameterized_linear
+
+
+def activations(seed: int, rows: int = 64, channels: int = 24) -> torch.Tensor:
+    """Channels that differ a hundredfold in spread, some far off 0."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((rows, channels)) * 10 ** rng.uniform(-1, 1, channels)
+    return torch.tensor(x + 20 * rng.standard_normal(channels) * (rng.random(channels) < 0.3), dtype=torch.float32)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(4, 8), st.integers(0, 2 ** 32 - 1))
+def test_one_scale_gives_the_codes_of_one_per_channel(bits, seed):
+    spec, x = QuantSpec(bits, "tensor"), activations(seed)
+    scale, zero = channel_quantizer(x[:48].amin(0), x[:48].amax(0), spec)  # which the other rows may exceed
+    found = reparameterize(scale, zero, spec)
+    steps = x.double().numpy() / scale.double().numpy()
+    expected = np.clip(np.round(steps) + zero.numpy(), 0, spec.top)
+    codes = static_codes((x + found.shift) / found.smooth, found.scale, found.zero, spec) + found.zero
+    sure = np.abs(steps % 1 - 0.5) > 2e-3  # elsewhere float32 may round the other way
+    assert sure.mean() > 0.98 and np.array_equal(codes.numpy()[sure], expected[sure])
+    assert found.scale.dim() == found.zero.dim() == 0 and 0 <= found.zero <= spec.top and found.zero == found.zero.round()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2 ** 32 - 1))
+def test_the_linear_computes_the_same(seed):
+    spec, x = QuantSpec(8, "tensor"), activations(seed)
+    weight, bias = torch.randn(16, 24), torch.randn(16)
+    found = reparameterize(*channel_quantizer(x.amin(0), x.amax(0), spec), spec)
+    new_weight, new_bias = reparameterized_linear(weight, bias, found.smooth, found.shift)
+    assert relative(F.linear((x + found.shift) / found.smooth, new_weight, new_bias), F.linear(x.double(), weight.double(), bias.double())) < 1e-5
+
+
+def test_channel_ranges_are_used_to_the_full_even_off_zero():
+    x, spec = torch.stack([torch.linspace(5, 7, 256), torch.linspace(-100, -99, 256)], 1), QuantSpec(8, "tensor")
+    scale, zero = channel_quantizer(x.amin(0), x.amax(0), spec)
+    assert np.allclose(scale, [2 / 255, 1 / 255], rtol=1e-5)
+    found = reparameterize(scale, zero, spec)
+    back = static_codes((x + found.shift) / found.smooth, found.scale, found.zero, spec) * found.scale * found.smooth - found.shift
+    assert ((back - x).abs() <= 1.01 * scale).all()  # half a step, and another half at one end where the zero point was rounded
+
+
+def test_constant_channels_take_the_others_mean_scale():
+    low, high = torch.tensor([-1.0, 0.0, 3.0, -4.0]), torch.tensor([1.0, 0.0, 3.0, 0.0])
+    spec = QuantSpec(8, "tensor")
+    scale, zero = channel_quantizer(low, high, spec)
+    assert np.allclose(scale, np.array([2, 3, 3, 4]) / 255, rtol=1e-6)
+    assert np.allclose(reparameterize(scale, zero, spec).scale, 3 / 255)
+    scale, zero = channel_quantizer(torch.zeros(3), torch.zeros(3), spec)
+    assert torch.equal(scale, torch.ones(3)) and torch.equal(zero, torch.zeros(3))

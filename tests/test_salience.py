@@ -1,0 +1,52 @@
+import numpy as np
+import pytest
+import torch
+from conftest import golden
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import spearmanr
+
+from quant.salience import salience_factors, spearman
+
+
+def test_factors_match_golden():
+    values = {key: torch.tensor(value) for key, value in golden("baselines").items() if key.startswith("ptq4dit")}
+    factors = salience_factors(values["ptq4dit_act"].abs().amax(1), values["ptq4dit_weight"], 1e-4)
+    assert torch.allclose(factors, values["ptq4dit_scale"], rtol=1e-6, atol=0)
+    assert torch.allclose(values["ptq4dit_weight"] * factors, values["ptq4dit_balanced_weight"], rtol=1e-6, atol=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 6), st.integers(3, 40), st.sampled_from([3, 1000]), st.integers(0, 2 ** 32 - 1))
+def test_rank_correlation_is_scipys(rows, channels, levels, seed):
+    rng = np.random.default_rng(seed)
+    a = rng.integers(0, levels, (rows, channels)) / 8  # few levels: many ties
+    b = rng.integers(0, levels, channels) / 8
+    a[:, 0], b[0] = levels, levels  # no constant sides, for which scipy has NaN
+    expected = [spearmanr(row, b).statistic for row in a]
+    assert np.allclose(spearman(torch.tensor(a, dtype=torch.float32), torch.tensor(b, dtype=torch.float32)), expected, atol=1e-12, equal_nan=True)
+
+
+def test_a_constant_row_correlates_with_nothing():
+    assert torch.equal(spearman(torch.ones(2, 5), torch.arange(5.0)), torch.zeros(2, dtype=torch.float64))
+
+
+def test_rows_unlike_the_weight_count_more():
+    w = torch.tensor([[1.0, -2.0, 4.0, 3.0]])
+    act = torch.stack([w[0].abs(), 5 - w[0].abs()])  # rho of 1 and of -1
+    share = np.exp([-1, 1]) / np.exp([-1, 1]).sum()
+    expected = np.sqrt((share @ act.numpy()) / w[0].abs().numpy())
+    assert np.allclose(salience_factors(act, w, 1e-4), expected, rtol=1e-6)
+
+
+def test_both_sides_are_equally_salient_afterwards():
+    act, w = torch.rand(1, 24) + 0.1, torch.randn(40, 24)
+    s = salience_factors(act, w, 1e-4)
+    assert torch.allclose(act[0] / s, (w * s).abs().amax(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("act, weight", [(0.0, 0.0), (0.0, 1.0), (1.0, 0.0)])
+def test_dead_channels_keep_usable_factors(act, weight):
+    s = salience_factors(torch.full((3, 4), act), torch.full((2, 4), weight), 1e-4)
+    assert torch.isfinite(s).all() and (s > 0).all()
+    assert torch.allclose(s, torch.tensor(max(act, 1e-4) / max(weight, 1e-4)).sqrt())

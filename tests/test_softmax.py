@@ -1,0 +1,33 @@
+import numpy as np
+import pytest
+import torch
+
+from quant.softmax import fake_quantize_log_sqrt2
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_every_probability_becomes_the_nearest_power_of_root_two(bits):
+    rng = np.random.default_rng(bits)
+    p = np.concatenate([rng.dirichlet(np.full(64, 0.1), 20).ravel(), 2.0 ** rng.uniform(-2 ** (bits - 1) - 2, 0, 2000)]).astype(np.float32)
+    p = p[p > 1e-37]  # what CPUs may flush to 0
+    out = fake_quantize_log_sqrt2(torch.tensor(p), bits).numpy()
+    codes = np.arange(2 ** bits + 1)  # the last one stands for all that becomes 0
+    distance = np.abs(np.log2(p.astype(np.float64))[:, None] + codes / 2)  # (n, codes)
+    first, second = np.partition(distance, 1, axis=1)[:, :2].T
+    sure = second - first > 1e-5
+    expected = np.append(2.0 ** (-codes[:-1] / 2), 0.0)[distance.argmin(1)]
+    assert sure.mean() > 0.99 and np.allclose(out[sure], expected[sure], rtol=1e-6, atol=0)
+    assert (out == 0).any() == (expected == 0).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_ends(dtype):
+    p = torch.tensor([0.0, 1.0, 0.5, 2.0 ** -7.5, 2.0 ** -8, 1.5, float("nan")], dtype=dtype)
+    out = fake_quantize_log_sqrt2(p, 4)
+    assert out.dtype == dtype and out[:3].tolist() == [0.0, 1.0, 0.5]
+    assert out[3] == p[3] and out[4] == 0 and out[5] == 1 and torch.isnan(out[6])
+
+
+def test_powers_of_root_two_stay():
+    p = torch.exp2(-torch.arange(16) / 2)
+    assert torch.allclose(fake_quantize_log_sqrt2(p, 4), p, rtol=1e-6)
