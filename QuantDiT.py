@@ -7,7 +7,6 @@
 """
 import argparse
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from download import Decoder, load_decoder, load_extractor, load_model, load_ref
 from models import ModelCard
 from quant import checkpoint
 from quant.cli import Parser, add_model_flags, at_least, class_labels, find_card, one_of, run, user_value
+from quant.evidence import Judge
 from quant.files import atomic, writable_folder
 from quant.flags import add_recipe_flags, build_recipe
 from quant.judge import fid_judge, sqnr_judge
@@ -45,7 +45,7 @@ def report_layers(text: str | None, names: list[str]) -> list[str]:
 
 
 def make_judge(args: argparse.Namespace, recipe: Recipe, card: ModelCard, model: nn.Module, decode: Decoder, schedule: Schedule,
-               folder: Path) -> Callable[[nn.Module], float]:
+               folder: Path) -> Judge:
     """What group sizes are chosen by."""
     if recipe.judge == "sqnr":
         return sqnr_judge(model, schedule, args.seed)

@@ -2,6 +2,14 @@
 
     python compare.py --model DiT-Digits-Outliers --report results/report         # bundled, runs on two CPU cores
     python compare.py --model DiT-Digits-Outliers --recipes rtn ditas ditas:lowrank=0 ditas:group-size=32 --bits W4A8 W8A8
+    # the ablation of the DiTAS paper: naive, + TAS, + grid search, + low rank
+    python compare.py --model DiT-Digits-Outliers --recipes rtn rtn:balance=tas,alpha=0.5 rtn:balance=tas,alpha=grid \\
+        rtn:balance=tas,alpha=grid,lowrank=paper
+    # table 4 of Q-DiT: round to nearest, + groups, + dynamic activations, + allocation; then + GPTQ
+    python compare.py --model DiT-Digits-Outliers --recipes \\
+        qdit:weight=nearest,weight-granularity=channel,act-granularity=tensor,act-range=static,group-sizes=none \\
+        qdit:weight=nearest,act-granularity=tensor,act-range=static,group-sizes=none,group-size=64 \\
+        qdit:weight=nearest,group-sizes=none,group-size=64 qdit:weight=nearest,population=10,generations=4 qdit:population=10,generations=4
     python compare.py --model DiT-XL/2 --image-size 256 512 --num-sampling-steps 50 100 --bits W8A8 W6A8 W4A8 --num-fid-samples 10000 \\
         --reference VIRTUAL_imagenet256_labeled.npz VIRTUAL_imagenet512.npz --nproc 8
 """
@@ -87,10 +95,15 @@ class Row:
 COLUMNS = ["recipe", "W/A", "MB", "calibration s", *HEADINGS, "SQNR dB", "PSNR dB", "LPIPS"]
 
 
-def default_recipes(steps: int) -> list[str]:
-    """Every recipe; SmoothQuant at the first, middle and last step, as in figures 10 to 12 of the DiTAS paper's appendix."""
+def default_recipes(steps: int, budgets: dict[str, str]) -> list[str]:
+    """Every recipe; SmoothQuant at the first, middle and last step, as in figures 10 to 12 of the DiTAS paper's appendix.
+
+    Args:
+        budgets: flags of recipes whose published effort is meant for larger models.
+    """
     smooth = [f"smoothquant:smooth-timestep={step}" for step in sorted({0, steps // 2, steps - 1})]
-    return [name for recipe in RECIPES for name in (smooth if recipe == "smoothquant" else [recipe])]
+    sized = {recipe: [f"{recipe}:{budgets[recipe]}" if recipe in budgets else recipe] for recipe in RECIPES}
+    return [name for recipe in RECIPES for name in (smooth if recipe == "smoothquant" else sized[recipe])]
 
 
 def parse_job(recipe: str, bits: str, steps: int, num_classes: int) -> Job:
@@ -143,7 +156,7 @@ class Comparison:
                 print(f"LPIPS is n/a: {error}", file=sys.stderr)
 
     def jobs(self) -> list[Job]:
-        recipes = self.args.recipes or default_recipes(len(self.schedule))
+        recipes = self.args.recipes or default_recipes(len(self.schedule), dict(self.card.budgets))
         return [Job("float", "32/32", None), *(parse_job(recipe, bits, len(self.schedule), self.card.num_classes) for bits in self.args.bits for recipe in recipes)]
 
     def row(self, job: Job) -> Row:
@@ -153,7 +166,8 @@ class Comparison:
         model_words = ["--model", args.model, "--image-size", str(self.image_size), "--num-sampling-steps", self.steps, *source]
         path, seconds, quantise = folder / f"checkpoint{checkpoint.SUFFIX}", None, []
         if job.words is not None:
-            quantise = [*model_words, *job.words, "--seed", str(args.seed), "--vae", args.vae, "--output", str(path)]
+            judged = ["--reference", str(self.reference_path), *(["--inception", args.inception] if args.inception else [])] if "--judge" in job.words else []
+            quantise = [*model_words, *job.words, *judged, "--seed", str(args.seed), "--vae", args.vae, "--output", str(path)]
             seconds = self.quantise(job, quantise, path)
         sample = model_words if job.words is None else ["--path", str(path), "--num-sampling-steps", self.steps]
         sample = [*sample, "--per-proc-batch-size", str(args.per_proc_batch_size), "--cfg-scale", repr(args.cfg_scale), "--global-seed",
@@ -317,7 +331,7 @@ def make_parser() -> Parser:
     parser.add_argument("--image-size", type=int, nargs="+", help="one or several (default: the model's first)")
     parser.add_argument("--num-sampling-steps", nargs="+", default=["50"], help="of calibration and sampling, one or several (default: 50)")
     parser.add_argument("--recipes", nargs="+", metavar="RECIPE[:FLAG=VALUE,…]",
-                        help="rows, with flags of QuantDiT.py on top (default: every recipe, smoothquant at three steps)")
+                        help="rows, with flags of QuantDiT.py on top (default: every recipe, smoothquant at three steps, searches scaled to small models)")
     parser.add_argument("--bits", nargs="+", default=["W4A8"], metavar="W<w>A<a>", help="bit widths of every recipe (default: W4A8)")
     parser.add_argument("--num-fid-samples", type=int, default=500, help="images per row (default: 500)")
     parser.add_argument("--num-fidelity-samples", type=int, default=64, help="images per row compared with the float model's, 0 for none (default: 64)")

@@ -53,7 +53,7 @@ class Recipe:
         metric: what the branch makes small: errors of the ``weight``, or of the ``output`` on calibration inputs.
         order: ``smooth-first`` quantises ``W diag(s)``; ``lowrank-first`` quantises W and scales what came out.
         adaln_bits: of the adaLN modulation weights (weight-only, per output channel); 16 leaves them in floating point (float16 in the file).
-        iterations: of ``adaround`` for each block.
+        iterations, rounding_rate: of ``adaround`` for each block, and its learning rate.
         group_sizes: to choose from for every layer by evolution (Q-DiT); empty: ``weight_group`` for all.
         population, generations: of that evolution.
         constraint: on the sizes: ``mean``: their mean, as the published code has it, or ``bitops``, of the paper: no more than with one size
@@ -83,6 +83,7 @@ class Recipe:
     order: str = "smooth-first"
     adaln_bits: int = 16
     iterations: int = 20_000
+    rounding_rate: float = 1e-3
     group_sizes: tuple[int, ...] = ()
     population: int = 50
     generations: int = 10
@@ -128,7 +129,7 @@ judge_images = 8  # by whose latents group sizes are judged
 judge_fid_images = 500  # and by FID, as published
 
 # AdaRound with learned activation steps (PTQ4DiT, appendix, and the code it builds on).
-rounding_rate, step_rate, rounding_weight, rounding_beta, rounding_warmup, reconstruction_batch = 1e-3, 4e-5, 0.01, (20.0, 2.0), 0.2, 32
+step_rate, rounding_weight, rounding_beta, rounding_warmup, reconstruction_batch = 4e-5, 0.01, (20.0, 2.0), 0.2, 32
 
 
 def lowrank_rank(recipe: Recipe, width: int) -> int:

@@ -2,7 +2,7 @@
 import hashlib
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,7 +29,13 @@ from quant.search import AlphaSearch
 from quant.smoothing import aggregate, smoothing_factors
 from quant.weights import gptq_quantizer, nearest_quantizer
 
-Judge = Callable[[nn.Module], float]
+
+@dataclass(frozen=True)
+class Judge:
+    """The ``loss`` of a quantised model, and what it depends on, in words that tell it from others."""
+
+    loss: Callable[[nn.Module], float]
+    about: str
 
 
 class Evidence:
@@ -189,7 +195,7 @@ class Evidence:
 
         def loss(groups: dict[str, int]) -> float:
             made = self.layers(self.weights(self.smooth, groups, draft=True, desc=None), groups)
-            return judge(install(deepcopy(self.model), made))
+            return judge.loss(install(deepcopy(self.model), made))
 
         share = recipe.population
         budget = allocate.Budget(share, max(1, round(config.evolution_parents * share)), int(config.evolution_crossovers * share),
@@ -200,11 +206,11 @@ class Evidence:
             uniform = {name: max([size for size in sizes if size <= mean] or [min(sizes)]) for name, sizes in choices.items()}
             bits = (shapes, self.weight_bits, self.act_bits)
             allowed = allocate.bit_ops_at_most(allocate.bit_ops(uniform, *bits), *bits)
-        about = f"{asdict(replace(recipe, population=0, generations=0))} W{self.weight_bits}A{self.act_bits} {_digest(self.trajectory)}"
+        about = f"{asdict(replace(recipe, population=0, generations=0))} W{self.weight_bits}A{self.act_bits}, {judge.about}, weights {self._digest()}"
         result = allocate.evolve(choices, loss, allowed, budget, history, about)
         return result.groups, result.history
 
-
-def _digest(trajectory: Trajectory) -> str:
-    """Tells trajectories apart."""
-    return hashlib.sha256(trajectory.latents.cpu().numpy().tobytes()).hexdigest()[:16]
+    def _digest(self) -> str:
+        """Tells models apart."""
+        sums = torch.stack([torch.stack([weight.sum(), weight.square().sum()]) for weight in (matrix(linear).double() for linear in self.linears.values())])
+        return hashlib.sha256(sums.cpu().numpy().tobytes()).hexdigest()[:16]

@@ -57,6 +57,16 @@ def _sizes(text: str, flag: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
+def _positive(text: str, flag: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise UserError(f"{flag} '{text}' is not a positive number")
+    return value
+
+
 def _adaln(text: str, flag: str) -> int:
     return one_of(_number(None)(text, flag), ADALN_BITS, flag)
 
@@ -85,6 +95,7 @@ FLAGS = (
     Flag("metric", "lowrank-metric", _choice("weight", "output"), "errors that the low-rank branch makes small"),
     Flag("adaln_bits", "adaln-weight-bit", _adaln, "of the adaLN modulation, weight-only; 16 is none"),
     Flag("iterations", "iterations", _number(1), "of AdaRound, per block"),
+    Flag("rounding_rate", "rounding-rate", _positive, "learning rate of AdaRound; fewer iterations need a higher one"),
     Flag("group_sizes", "group-sizes", _sizes, "to choose from for every layer by evolution, such as 32,64,128; 'none' for one size"),
     Flag("population", "population", _number(2), "of that evolution"),
     Flag("generations", "generations", _number(1), "of that evolution"),

@@ -11,11 +11,12 @@ from diffusion import Schedule, ddpm_step
 from diffusion.generate import generate_images, generate_latents
 from evaluation.features import Extractor, extract, load_set
 from metrics import frechet_distance, sqnr_db, statistics
+from quant.evidence import Judge
 
 BATCH = 50  # images at a time
 
 
-def sqnr_judge(model: nn.Module, schedule: Schedule, seed: int) -> Callable[[nn.Module], float]:
+def sqnr_judge(model: nn.Module, schedule: Schedule, seed: int) -> Judge:
     """Minus the SQNR in dB of a few final latents against those of the float ``model`` with the same noise."""
     indices = range(config.judge_images)
     labels = torch.tensor(config.default_labels(model.num_classes, len(indices)))
@@ -24,10 +25,10 @@ def sqnr_judge(model: nn.Module, schedule: Schedule, seed: int) -> Callable[[nn.
         return generate_latents(each, schedule, indices, labels, seed, config.calibration_cfg_scale, ddpm_step)
 
     reference = latents(model)
-    return lambda quantised: -sqnr_db(reference, latents(quantised))
+    return Judge(lambda quantised: -sqnr_db(reference, latents(quantised)), f"SQNR of {len(indices)} latents, {len(schedule)} steps, seed {seed}")
 
 
-def fid_judge(decode: Callable[[Tensor], Tensor], extractor: Extractor, reference: Path, schedule: Schedule, seed: int) -> Callable[[nn.Module], float]:
+def fid_judge(decode: Callable[[Tensor], Tensor], extractor: Extractor, reference: Path, schedule: Schedule, seed: int) -> Judge:
     """FID of ``config.judge_fid_images`` images to those of an ``.npz``."""
     pool = load_set(reference, extractor).pool
 
@@ -38,4 +39,4 @@ def fid_judge(decode: Callable[[Tensor], Tensor], extractor: Extractor, referenc
             labels = torch.tensor([i % quantised.num_classes for i in indices])
             images.append(generate_images(quantised, decode, schedule, indices, labels, seed, config.calibration_cfg_scale, ddpm_step))
         return frechet_distance(statistics(extract(np.concatenate(images), extractor, BATCH, "features")["pool"]), pool)
-    return fid
+    return Judge(fid, f"FID of {config.judge_fid_images} images to {reference.name}, {len(schedule)} steps, seed {seed}")

@@ -83,7 +83,7 @@ def quantize_model(model: nn.Module, recipe: Recipe, weight_bits: int, act_bits:
     weights = {name: _scale(base, found.smooth[name]) for name, base in bases.items()} if bases else found.weights(found.smooth, groups)
     layers, operands = found.layers(weights, groups), found.operands()
     if recipe.weight == "adaround":
-        layers, operands = reconstruct(model, layers, operands, found.inputs(), recipe.iterations)
+        layers, operands = reconstruct(model, layers, operands, found.inputs(), recipe.iterations, recipe.rounding_rate)
     if recipe.adaln_bits != OFF_BITS:
         layers |= {name: QuantizedLayer(plain(quantize_weight(linear.weight, adaln_spec(recipe.adaln_bits, linear.in_features))), None)
                    for name, linear in modulation_linears(model).items()}

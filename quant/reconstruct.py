@@ -87,7 +87,10 @@ def learnable(act: Activation | None, clock: Clock | None) -> nn.Module:
 
 
 class SoftLinear(nn.Module):
-    """A quantised linear whose weights are between their two roundings: ``scale * (clamp(floor(W / scale) + h(V) + zero) - zero)``."""
+    """A quantised linear whose weights are between their two roundings: ``down + (up - down) h(V)``.
+
+    ``h`` is that of the last call, for the regulariser.
+    """
 
     def __init__(self, weight: Tensor, layer: QuantizedLayer, bias: Tensor | None, clock: Clock | None):
         super().__init__()
@@ -98,28 +101,30 @@ class SoftLinear(nn.Module):
         below = (weight / scale).floor()
         fraction = (weight / scale - below).clamp(0.01, 0.99)
         low, high = STRETCH
-        self.v = nn.Parameter(torch.logit((fraction - low) / (high - low)))
-        for name, value in {"below": below, "scale": scale, "zero": zero, "bias": bias, "smooth": layer.smooth, "shift": layer.shift}.items():
+        self.v, self.h = nn.Parameter(torch.logit((fraction - low) / (high - low))), None
+        bottom, top = -zero, quantized.spec.top - zero
+        down, up = below.clamp(bottom, top), (below + 1).clamp(bottom, top)
+        for name, value in {"codes": down + zero, "gap": up - down, "down": down * scale, "step": (up - down) * scale, "bias": bias, "smooth": layer.smooth, "shift": layer.shift}.items():
             self.register_buffer(name, value)
-        self.top, self.layer, self.act = quantized.spec.top, layer, learnable(layer.act, clock)
+        self.layer, self.act = layer, learnable(layer.act, clock)
 
     def forward(self, x: Tensor) -> Tensor:
         values = x if self.shift is None else x + self.shift
         values = values if self.smooth is None else values / self.smooth
         codes, scale = self.act(values)
-        weight = ((self.below + rectified_sigmoid(self.v) + self.zero).clamp(0, self.top) - self.zero) * self.scale
-        return nn.functional.linear(codes if scale is None else codes * scale, weight, self.bias)
+        self.h = rectified_sigmoid(self.v)
+        return nn.functional.linear(codes if scale is None else codes * scale, torch.addcmul(self.down, self.step, self.h), self.bias)
 
     def harden(self) -> QuantizedLayer:
         """The layer with every weight rounded the way it leans, and the steps found."""
         quantized = self.layer.weight.weight
-        codes = (self.below + (self.v >= 0) + self.zero).clamp(0, self.top).to(torch.uint8)
+        codes = (self.codes + self.gap * (self.v >= 0)).to(torch.uint8)
         act = replace(self.layer.act, scale=self.act.scale.detach()) if isinstance(self.act, LearnedStep) else self.layer.act
         return replace(self.layer, weight=replace(self.layer.weight, weight=replace(quantized, codes=codes)), act=act)
 
 
 def reconstruct(model: nn.Module, layers: dict[str, QuantizedLayer], operands: dict[str, Operands], inputs: Inputs, iterations: int,
-                seed: int = 0) -> tuple[dict[str, QuantizedLayer], dict[str, Operands]]:
+                rate: float, seed: int = 0) -> tuple[dict[str, QuantizedLayer], dict[str, Operands]]:
     """Learn the rounding of every layer inside the blocks.
 
     Args:
@@ -128,6 +133,7 @@ def reconstruct(model: nn.Module, layers: dict[str, QuantizedLayer], operands: d
         operands: of the attentions, whose steps are learned; may be empty.
         inputs: of the calibration trajectory.
         iterations: per block; the published 20 000 are for blocks of DiT-XL/2.
+        rate: the learning rate of the rounding; fewer iterations need a higher one to get from one end to the other.
 
     Returns:
         Layers and operands.
@@ -155,7 +161,7 @@ def reconstruct(model: nn.Module, layers: dict[str, QuantizedLayer], operands: d
                 for key in ("query", "key", "value", "probabilities"):
                     act = getattr(operands[f"blocks.{i}.attn"], key)
                     setattr(soft.attn, key, StraightThrough(getattr(soft.attn, key)) if act is None else learnable(act, None))
-            _train(soft, list(found.values()), seen, condition, index, clock, target, iterations, generator, bar)
+            _train(soft, list(found.values()), seen, condition, index, clock, target, iterations, rate, generator, bar)
             layers |= {name: module.harden() for name, module in found.items()}
             if isinstance(soft.attn, QuantAttention):
                 key = f"blocks.{i}.attn"
@@ -178,9 +184,9 @@ def _share_clock(model: nn.Module, clock: Clock | None, index: Tensor | None) ->
 
 @torch.enable_grad()
 def _train(block: nn.Module, linears: list[SoftLinear], x: Tensor, c: Tensor, index: Tensor | None, clock: Clock | None, target: Tensor,
-           iterations: int, generator: torch.Generator, bar: tqdm) -> None:
+           iterations: int, rate: float, generator: torch.Generator, bar: tqdm) -> None:
     steps = [module.scale for module in block.modules() if isinstance(module, LearnedStep)]
-    rounding = torch.optim.Adam([each.v for each in linears], lr=config.rounding_rate)
+    rounding = torch.optim.Adam([each.v for each in linears], lr=rate, fused=True)
     ranges = torch.optim.Adam(steps, lr=config.step_rate) if steps else None
     for iteration in range(iterations):
         batch = torch.randint(len(x), (config.reconstruction_batch,), generator=generator).to(x.device)
@@ -188,7 +194,7 @@ def _train(block: nn.Module, linears: list[SoftLinear], x: Tensor, c: Tensor, in
             clock.index = index[batch]
         error = (block(x[batch], c[batch]) - target[batch]).square().sum(1).mean()
         beta = beta_at(iteration, iterations)
-        loss = error if beta is None else error + config.rounding_weight * sum(rounding_loss(rectified_sigmoid(each.v), beta) for each in linears)
+        loss = error if beta is None else error + config.rounding_weight * sum(rounding_loss(each.h, beta) for each in linears)
         for optimiser in filter(None, (rounding, ranges)):
             optimiser.zero_grad()
         loss.backward()

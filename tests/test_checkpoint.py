@@ -11,12 +11,14 @@ from safetensors.torch import load_file, save_file
 
 import config
 from config import RECIPES, UserError
-from diffusion import ImageNoise, make_schedule
+from diffusion import ImageNoise, ddpm_step, make_schedule
+from diffusion.generate import generate_latents
 from models import DiT_models
 from quant import checkpoint
 from quant.backend import install
 from quant.judge import sqnr_judge
 from quant.linear import block_linears
+from quant.merge import fold
 from quant.pipeline import Result, Start, quantize_model
 from quant.quantizer import pack
 
@@ -65,6 +67,11 @@ def test_a_reloaded_model_computes_the_same_bits(tmp_path, recipe_name, weight_b
     expected = install(stored(digits_model()), result.layers, operands=result.operands)
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([10, 800]), torch.tensor([0, 10])
     assert torch.equal(model(x, t, y), expected(x, t, y))
+    kept = stored(digits_model())
+    expected = install(kept, fold(kept, result.layers), operands={name: each.fold() for name, each in result.operands.items()})
+    images = [generate_latents(each, make_schedule("2"), range(2), torch.tensor([1, 7]), 0, 1.5, ddpm_step)
+              for each in (checkpoint.load(path, folded=True)[1], expected)]
+    assert torch.equal(*images) and torch.isfinite(images[0]).all()
     assert os.listdir(tmp_path) == ["model.safetensors"]
 
 
