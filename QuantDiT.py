@@ -20,13 +20,13 @@ from diffusion import ImageNoise, Schedule, ddpm_step, make_schedule
 from diffusion.generate import generate_images
 from diffusion.images import grid, side_by_side
 from download import Decoder, load_decoder, load_extractor, load_model, load_reference
+from evaluation.judge import fid_judge, sqnr_judge
 from models import ModelCard
 from quant import checkpoint
 from quant.cli import Parser, add_model_flags, at_least, class_labels, find_card, one_of, run, user_value
 from quant.evidence import Judge
 from quant.files import atomic, writable_folder
 from quant.flags import add_recipe_flags, build_recipe
-from quant.judge import fid_judge, sqnr_judge
 from quant.linear import block_linears
 from quant.lowrank import SOLVERS
 from quant.pipeline import Start, quantize_model

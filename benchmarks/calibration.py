@@ -55,7 +55,7 @@ def published_procedure(model, recipe, weight_bits, act_bits, schedule) -> tuple
     bases = {}
     if recipe.order == "lowrank-first":
         for name, linear in linears.items():
-            bases[name] = lowrank_quantize(linear.weight, nearest_quantizer(linear.weight, spec), config.lowrank_rank(recipe, min(linear.weight.shape)), recipe.rounds, recipe.keep, "fast")
+            bases[name] = lowrank_quantize(linear.weight, nearest_quantizer(spec), config.lowrank_rank(recipe, min(linear.weight.shape)), recipe.rounds, recipe.keep, "fast")
     begin = start(model)
     _, absmax = record(model, linears, schedule, begin.labels, config.calibration_cfg_scale, begin.x, begin.draw)
     for name, linear in linears.items():
@@ -82,7 +82,7 @@ def published_procedure(model, recipe, weight_bits, act_bits, schedule) -> tuple
             s = smoothing_factors(aggregate(absmax[name], recipe.balance, recipe.timestep), balanced, alphas[name], config.factor_floor)
             weight, importance = linear.weight * s, (absmax[name] / s).square().mean(0)
             rank = config.lowrank_rank(recipe, min(weight.shape))
-            lowrank_quantize(weight, nearest_quantizer(weight, spec, importance), rank, recipe.rounds, recipe.keep, "fast").integer_branch(weight)
+            lowrank_quantize(weight, nearest_quantizer(spec, importance), rank, recipe.rounds, recipe.keep, "fast").integer_branch(weight)
     return alphas, losses
 
 
@@ -142,7 +142,7 @@ def lowrank() -> None:
         weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * 0.02
         timings, errors = {}, {}
         for solver in ("fast", "exact", "fast"):
-            result, timings[solver] = timed(lambda: lowrank_quantize(weight, nearest_quantizer(weight, spec), 32, 10, "best", solver))
+            result, timings[solver] = timed(lambda: lowrank_quantize(weight, nearest_quantizer(spec), 32, 10, "best", solver))
             errors[solver] = (weight - result.dense()).norm().item()
         print(f"| {rows} x {columns} | {timings['exact']:.1f} | {timings['fast']:.2f} | {timings['exact'] / timings['fast']:.1f}x "
               f"| {errors['fast'] / errors['exact'] - 1:+.3%} |", flush=True)
@@ -153,11 +153,11 @@ def gptq() -> None:
     generator = torch.Generator().manual_seed(0)
     weight, x = 0.02 * torch.randn(rows, columns, generator=generator), torch.randn(2 * columns, columns, generator=generator)
     hessian = x.T @ x
-    print("\n| GPTQ of 1152 x 4608, W4, groups of 64 | scales, s | rounding, s | output error over nearest |")
+    print("\n| GPTQ of 1152 x 4608, W4, groups of 64 | factor, s | scales and rounding, s | output error over nearest |")
     print("|---|---|---|---|")
     for convention in ("affine", "two-level"):
         spec = QuantSpec(4, "group", 64, convention)
-        quantizer, scales = timed(lambda: gptq_quantizer(weight, spec, hessian))
+        quantizer, scales = timed(lambda: gptq_quantizer(spec, hessian))
         result, seconds = timed(lambda: quantizer(weight))
         errors = [(x @ (each.dequantize() - weight).T).norm().item() for each in (result, quantize_weight(weight, spec))]
         print(f"| {'float scales' if convention == 'affine' else convention} | {scales:.2f} | {seconds:.2f} | {errors[0] / errors[1]:.3f} |", flush=True)

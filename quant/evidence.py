@@ -139,10 +139,10 @@ class Evidence:
             if name in self._moments:
                 moment = self._moments[name].value if s is None else self._moments[name].value / s / s[:, None]
             if recipe.weight == "gptq" and not draft:
-                quantizer = gptq_quantizer(weight, spec, moment, recipe.weight_range)
+                quantizer = gptq_quantizer(spec, moment, recipe.weight_range)
             else:
                 importance = (self.absmax[name] / s).square().mean(0) if s is not None and name in self.absmax else None
-                quantizer = nearest_quantizer(weight, spec, importance, recipe.weight_range)
+                quantizer = nearest_quantizer(spec, importance, recipe.weight_range)
             rank = 0 if draft else config.lowrank_rank(recipe, min(weight.shape))
             metric = moment if recipe.metric == "output" else None
             each = lowrank_quantize(weight, quantizer, rank, recipe.rounds, recipe.keep, self.svd, metric)

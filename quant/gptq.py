@@ -18,19 +18,19 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """
     damped = hessian.clone()
     diagonal = damped.diagonal()
-    diagonal[diagonal == 0] = 1.0  # an input that is always zero
+    diagonal[diagonal == 0] = 1.0  # an input that is always zero, whose weights may be anything
     diagonal += damping * diagonal.mean()
     upper = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
     return torch.linalg.solve_triangular(upper, torch.eye(len(upper), dtype=upper.dtype, device=upper.device), upper=True)
 
 
-def gptq_quantize(weight: Tensor, hessian: Tensor, spec: QuantSpec, grid: Callable[[Tensor, slice], Grid], step: Tensor | None = None,
-                  damping: float = DAMPING, block: int = BLOCK) -> Quantized:
+def gptq_quantize(weight: Tensor, factor: Tensor, spec: QuantSpec, grid: Callable[[Tensor, slice], Grid], step: Tensor | None = None,
+                  block: int = BLOCK) -> Quantized:
     """Quantise a weight so that ``|X (W - W_hat)^T|`` is small, not ``|W - W_hat|``.
 
     Args:
         weight: (O, I) float32.
-        hessian: (I, I), ``X^T X`` of the inputs X, any multiple of it.
+        factor: (I, I), ``inverse_factor`` of ``X^T X`` of the inputs X, or of any multiple of it.
         spec: per output channel, or groups of consecutive inputs.
         grid: the codes' values for groups (O, k, g) of weights, numbers ``slice`` of the layer's; a group's grid is that of its weights as
             they stand when the block in which it begins is reached.
@@ -43,8 +43,7 @@ def gptq_quantize(weight: Tensor, hessian: Tensor, spec: QuantSpec, grid: Callab
         raise ValueError("cannot quantise a tensor that holds NaN or infinity")
     size = grouped(weight, spec)[0].shape[-1] if spec.granularity == "group" else weight.shape[1]
     rows, columns = weight.shape
-    factor = inverse_factor(hessian, damping)
-    left = torch.where(hessian.diagonal() == 0, 0.0, weight).T.contiguous()  # (I, O): the columns in turn
+    left = weight.T.clone(memory_format=torch.contiguous_format)  # (I, O): the columns in turn
     signed = torch.empty_like(left)
     grids: list[Grid] = []
     for begin in range(0, columns, block):

@@ -2,7 +2,6 @@
 
 ``W ~ W_hat + L R``: quantise what the branch leaves over, then fit the branch to what the quantiser leaves over, and so on.
 """
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +9,11 @@ from torch import Tensor
 
 from quant.quantizer import Quantized
 from quant.twolevel import LIMIT
+from quant.weights import Quantizer
 
 OVERSAMPLE = 16  # extra directions carried by the fast solver
 DAMPING = 1e-4  # of the second moment's mean diagonal, added to its diagonal
+STEP_ROUNDS = 3  # after which two-level steps are kept: they hardly move any more, and finding them is most of the work
 FAST_ITERATIONS = 20  # double subspace iterations per round, warm-started
 
 
@@ -90,13 +91,13 @@ def fast_factors(matrix: Tensor, rank: int, basis: Tensor | None) -> tuple[Tenso
 SOLVERS = {"exact": exact_factors, "fast": fast_factors}
 
 
-def lowrank_quantize(weight: Tensor, quantizer: Callable[[Tensor], Quantized], rank: int, rounds: int, keep: str, solver: str,
+def lowrank_quantize(weight: Tensor, quantizer: Quantizer, rank: int, rounds: int, keep: str, solver: str,
                      moment: Tensor | None = None) -> LowRankWeight:
     """Alternate ``W_hat = Q(W - L R)`` and ``L R = best rank-r of (W - W_hat)``, starting from ``L R = 0``.
 
     Args:
         weight: (O, I) float32.
-        quantizer: Q.
+        quantizer: Q (see ``quant.weights``).
         rank: 0 plainly quantises.
         rounds: alternations.
         keep: ``best`` returns the round of smallest error, ``last`` the last one (as published).
@@ -109,12 +110,13 @@ def lowrank_quantize(weight: Tensor, quantizer: Callable[[Tensor], Quantized], r
     """
     rank = min(rank, *weight.shape)
     if rank == 0:
-        return plain(quantizer(weight))
+        return plain(quantizer(weight, None))
     root = None if moment is None else moment_root(moment)
     left, right = weight.new_zeros(weight.shape[0], rank), weight.new_zeros(rank, weight.shape[1])
     best, best_error, basis = None, float("inf"), None
-    for _ in range(rounds):
-        quantized = quantizer(torch.addmm(weight, left, right, alpha=-1))
+    quantized = None
+    for number in range(rounds):
+        quantized = quantizer(torch.addmm(weight, left, right, alpha=-1), quantized if number >= STEP_ROUNDS else None)
         residual = weight - quantized.dequantize()
         seen = residual if root is None else residual @ root  # (O, I): in a basis where inputs are uncorrelated and of size one
         left, right, basis = SOLVERS[solver](seen, rank, basis)

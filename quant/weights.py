@@ -1,42 +1,44 @@
 """How a weight becomes codes: the parts of a recipe that concern weights, put together."""
 from collections.abc import Callable
-from functools import partial
 
 from torch import Tensor
 
-from quant.gptq import gptq_quantize
-from quant.quantizer import Grid, Quantized, QuantSpec, affine_grid, grouped, quantize
+from quant.gptq import BLOCK, DAMPING, gptq_quantize, inverse_factor
+from quant.quantizer import Quantized, QuantSpec, affine_grid, grouped, quantize
 from quant.ranges import RANGES, quantize_range
 from quant.twolevel import find_steps, quantize_two_level, two_level_grid
 
-Quantizer = Callable[[Tensor], Quantized]
+Quantizer = Callable[[Tensor, Quantized | None], Quantized]  # the second: an earlier result of a similar weight, whose steps will do
 
 
-def nearest_quantizer(weight: Tensor, spec: QuantSpec, importance: Tensor | None = None, choice: str = "minmax") -> Quantizer:
-    """Rounds weights (O, I) that are near ``weight`` to the nearest codes.
+def nearest_quantizer(spec: QuantSpec, importance: Tensor | None = None, choice: str = "minmax") -> Quantizer:
+    """Rounds weights (O, I) to the nearest codes.
 
     Args:
         importance: (I,) weights of the squared errors by which two-level scales are chosen; None for all the same.
         choice: of floating ranges, a key of ``quant.ranges.RANGES``.
     """
-    if spec.convention == "two-level":
-        return partial(quantize_two_level, spec=spec, importance=importance, step=find_steps(weight, spec, importance))
-    return partial(quantize, spec=spec) if choice == "minmax" else partial(quantize_range, spec=spec, choice=choice)
+    def two_level(weight: Tensor, previous: Quantized | None = None) -> Quantized:
+        return quantize_two_level(weight, spec, importance, find_steps(weight, spec, importance) if previous is None else previous.step)
+
+    def affine(weight: Tensor, previous: Quantized | None = None) -> Quantized:
+        return quantize(weight, spec) if choice == "minmax" else quantize_range(weight, spec, choice)
+    return two_level if spec.convention == "two-level" else affine
 
 
-def gptq_quantizer(weight: Tensor, spec: QuantSpec, hessian: Tensor, choice: str = "minmax") -> Quantizer:
-    """Rounds weights (O, I) that are near ``weight`` by GPTQ; ``hessian`` (I, I) is that of its inputs, ``choice`` as above."""
-    step = None
-    if spec.convention == "two-level":
-        importance = hessian.diagonal()
-        step, cost = find_steps(weight, spec, importance), importance.view(grouped(weight, spec)[0].shape[1:])
+def gptq_quantizer(spec: QuantSpec, hessian: Tensor, choice: str = "minmax", block: int = BLOCK) -> Quantizer:
+    """Rounds weights (O, I) by GPTQ; ``hessian`` (I, I) is that of their inputs, ``choice`` as above, ``block`` as in ``quant.gptq``."""
+    factor, importance = inverse_factor(hessian, DAMPING), hessian.diagonal()
+    dead = importance == 0
 
-        def grid(groups: Tensor, index: slice) -> Grid:
-            return two_level_grid(groups, step, cost[index], spec)
-    else:
-        def grid(groups: Tensor, index: slice) -> Grid:
-            return affine_grid(*RANGES[choice](groups, (-1,), spec), spec)
-    return partial(gptq_quantize, hessian=hessian, spec=spec, grid=grid, step=step)
+    def two_level(weight: Tensor, previous: Quantized | None = None) -> Quantized:
+        step = find_steps(weight, spec, importance) if previous is None else previous.step
+        cost = importance.view(grouped(weight, spec)[0].shape[1:])
+        return gptq_quantize(weight.masked_fill(dead, 0.0), factor, spec, lambda groups, index: two_level_grid(groups, step, cost[index], spec), step, block)
+
+    def affine(weight: Tensor, previous: Quantized | None = None) -> Quantized:
+        return gptq_quantize(weight.masked_fill(dead, 0.0), factor, spec, lambda groups, index: affine_grid(*RANGES[choice](groups, (-1,), spec), spec), None, block)
+    return two_level if spec.convention == "two-level" else affine
 
 
 def quantize_weight(weight: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> Quantized:
@@ -45,4 +47,4 @@ def quantize_weight(weight: Tensor, spec: QuantSpec, importance: Tensor | None =
     Raises:
         ValueError: the weight holds NaN or infinity, or does not divide into groups.
     """
-    return nearest_quantizer(weight, spec, importance)(weight)
+    return nearest_quantizer(spec, importance)(weight)

@@ -13,10 +13,10 @@ import config
 from config import RECIPES, UserError
 from diffusion import ImageNoise, ddpm_step, make_schedule
 from diffusion.generate import generate_latents
+from evaluation.judge import sqnr_judge
 from models import DiT_models
 from quant import checkpoint
 from quant.backend import install
-from quant.judge import sqnr_judge
 from quant.linear import block_linears
 from quant.merge import fold
 from quant.pipeline import Result, Start, quantize_model

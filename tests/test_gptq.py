@@ -1,4 +1,3 @@
-from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +8,7 @@ from diffusion import ImageNoise, make_schedule
 from download import load_model
 from models import DiT_models
 from quant.calibrate import record, replay
-from quant.gptq import gptq_quantize, inverse_factor
+from quant.gptq import inverse_factor
 from quant.linear import block_linears
 from quant.observers import SecondMoment
 from quant.quantizer import QuantSpec, quantize
@@ -22,7 +21,7 @@ GOLDEN = {key: torch.tensor(value) for key, value in golden("baselines").items()
 def test_published_values(group):
     weight, x = GOLDEN["weight"], GOLDEN["act"]
     spec = QuantSpec(4, "channel") if group == "channel" else QuantSpec(4, "group", group)
-    out = partial(gptq_quantizer(weight, spec, x.T @ x), block=32)(weight).dequantize()
+    out = gptq_quantizer(spec, x.T @ x, block=32)(weight).dequantize()
     assert torch.allclose(out, GOLDEN[f"qdit_gptq_asym_w4_g{group}"], rtol=0, atol=1e-5)
 
 
@@ -50,7 +49,7 @@ def test_each_column_is_rounded_as_optimal_brain_quantisation_says():
         error = left[:, i:i + 1] - expected[:, i:i + 1]
         if i < 7:
             left[:, i + 1:] += error @ np.linalg.solve(hessian[i + 1:, i + 1:], hessian[i + 1:, i]).reshape(1, -1)
-    got = gptq_quantizer(weight, spec, torch.tensor(x.T @ x, dtype=torch.float32))(weight).dequantize()
+    got = gptq_quantizer(spec, torch.tensor(x.T @ x, dtype=torch.float32))(weight).dequantize()
     assert np.allclose(got, expected, atol=1e-5)
 
 
@@ -59,21 +58,20 @@ def test_codes_are_in_range_and_blocks_change_nothing_else(spec):
     torch.manual_seed(0)
     weight, x = torch.randn(16, 192), torch.randn(400, 192) @ torch.randn(192, 192)
     x[:, 5] = 0  # an input that is always zero
-    quantizer = gptq_quantizer(weight, spec, x.T @ x)
-    result = quantizer(weight)
+    result = gptq_quantizer(spec, x.T @ x)(weight)
     assert result.codes.max() <= spec.top and result.codes.shape == weight.shape
     assert (x @ (result.dequantize() - weight).T).norm() < 0.8 * (x @ (quantize_weight(weight, spec).dequantize() - weight).T).norm()
     if spec.convention == "two-level":
         assert result.integers()[0].abs().max() <= 127 and torch.equal(result.scale, result.scale.round())
     if spec.granularity == "channel":
-        assert torch.equal(gptq_quantize(weight, **{**quantizer.keywords, "block": 7}).codes, result.codes)
+        assert torch.equal(gptq_quantizer(spec, x.T @ x, block=7)(weight).codes, result.codes)
 
 
 def test_a_weight_that_is_not_finite_is_refused():
     weight = torch.ones(4, 8)
     weight[1, 2] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
-        gptq_quantizer(torch.ones(4, 8), QuantSpec(4, "channel"), torch.eye(8))(weight)
+        gptq_quantizer(QuantSpec(4, "channel"), torch.eye(8))(weight)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +95,7 @@ def test_gptq_beats_rounding_on_the_outlier_twin(twin, spec):
     ratios = {"calibration": [], "held out": []}
     for name, linear in linears.items():
         weight = linear.weight
-        found = {"gptq": gptq_quantizer(weight, spec, calibration[name])(weight), "nearest": quantize(weight, spec)}
+        found = {"gptq": gptq_quantizer(spec, calibration[name])(weight), "nearest": quantize(weight, spec)}
         for key, moment in (("calibration", calibration[name]), ("held out", held_out[name])):
             errors = {kind: ((each.dequantize() - weight).double() @ moment.double() * (each.dequantize() - weight)).sum() for kind, each in found.items()}
             ratios[key].append(float(errors["gptq"] / errors["nearest"]))

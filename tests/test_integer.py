@@ -30,7 +30,7 @@ def layer(rows, columns, spec, rank=3, smooth=True, seed=0, act=TOKEN) -> Quanti
     torch.manual_seed(seed)
     factors = torch.exp(torch.randn(columns)) if smooth else None
     weight = 0.05 * torch.randn(rows, columns) * (1 if factors is None else factors)
-    found = lowrank_quantize(weight, nearest_quantizer(weight, spec), rank, 2, "best", "fast")
+    found = lowrank_quantize(weight, nearest_quantizer(spec), rank, 2, "best", "fast")
     return QuantizedLayer(found.integer_branch(weight), act, factors, torch.rand(rows) + 0.5)
 
 
@@ -149,7 +149,7 @@ def quantised(recipe, bits, adaln_bits, model):
     for i, (name, linear) in enumerate(block_linears(model).items()):
         smooth = None if recipe.balance == "none" else torch.exp(torch.randn(linear.in_features, generator=torch.Generator().manual_seed(i)))
         weight = linear.weight if smooth is None else linear.weight * smooth
-        found = lowrank_quantize(weight, nearest_quantizer(weight, spec), 2 if recipe.rank is None else 0, 2, "best", "fast")
+        found = lowrank_quantize(weight, nearest_quantizer(spec), 2 if recipe.rank is None else 0, 2, "best", "fast")
         layers[name] = QuantizedLayer(found.integer_branch(weight), Activation(act_spec(recipe, 8)), smooth)
     if adaln_bits < 16:
         layers |= {name: QuantizedLayer(plain(quantize_weight(linear.weight, adaln_spec(adaln_bits, linear.in_features))), None)

@@ -27,7 +27,7 @@ def test_published_alternation_matches_golden():
         for name in BLOCK_LINEARS:
             key = f"blocks.{i}.{name}"
             weight = model.get_submodule(key).weight
-            result = lowrank_quantize(weight, nearest_quantizer(weight, PUBLISHED), 4, 10, "last", "exact")
+            result = lowrank_quantize(weight, nearest_quantizer(PUBLISHED), 4, 10, "last", "exact")
             expected = values[f"{key}/lora_quant_weight"] + values[f"{key}/lora_left"] @ values[f"{key}/lora_right"]
             assert relative(result.dense(), expected) < 1e-4, key
 
@@ -57,8 +57,8 @@ def test_the_low_rank_step_never_raises_the_error(rows, columns, rank, seed, sol
 def test_the_best_round_is_kept_unless_told_otherwise():
     weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(3))
     coarse = QuantSpec(2, "channel")  # here the error rises again after a few rounds
-    rounds = [error(weight, lowrank_quantize(weight, nearest_quantizer(weight, coarse), 4, n, "last", "exact")) for n in range(1, 11)]
-    best = error(weight, lowrank_quantize(weight, nearest_quantizer(weight, coarse), 4, 10, "best", "exact"))
+    rounds = [error(weight, lowrank_quantize(weight, nearest_quantizer(coarse), 4, n, "last", "exact")) for n in range(1, 11)]
+    best = error(weight, lowrank_quantize(weight, nearest_quantizer(coarse), 4, 10, "best", "exact"))
     assert best == pytest.approx(min(rounds), rel=1e-6)
     assert rounds[-1] > min(rounds) * 1.005  # so that the two differ on this weight
 
@@ -67,13 +67,13 @@ def test_the_best_round_is_kept_unless_told_otherwise():
 @pytest.mark.parametrize("spec", [GROUPS, PUBLISHED, QuantSpec(3, "channel")])
 def test_alternation_beats_plain_rounding(spec, solver):
     weight = torch.randn(96, 128)
-    result = lowrank_quantize(weight, nearest_quantizer(weight, spec), 4, 10, "best", solver)
+    result = lowrank_quantize(weight, nearest_quantizer(spec), 4, 10, "best", solver)
     assert error(weight, result) < 0.99 * (weight - quantize(weight, spec).dequantize()).norm()
 
 
 def test_rank_zero_is_plain_rounding():
     weight = torch.randn(32, 64)
-    result = lowrank_quantize(weight, nearest_quantizer(weight, GROUPS), 0, 10, "best", "fast")
+    result = lowrank_quantize(weight, nearest_quantizer(GROUPS), 0, 10, "best", "fast")
     assert torch.equal(result.dense(), quantize(weight, GROUPS).dequantize())
 
 
@@ -88,7 +88,7 @@ def test_fast_solver_is_as_good_as_the_exact_one_on_every_digits_layer(model):
     for i in range(10):
         for name in BLOCK_LINEARS:
             weight = state[f"blocks.{i}.{name}.weight"]
-            fast, exact = (error(weight, lowrank_quantize(weight, nearest_quantizer(weight, GROUPS), 4, 10, "best", solver)) for solver in ("fast", "exact"))
+            fast, exact = (error(weight, lowrank_quantize(weight, nearest_quantizer(GROUPS), 4, 10, "best", solver)) for solver in ("fast", "exact"))
             assert fast <= 1.001 * exact, (i, name, fast / exact - 1)
 
 
@@ -96,5 +96,5 @@ def test_fast_solver_is_as_good_as_the_exact_one_on_every_digits_layer(model):
 @pytest.mark.parametrize("shape", [(1152, 1152), (1152, 4608), (4608, 1152)])
 def test_fast_solver_is_as_good_as_the_exact_one_at_full_width(shape):
     weight = 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    fast, exact = (error(weight, lowrank_quantize(weight, nearest_quantizer(weight, GROUPS), 32, 10, "best", solver)) for solver in ("fast", "exact"))
+    fast, exact = (error(weight, lowrank_quantize(weight, nearest_quantizer(GROUPS), 32, 10, "best", solver)) for solver in ("fast", "exact"))
     assert fast <= 1.001 * exact
