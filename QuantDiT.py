@@ -99,7 +99,7 @@ def main(args: argparse.Namespace) -> float:
     if result.evolution:
         with atomic(output.with_suffix(".evolution.png")) as temporary:
             temporary.write_bytes(group_allocation([each.best for each in result.evolution], [each.mean for each in result.evolution], result.groups))
-        print(f"wrote {output.with_suffix('.evolution.png')}: the choice of group sizes; {history} lets the same command go on after an interruption")
+        print(f"wrote {output.with_suffix('.evolution.png')}: the choice of group sizes; with {output.stem}.evolution-….json the same command goes on after an interruption")
     print(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB), quantised in {seconds:.1f} s")
 
     def picture() -> Image.Image:

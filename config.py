@@ -14,7 +14,8 @@ calibration_labels = (207, 360, 387, 974, 88, 979, 417, 279, 27, 336, 177, 594, 
 calibration_cfg_scale = 1.5
 factor_floor = 1e-4  # activation maxima, weight maxima and smoothing factors are at least this
 alpha_grid = tuple(0.05 * i for i in range(21))
-sample_tokens = 4096  # of every layer's input, on which static ranges are found and blocks reconstructed
+sample_images, sample_tokens = 256, 4096  # and tokens of them all, of every layer's input, on which static ranges are found
+reconstruction_samples = 800  # images at some step, on which blocks are reconstructed
 replay_tokens = 4096  # tokens of several timesteps that the search sends through the model at once
 
 

@@ -28,7 +28,7 @@ class Activation:
 
 
 class Clock(nn.Module):
-    """Tells which timestep the model was called with; sits before its timestep embedder.
+    """Tells which timestep the model was called with; a part of its timestep embedder, so that a copy of the model has its own.
 
     Buffers: ``timesteps`` (S,) int64. Attribute ``index`` (N,): the nearest of them for every image of the call.
     """
@@ -40,7 +40,8 @@ class Clock(nn.Module):
 
     def watch(self, embedder: nn.Module) -> None:
         """Look at the timesteps (N,) that the embedder gets."""
-        embedder.register_forward_pre_hook(lambda _, inputs: self.see(inputs[0]))
+        embedder.clock = self
+        embedder.register_forward_pre_hook(lambda module, inputs: module.clock.see(inputs[0]))
 
     def see(self, t: Tensor) -> None:
         self.index = (t[:, None] - self.timesteps).abs().argmin(1)

@@ -7,8 +7,6 @@ from torch import Tensor, nn
 from quant.activation import Activation, quantiser
 from quant.softmax import fake_quantize_log_sqrt2
 
-SOFTMAX = ("uniform", "log-sqrt2")
-
 
 @dataclass(frozen=True)
 class Operands:
@@ -55,7 +53,7 @@ class QuantAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, -1)  # (N, T, D) each
         q, k = self._seen(self.query, q), self._seen(self.key, k)
-        v = self._seen(self.value, v) if self.smooth is None else self._seen(self.value, v / self.smooth) * self.smooth
+        v = self._seen(self.value, v) if self.smooth is None else (self._seen(self.value, v / self.smooth) * self.smooth).to(x.dtype)
         q, k, v = (each.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for each in (q, k, v))  # (N, heads, T, D / heads)
         probabilities = (q * self.scale @ k.transpose(-2, -1)).softmax(-1)
         mixed = self._seen(self.probabilities, probabilities) @ v

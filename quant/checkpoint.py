@@ -184,7 +184,7 @@ def _range(pair: Tensor) -> dict[str, Tensor]:
 
 
 def _read_operands(tensors: dict[str, Tensor], layers: dict[str, QuantizedLayer], depth: int, recipe: Recipe, spec: QuantSpec) -> dict[str, Operands]:
-    if recipe.attention == "none":
+    if recipe.attention == "none" or spec.bits == OFF_BITS:
         return {}
     count, found = 4 if recipe.attention == "uniform" else 3, {}
     for name in (f"blocks.{i}.attn" for i in range(depth)):

@@ -2,7 +2,7 @@
 import hashlib
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -56,6 +56,7 @@ class Evidence:
         self.losses: dict[str, Tensor] = {}
         self._moments: dict[str, SecondMoment] = {}
         self._samples: dict[str, Samples] = {}
+        self._outputs: dict[str, Samples] = {}
         self._step_ranges: dict[str, StepRange] = {}
         self._reparameterized: dict[str, Reparameterized] = {}
 
@@ -92,12 +93,15 @@ class Evidence:
         maxima = attach(lambda name: ImageMaxima(), balanced if recipe.balance == "salience" else ())
         if recipe.weight == "gptq" or recipe.metric == "output":
             self._moments = attach(lambda name: SecondMoment(linears[name], steps), linears)
-        if self.static or recipe.weight == "adaround":
-            self._picks = pick(steps, 2 * len(self.trajectory.labels), self._sample_count(), "normal" if recipe.act_steps == "normal" else "uniform")
         if self.static:
-            self._samples = attach(lambda name: Samples(self._picks), linears)
             if recipe.act_steps == "each":
                 self._step_ranges = attach(lambda name: StepRange(), filter(timed, linears))
+            tokens = config.sample_tokens // config.sample_images
+            picks = self._pick(config.sample_images)
+            self._samples = attach(lambda name: Samples(picks, tokens), [name for name in linears if name not in self._step_ranges])
+            if recipe.attention != "none":  # whole images, because tokens attend to each other
+                whole = self._pick(max(8, config.sample_tokens // self._tokens()))
+                self._outputs = attach(lambda name: Samples(whole, of_output=True), [name for name in linears if name.endswith("attn.qkv")])
         if any(observers.values()):
             replay(self.model, linears, self.trajectory, observers, config.replay_tokens, "search" if searches else "replay")
 
@@ -110,7 +114,7 @@ class Evidence:
         if recipe.balance == "reparameterise":
             spec = act_spec(recipe, self.act_bits)
             for name in balanced:
-                low, high = self._samples[name].inputs.flatten(0, 1).aminmax(dim=0)
+                low, high = self._samples[name].value.flatten(0, 1).aminmax(dim=0)
                 self._reparameterized[name] = reparameterize(*channel_quantizer(low, high, spec), spec)
                 self.smooth[name] = self._reparameterized[name].smooth
 
@@ -118,14 +122,17 @@ class Evidence:
         kinds = {"none": (), "salience": ("qkv", "proj", "fc1"), "reparameterise": ("qkv", "fc1")}
         return name.endswith(kinds.get(self.recipe.balance, ("qkv", "proj", "fc1", "fc2")))
 
-    def _sample_count(self) -> int:
-        tokens = (self.model.input_size // self.model.patch_size) ** 2
-        return max(32, config.sample_tokens // tokens)
+    def _tokens(self) -> int:
+        return (self.model.input_size // self.model.patch_size) ** 2
+
+    def _pick(self, count: int) -> Tensor:
+        """Images and steps of the trajectory, as the recipe spreads them."""
+        return pick(len(self.trajectory.latents), 2 * len(self.trajectory.labels), count, "normal" if self.recipe.act_steps == "normal" else "uniform")
 
     def weights(self, factors: dict[str, Tensor], groups: dict[str, int], draft: bool = False, desc: str | None = "weights") -> dict[str, LowRankWeight]:
         """Of the weights scaled by the factors that are given.
 
-        Two-level scales are chosen by how large inputs get: maxima squared, over the steps.
+        Two-level scales are chosen by how large inputs get: of GPTQ their second moment, else, where they are balanced, maxima squared over the steps.
 
         Args:
             draft: plainly round to the nearest instead.
@@ -162,7 +169,7 @@ class Evidence:
                 low, high = self._step_ranges[name].low, self._step_ranges[name].high
                 act = Activation(spec, *scale_and_zero(low, high, spec), self.trajectory.timesteps)
             elif self.static:
-                inputs = self._samples[name].inputs
+                inputs = self._samples[name].value
                 act = Activation(spec, *tensor_range(inputs if smooth is None else inputs / smooth, spec, self.recipe.act_clip))
             made[name] = QuantizedLayer(weight, act, smooth, shift=None if each is None else each.shift)
         return made
@@ -171,7 +178,7 @@ class Evidence:
         """Of every attention, if the recipe quantises them."""
         made, spec, clip = {}, act_spec(self.recipe, self.act_bits), self.recipe.act_clip
         for i, block in enumerate(self.model.blocks if self.recipe.attention != "none" and self.static else ()):
-            outputs = self._samples[f"blocks.{i}.attn.qkv"].outputs + block.attn.qkv.bias
+            outputs = self._outputs[f"blocks.{i}.attn.qkv"].value + block.attn.qkv.bias
             q, k, v = outputs.chunk(3, -1)
             smooth = self.smooth.get(f"blocks.{i}.attn.proj")
             query, key, value = (Activation(spec, *tensor_range(each, spec, clip)) for each in (q, k, v if smooth is None else v / smooth))
@@ -182,8 +189,8 @@ class Evidence:
         return made
 
     def inputs(self) -> Inputs:
-        """Of the model, for the images and steps that static ranges were found on."""
-        step, image = self._picks.to(self.trajectory.latents.device).T
+        """Of the model, to reconstruct its blocks with."""
+        step, image = self._pick(config.reconstruction_samples).to(self.trajectory.latents.device).T
         labels = torch.cat([self.trajectory.labels, torch.full_like(self.trajectory.labels, self.model.num_classes)])
         return Inputs(self.trajectory.latents[step, image % len(self.trajectory.labels)], self.trajectory.timesteps[step], labels[image])
 
@@ -191,6 +198,9 @@ class Evidence:
         """Group sizes by evolution (Q-DiT): each candidate is rounded to the nearest, installed and judged."""
         recipe = self.recipe
         shapes = {name: tuple(matrix(linear).shape) for name, linear in self.linears.items()}
+        widths = {columns for _, columns in shapes.values()}
+        if not any(width % size == 0 for width in widths for size in recipe.group_sizes):
+            raise ValueError(f"none of the group sizes {recipe.group_sizes} divides a layer's width: expected divisors of {sorted(widths)}")
         choices = allocate.group_choices({name: columns for name, (_, columns) in shapes.items()}, recipe.group_sizes)
 
         def loss(groups: dict[str, int]) -> float:
@@ -206,11 +216,14 @@ class Evidence:
             uniform = {name: max([size for size in sizes if size <= mean] or [min(sizes)]) for name, sizes in choices.items()}
             bits = (shapes, self.weight_bits, self.act_bits)
             allowed = allocate.bit_ops_at_most(allocate.bit_ops(uniform, *bits), *bits)
-        about = f"{asdict(replace(recipe, population=0, generations=0))} W{self.weight_bits}A{self.act_bits}, {judge.about}, weights {self._digest()}"
+        about = f"{asdict(recipe)} W{self.weight_bits}A{self.act_bits}, {judge.about}, {self._digest()}"
+        if history is not None:  # a file for each set of settings
+            history = history.with_name(f"{history.stem}-{hashlib.sha256(about.encode()).hexdigest()[:8]}{history.suffix}")
         result = allocate.evolve(choices, loss, allowed, budget, history, about)
         return result.groups, result.history
 
     def _digest(self) -> str:
-        """Tells models apart."""
-        sums = torch.stack([torch.stack([weight.sum(), weight.square().sum()]) for weight in (matrix(linear).double() for linear in self.linears.values())])
-        return hashlib.sha256(sums.cpu().numpy().tobytes()).hexdigest()[:16]
+        """Tells models and calibration data apart."""
+        seen = [matrix(linear) for linear in self.linears.values()] + ([] if self.trajectory is None else [self.trajectory.latents])
+        sums = torch.stack([torch.stack([each.sum(), each.square().sum()]) for each in (values.double() for values in seen)])
+        return f"weights and trajectory {hashlib.sha256(sums.cpu().numpy().tobytes()).hexdigest()[:16]}"

@@ -83,7 +83,7 @@ FLAGS = (
     Flag("weight", "weight", _choice("nearest", "gptq", "adaround"), "how weights are rounded"),
     Flag("weight_range", "weight-range", _choice(*RANGES), "of floating weight scales: minmax, or the best of several"),
     Flag("weight_granularity", "weight-granularity", _choice("channel", "group", "strided"), "what shares a weight scale"),
-    Flag("weight_group", "group-size", _number(1), "weights per scale, where granularity is group"),
+    Flag("weight_group", "group-size", _number(1), "weights per scale, where granularity is group or strided"),
     Flag("weight_scales", "weight-scales", _choice("float", "two-level"),
          "of groups: floating, which can only be simulated, or integers inside one scale per output channel"),
     Flag("act_granularity", "act-granularity", _choice("tensor", "image", "token", "group"), "what shares an activation scale"),

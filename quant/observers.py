@@ -19,28 +19,28 @@ class SecondMoment:
 
 
 class Samples:
-    """A layer's inputs for some images at some steps; attributes ``inputs`` (P, T, I) and ``outputs`` (P, T, O) without bias, in order.
+    """What a layer sees of some images at some steps; attribute ``value`` (P, T, I), in order.
 
     Args:
         picks: (P, 2), step and image, sorted.
+        tokens: of every image, evenly spread; None for all.
+        of_output: its outputs instead, (P, T, O), without bias.
     """
 
-    def __init__(self, picks: Tensor):
-        self._picks, self._step, self._inputs, self._outputs = picks, 0, [], []
+    def __init__(self, picks: Tensor, tokens: int | None = None, of_output: bool = False):
+        self._picks, self._tokens, self._of_output, self._step, self._parts = picks, tokens, of_output, 0, []
 
     def __call__(self, x: Tensor, y: Tensor) -> None:
         step, image = self._picks[(self._picks[:, 0] >= self._step) & (self._picks[:, 0] < self._step + len(x))].T
-        self._inputs.append(x[step - self._step, image])
-        self._outputs.append(y[step - self._step, image])
+        values = (y if self._of_output else x)[step - self._step, image]
+        if self._tokens is not None and self._tokens < values.shape[1]:
+            values = values[:, torch.arange(self._tokens, device=values.device) * values.shape[1] // self._tokens]
+        self._parts.append(values)
         self._step += len(x)
 
     @property
-    def inputs(self) -> Tensor:
-        return torch.cat(self._inputs)
-
-    @property
-    def outputs(self) -> Tensor:
-        return torch.cat(self._outputs)
+    def value(self) -> Tensor:
+        return torch.cat(self._parts)
 
 
 class ImageMaxima:

@@ -80,7 +80,7 @@ def quantize_model(model: nn.Module, recipe: Recipe, weight_bits: int, act_bits:
     groups, evolution = {}, ()
     if recipe.group_sizes:
         groups, evolution = found.allocate(judge, history)
-    weights = {name: _scale(base, found.smooth[name]) for name, base in bases.items()} if bases else found.weights(found.smooth, groups)
+    weights = {name: _scale(base, found.smooth.get(name)) for name, base in bases.items()} if bases else found.weights(found.smooth, groups)
     layers, operands = found.layers(weights, groups), found.operands()
     if recipe.weight == "adaround":
         layers, operands = reconstruct(model, layers, operands, found.inputs(), recipe.iterations, recipe.rounding_rate)
@@ -90,5 +90,5 @@ def quantize_model(model: nn.Module, recipe: Recipe, weight_bits: int, act_bits:
     return Result(layers, operands, found.absmax, found.alphas, found.losses, groups, evolution)
 
 
-def _scale(base: LowRankWeight, factors: Tensor) -> LowRankWeight:
-    return LowRankWeight(base.weight.scale_columns(factors), base.left, base.right * factors)
+def _scale(base: LowRankWeight, factors: Tensor | None) -> LowRankWeight:
+    return base if factors is None else LowRankWeight(base.weight.scale_columns(factors), base.left, base.right * factors)

@@ -31,7 +31,7 @@ def check_recipe(recipe: Recipe, act_bits: int) -> None:
     wrong = {
         "two-level weight scales are for groups along the inputs: give --weight-granularity group, or --weight-scales float":
             recipe.weight_scales == "two-level" and recipe.weight_granularity != "group",
-        "groups need a size: give --group-size": "group" in (recipe.weight_granularity, recipe.act_granularity) and recipe.weight_group < 1,
+        "groups need a size: give --group-size": {"group", "strided"} & {recipe.weight_granularity, recipe.act_granularity} and recipe.weight_group < 1,
         "activations are grouped as weights are: give --weight-granularity group too":
             recipe.act_granularity == "group" and recipe.weight_granularity != "group",
         "static ranges are one per layer: give --act-granularity tensor, or --act-range dynamic": static and recipe.act_granularity != "tensor",

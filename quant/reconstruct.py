@@ -16,7 +16,7 @@ import config
 from quant.activation import Activation, Clock, quantiser
 from quant.attention import Operands, QuantAttention
 from quant.backend import install
-from quant.linear import QuantizedLayer
+from quant.linear import QuantizedLayer, QuantLinear
 from quant.quantizer import OFF_BITS, grouped
 
 STRETCH = (-0.1, 1.1)  # of the sigmoid, so that h reaches 0 and 1 (Louizos et al., 2018)
@@ -96,8 +96,7 @@ class SoftLinear(nn.Module):
         super().__init__()
         quantized = layer.weight.weight
         view, _ = grouped(weight, quantized.spec)
-        scale, zero = ((each.expand_as(view) if view.dim() == each.dim() else each).expand(view.shape).reshape(weight.shape)
-                       for each in (quantized.scale, quantized.zero))
+        scale, zero = (each.expand(view.shape).reshape(weight.shape) for each in (quantized.scale, quantized.zero))
         below = (weight / scale).floor()
         fraction = (weight / scale - below).clamp(0.01, 0.99)
         low, high = STRETCH
@@ -143,11 +142,19 @@ def reconstruct(model: nn.Module, layers: dict[str, QuantizedLayer], operands: d
     clock = next((each for each in (getattr(module, "clock", None) for module in quantised.modules()) if each is not None), None)
     x, c = model.embed(inputs.x, inputs.t, inputs.y)
     seen, condition = quantised.embed(inputs.x, inputs.t, inputs.y)
-    index = None if clock is None else clock.index
+    index = None if clock is None else clock.index  # of the inputs
+
+    def outputs(block: nn.Module, x: Tensor, c: Tensor) -> Tensor:
+        made = []
+        for batch in torch.arange(len(x), device=x.device).split(config.reconstruction_batch):
+            if clock is not None:
+                clock.index = index[batch]
+            made.append(block(x[batch], c[batch]))
+        return torch.cat(made)
     generator = torch.Generator().manual_seed(seed)
     with tqdm(total=iterations * len(model.blocks), desc="rounding", unit="step") as bar:
         for i, block in enumerate(model.blocks):
-            target = block(x, c)
+            target = outputs(block, x, c)
             soft = deepcopy(quantised.blocks[i])
             names = [name for name in layers if name.startswith(f"blocks.{i}.")]
             found = {}
@@ -168,18 +175,19 @@ def reconstruct(model: nn.Module, layers: dict[str, QuantizedLayer], operands: d
                 learned = {name: replace(getattr(operands[key], name), scale=module.scale.detach())
                            for name, module in soft.attn.named_children() if isinstance(module, LearnedStep)}
                 operands[key] = replace(operands[key], **learned)
-            hard = install(deepcopy(model), layers, operands=operands)
-            _share_clock(hard, clock, index)
-            seen, x = hard.blocks[i](seen, condition), target
+            seen, x = outputs(_hard(quantised.blocks[i], i, model, layers, operands, clock), seen, condition), target
     return layers, operands
 
 
-def _share_clock(model: nn.Module, clock: Clock | None, index: Tensor | None) -> None:
-    for module in model.modules():
-        if getattr(module, "clock", None) is not None:
-            module.clock = clock
-    if clock is not None:
-        clock.index = index
+def _hard(block: nn.Module, i: int, model: nn.Module, layers: dict[str, QuantizedLayer], operands: dict[str, Operands], clock: Clock | None) -> nn.Module:
+    """Block ``i`` of the quantised model with the layers and operands as they are now."""
+    prefix = f"blocks.{i}."
+    for name, layer in layers.items():
+        if name.startswith(prefix):
+            block.set_submodule(name.removeprefix(prefix), QuantLinear(layer, layer.bias(model.get_submodule(name).bias), clock=clock))
+    if isinstance(block.attn, QuantAttention):
+        block.attn = QuantAttention(block.attn, operands[f"{prefix}attn"])
+    return block
 
 
 @torch.enable_grad()
@@ -188,6 +196,7 @@ def _train(block: nn.Module, linears: list[SoftLinear], x: Tensor, c: Tensor, in
     steps = [module.scale for module in block.modules() if isinstance(module, LearnedStep)]
     rounding = torch.optim.Adam([each.v for each in linears], lr=rate, fused=True)
     ranges = torch.optim.Adam(steps, lr=config.step_rate) if steps else None
+    floors = [0.1 * step.min().item() for step in steps]  # Adam moves small steps as far as large ones, if need be through zero
     for iteration in range(iterations):
         batch = torch.randint(len(x), (config.reconstruction_batch,), generator=generator).to(x.device)
         if clock is not None:
@@ -203,4 +212,6 @@ def _train(block: nn.Module, linears: list[SoftLinear], x: Tensor, c: Tensor, in
             for group in ranges.param_groups:
                 group["lr"] = config.step_rate * 0.5 * (1 + math.cos(math.pi * iteration / iterations))
             ranges.step()
+            for step, least in zip(steps, floors):
+                step.data.clamp_(min=least)
         bar.update()

@@ -29,6 +29,8 @@ class Reparameterized:
 def channel_quantizer(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Scale and integer-valued zero point of every channel, (I,), from its minimum and maximum (I,).
 
+    The published code cuts channels at percentiles; here they keep what calibration has seen.
+
     Ranges are not widened to include 0, and zero points need not be codes: what a channel is off 0 costs nothing here, it becomes
     shift. A channel of one constant value gets the mean scale of the others, so as not to move it.
     """
@@ -46,8 +48,3 @@ def reparameterize(scale: Tensor, zero: Tensor, spec: QuantSpec) -> Reparameteri
     """
     mean, centre = scale.mean(), zero.mean().round().clamp(0, spec.top)
     return Reparameterized(scale / mean, scale * (zero - centre), mean, centre)
-
-
-def reparameterized_linear(weight: Tensor, bias: Tensor, smooth: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight (O, I) and bias (O,) that do to ``(x + shift) / smooth`` what the given ones do to ``x``."""
-    return weight * smooth, bias - weight @ shift

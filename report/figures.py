@@ -87,9 +87,10 @@ def layer_errors(error_db: dict[str, float]) -> bytes:
 
 
 def group_allocation(best: list[float], mean: list[float], groups: dict[str, int]) -> bytes:
-    """A search for group sizes (Q-DiT, algorithm 1): the least loss so far and each round's mean loss; the size chosen for every layer."""
-    kinds = [kind for kind in BLOCK_LINEARS if any(name.endswith(kind) for name in groups)]
-    table = np.array([[size for name, size in groups.items() if name.endswith(kind)] for kind in kinds])  # (kinds, blocks)
+    """A search for group sizes (Q-DiT, algorithm 1): the least loss so far and each round's mean loss; the size chosen for every layer of the blocks."""
+    inside = {name: size for name, size in groups.items() if name.startswith("blocks.")}
+    kinds = list(dict.fromkeys(name.split(".", 2)[2] for name in inside))
+    table = np.array([[size for name, size in inside.items() if name.endswith(kind)] for kind in kinds])  # (kinds, blocks)
     canvas = Canvas(figsize=(11, 5.6), layout="constrained")
     top, bottom = canvas.subplots(2, 1, height_ratios=(3, 2))
     rounds = range(1, len(best) + 1)
@@ -103,7 +104,7 @@ def group_allocation(best: list[float], mean: list[float], groups: dict[str, int
     for (row, column), size in np.ndenumerate(table):
         dark = image.norm(np.log2(size)) < 0.6
         bottom.text(column, row, str(size), ha="center", va="center", fontsize=8, color="white" if dark else "black")
-    bottom.set_yticks(range(len(kinds)), [kind.split(".")[1] for kind in kinds])
+    bottom.set_yticks(range(len(kinds)), [kind.split(".")[1] if kind in BLOCK_LINEARS else kind.split(".")[0] for kind in kinds])
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
     bottom.set(xlabel="block", title=f"group size of each layer, mean {np.mean(table):.1f}")
     return _png(canvas)

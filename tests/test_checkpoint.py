@@ -207,3 +207,18 @@ def test_modulation_takes_its_share_of_the_file(tmp_path, adaln_bits, share):
              if key.startswith("blocks.1.adaLN_modulation.1.") and key.endswith(("codes", "weight"))]
     assert sizes == [share * 6 * 128 * 128]
     assert checkpoint.load(tmp_path / "model.safetensors")[0].recipe.adaln_bits == adaln_bits
+
+
+@pytest.mark.parametrize("recipe_name, act_bit", [("ptq4dit", 16), ("repq-vit", 8), ("tfmq-dm", 16), ("qdit", 16), ("ptq4dit", 8)])
+def test_recipes_reload_without_activation_bits_and_in_bfloat16(tmp_path, recipe_name, act_bit):
+    recipe = replace(RECIPES[recipe_name], iterations=1, population=2, generations=1)
+    model, noise, schedule = digits_model(), ImageNoise(0, range(2), (4, 8, 8)), make_schedule("1")
+    result = quantize_model(model, recipe, 4, act_bit, schedule, Start(noise(), noise, torch.arange(2)), judge=sqnr_judge(model, schedule, 0))
+    path = tmp_path / "model.safetensors"
+    checkpoint.save(path, model, result, header(recipe_name, 4, act_bit, recipe=recipe, groups=result.groups))
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([10, 800]), torch.tensor([0, 10])
+    exact = checkpoint.load(path)[1](*inputs)
+    for folded in (False, True):
+        assert checkpoint.load(path, folded=folded, dtype=torch.bfloat16)[1](*inputs).dtype == torch.float32
+        assert torch.isfinite(checkpoint.load(path, folded=folded)[1](*inputs)).all()
+    assert torch.equal(exact, install(stored(digits_model()), result.layers, operands=result.operands)(*inputs))

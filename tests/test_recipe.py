@@ -26,6 +26,7 @@ def test_every_recipe_is_sound(name):
 @pytest.mark.parametrize("name, changes, words", [
     ("rtn", {"weight_scales": "two-level"}, "--weight-granularity group"),
     ("rtn", {"weight_granularity": "group"}, "--group-size"),
+    ("rtn", {"weight_granularity": "strided"}, "--group-size"),
     ("rtn", {"act_granularity": "group", "weight_group": 32}, "--weight-granularity group"),
     ("rtn", {"act_range": "static"}, "--act-granularity tensor"),
     ("ditas", {"attention": "uniform"}, "--act-range static"),
@@ -87,17 +88,29 @@ def recorded(observers, tokens):
     return linears, straight, made
 
 
+class Both:
+    """All tokens, four of them, and outputs."""
+
+    def __init__(self, picks):
+        self.inputs, self.few, self.outputs = Samples(picks), Samples(picks, 4), Samples(picks, of_output=True)
+
+    def __call__(self, x, y):
+        for each in (self.inputs, self.few, self.outputs):
+            each(x, y)
+
+
 @pytest.mark.parametrize("tokens", [1, 300])
 def test_samples_are_the_inputs_and_outputs_at_the_picked_images(tokens):
     picks = pick(6, 6, 20, "uniform")
-    linears, straight, made = recorded(lambda: Samples(picks), tokens)
+    linears, straight, made = recorded(lambda: Both(picks), tokens)
     for name in ("blocks.1.mlp.fc2", "t_embedder.mlp.2", "final_layer.linear"):
         expected = torch.stack([straight[name][step, image] for step, image in picks])
         expected = expected if expected.dim() == 3 else expected.unsqueeze(1)
-        assert torch.allclose(made[name].inputs, expected, atol=1e-5)
-        assert torch.allclose(made[name].outputs, expected @ matrix(linears[name]).T, atol=1e-4)
+        assert torch.allclose(made[name].inputs.value, expected, atol=1e-5)
+        assert torch.equal(made[name].few.value, made[name].inputs.value[:, ::4][:, :4] if expected.shape[1] > 1 else made[name].inputs.value)
+        assert torch.allclose(made[name].outputs.value, expected @ matrix(linears[name]).T, atol=1e-4)
     patches = made["x_embedder.proj"]
-    assert patches.inputs.shape == (20, 16, 16) and torch.allclose(patches.outputs, patches.inputs @ matrix(linears["x_embedder.proj"]).T, atol=1e-5)
+    assert patches.inputs.value.shape == (20, 16, 16) and torch.allclose(patches.outputs.value, patches.inputs.value @ matrix(linears["x_embedder.proj"]).T, atol=1e-5)
 
 
 def test_maxima_and_ranges_are_those_of_the_inputs():
@@ -137,3 +150,19 @@ def test_group_sizes_are_chosen_by_the_judge(tmp_path):
     for name, layer in result.layers.items():
         assert layer.weight.weight.spec.group == layer.act.spec.group == result.groups[name]
     assert [each.best for each in result.evolution] == sorted((each.best for each in result.evolution), reverse=True)
+
+
+def test_group_sizes_that_divide_nothing_are_refused():
+    model, noise = random_model(), ImageNoise(0, range(1), (4, 8, 8))
+    recipe = replace(RECIPES["qdit"], group_sizes=(7,), weight="nearest", weight_group=64)
+    with pytest.raises(ValueError, match="none of the group sizes"):
+        quantize_model(model, recipe, 4, 8, make_schedule("1"), Start(noise(), noise, torch.arange(1)), judge=Judge(lambda _: 0.0, "test"))
+
+
+@pytest.mark.parametrize("changes", [{"balance": "none"}, {"balance": "salience"}, {"scope": "all"}])
+def test_the_published_order_takes_other_parts_too(changes):
+    model, noise = random_model(hidden_size=128), ImageNoise(0, range(2), (4, 8, 8))
+    recipe = replace(RECIPES["ditas-published"], rounds=1, rank=2, **changes)
+    result = quantize_model(model, recipe, 4, 8, make_schedule("2"), Start(noise(), noise, torch.arange(2)))
+    smoothed = sum(layer.smooth is not None for layer in result.layers.values())
+    assert smoothed == {"none": 0, "salience": 6}.get(changes.get("balance"), 8)

@@ -1,3 +1,4 @@
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -131,3 +132,19 @@ def test_quantised_attention_without_rounding_is_attention():
     coarse = QuantAttention(attention, Operands(*[Activation(QuantSpec(8, "tensor"), torch.tensor(0.02), torch.tensor(128.0))] * 3, None))
     error = (coarse(x) - attention(x)).norm() / attention(x).norm()
     assert 1e-4 < error < 0.2
+
+
+def test_a_small_step_does_not_cross_zero(monkeypatch):
+    """Adam moves every step by its rate, however small the step is."""
+    monkeypatch.setattr("config.step_rate", 10.0)
+    _, result, _ = run(replace(RECIPES["ptq4dit"], iterations=3))
+    assert all(layer.act.scale > 0 for layer in result.layers.values())
+    assert all(act.scale > 0 for each in result.operands.values() for act in (each.query, each.key, each.value, each.probabilities))
+
+
+def test_a_copy_of_a_model_has_its_own_clock():
+    _, result, _ = run(replace(RECIPES["tfmq-dm"], weight="nearest"))
+    model = install(digits(), result.layers)
+    copy, x = deepcopy(model), torch.randn(1, 4, 8, 8)
+    model(x, torch.tensor([999]), torch.tensor([1]))
+    assert torch.equal(copy(x, torch.tensor([0]), torch.tensor([1])), model(x, torch.tensor([0]), torch.tensor([1])))

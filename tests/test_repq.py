@@ -5,9 +5,13 @@ from conftest import relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quant.activation import Activation
+from quant.linear import QuantizedLayer, QuantLinear
+from quant.lowrank import plain
 from quant.quantizer import QuantSpec
 from quant.ranges import static_codes
-from quant.repq import channel_quantizer, reparameterize, reparameterized_linear
+from quant.repq import channel_quantizer, reparameterize
+from quant.weights import quantize_weight
 
 
 def activations(seed: int, rows: int = 64, channels: int = 24) -> torch.Tensor:
@@ -37,8 +41,11 @@ def test_the_linear_computes_the_same(seed):
     spec, x = QuantSpec(8, "tensor"), activations(seed)
     weight, bias = torch.randn(16, 24), torch.randn(16)
     found = reparameterize(*channel_quantizer(x.amin(0), x.amax(0), spec), spec)
-    new_weight, new_bias = reparameterized_linear(weight, bias, found.smooth, found.shift)
-    assert relative(F.linear((x + found.shift) / found.smooth, new_weight, new_bias), F.linear(x.double(), weight.double(), bias.double())) < 1e-5
+    rounded = quantize_weight(weight * found.smooth, QuantSpec(8, "channel"))
+    layer = QuantizedLayer(plain(rounded), Activation(QuantSpec(16, "tensor")), found.smooth, shift=found.shift)
+    expected = F.linear(x.double(), (rounded.dequantize() / found.smooth).double(), bias.double())
+    assert relative(QuantLinear(layer, layer.bias(bias))(x), expected) < 1e-4
+    assert relative(QuantLinear(layer, layer.bias(None))(x), expected - bias.double()) < 1e-4
 
 
 def test_channel_ranges_are_used_to_the_full_even_off_zero():
