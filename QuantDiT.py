@@ -26,7 +26,7 @@ from quant import checkpoint
 from quant.cli import Parser, add_model_flags, at_least, class_labels, find_card, one_of, run, user_value
 from quant.evidence import Judge
 from quant.files import atomic, writable_folder
-from quant.flags import add_recipe_flags, build_recipe
+from quant.flags import add_recipe_flags, build_recipe, recipe_label
 from quant.linear import block_linears
 from quant.lowrank import SOLVERS
 from quant.pipeline import Start, quantize_model
@@ -61,14 +61,14 @@ def main(args: argparse.Namespace) -> float:
     num_classes = card.num_classes if args.num_classes is None else at_least(args.num_classes, 1, "--num-classes")
     weight_bit = one_of(config.weight_bit if args.weight_bit is None else args.weight_bit, WEIGHT_BITS, "--weight-bit")
     act_bit = one_of(config.act_bit if args.act_bit is None else args.act_bit, ACT_BITS, "--act-bit")
-    recipe = build_recipe(args)
+    recipe, label = build_recipe(args), recipe_label(args)
     user_value(check_recipe, recipe, act_bit)
     at_least(args.cfg_scale, 1.0, "--cfg-scale")
     at_least(args.seed, 0, "--seed")
     schedule = user_value(make_schedule, args.num_sampling_steps)
     user_value(check_step, recipe.timestep, len(schedule))
     labels = class_labels(args.class_labels, num_classes) if args.class_labels else config.default_labels(num_classes)
-    output = Path(args.output or Path("results") / checkpoint.default_name(name, image_size, weight_bit, act_bit, args.recipe))
+    output = Path(args.output or Path("results") / checkpoint.default_name(name, image_size, weight_bit, act_bit, label))
     if output.name in ("", ".."):
         raise UserError(f"--output '{args.output}' names no file: give one such as results/model{checkpoint.SUFFIX}")
     output = output if output.suffix == checkpoint.SUFFIX else output.with_name(output.name + checkpoint.SUFFIX)
@@ -94,12 +94,13 @@ def main(args: argparse.Namespace) -> float:
     result = user_value(partial(quantize_model, svd=args.svd, judge=judge, history=history), model, recipe, weight_bit, act_bit, schedule, start(len(indices)))
     seconds = time.perf_counter() - began
     checkpoint.save(output, model, result, checkpoint.Header(
-        model=name, image_size=image_size, num_classes=num_classes, weight_bit=weight_bit, act_bit=act_bit, recipe_name=args.recipe,
+        model=name, image_size=image_size, num_classes=num_classes, weight_bit=weight_bit, act_bit=act_bit, recipe_name=label,
         recipe=recipe, seed=args.seed, num_sampling_steps=args.num_sampling_steps, svd=args.svd, alphas=result.alphas, groups=result.groups))
     if result.evolution:
-        with atomic(output.with_suffix(".evolution.png")) as temporary:
+        figure = output.with_suffix(".evolution.png")
+        with atomic(figure) as temporary:
             temporary.write_bytes(group_allocation([each.best for each in result.evolution], [each.mean for each in result.evolution], result.groups))
-        print(f"wrote {output.with_suffix('.evolution.png')}: the choice of group sizes; with {output.stem}.evolution-….json the same command goes on after an interruption")
+        print(f"wrote {figure}: the choice of group sizes; {output.stem}.evolution-….json lets the same command go on after an interruption")
     print(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB), quantised in {seconds:.1f} s")
 
     def picture() -> Image.Image:
@@ -109,13 +110,13 @@ def main(args: argparse.Namespace) -> float:
     float_picture = picture()
     observed = None if args.report is None else observe(model, result.layers, schedule, start(IMAGES), shown)
     _, model = checkpoint.load(output, device)
-    pair = side_by_side([float_picture, picture()], ["float", f"W{weight_bit}A{act_bit} {args.recipe}"])
+    pair = side_by_side([float_picture, picture()], ["float", f"W{weight_bit}A{act_bit} {label}"])
     with atomic(output.with_suffix(".png")) as temporary:
         pair.save(temporary, format="PNG")
     print(f"wrote {output.with_suffix('.png')}: the same seeds from the float and the quantised model, guidance {args.cfg_scale:g}")
     if observed is not None:
         drawn = quantisation_figures(observed, recipe, result, pair)
-        page = write_page(Path(args.report), f"{name}, W{weight_bit}A{act_bit}, {args.recipe}",
+        page = write_page(Path(args.report), f"{name}, W{weight_bit}A{act_bit}, {label}",
                           f"{image_size} pixels, {len(schedule)} steps, seed {args.seed}, calibrated on {len(indices)} images. "
                           f"{card.origin}", [Section("", "", drawn)])
         print(f"wrote {page} and its {len(drawn)} figures")

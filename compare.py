@@ -45,7 +45,7 @@ from evaluation.features import ImageSet, Scores, load_set, score
 from models import ModelCard
 from quant import checkpoint
 from quant.cli import Parser, at_least, class_labels, find_card, one_of, run, user_value
-from quant.files import atomic, sha256, writable_folder
+from quant.files import atomic, file_stem, sha256, writable_folder
 from quant.flags import FLAGS, build_recipe
 from quant.quantizer import ACT_BITS, WEIGHT_BITS
 from quant.recipe import check_recipe
@@ -69,7 +69,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        return re.sub(r"[^\w.=-]", "-", f"{self.label}-W{self.bits.replace('/', 'A')}")
+        return file_stem(f"{self.label}-W{self.bits.replace('/', 'A')}")
 
 
 @dataclass(frozen=True)

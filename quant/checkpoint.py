@@ -26,7 +26,7 @@ from models import DiT_models
 from quant.activation import Activation
 from quant.attention import Operands
 from quant.backend import install, resolve
-from quant.files import atomic
+from quant.files import atomic, file_stem
 from quant.flags import ADALN_BITS
 from quant.integer.weight import why_not
 from quant.linear import SCOPES, QuantizedLayer, matrix, modulation_linears, scope_linears
@@ -62,7 +62,7 @@ class Header:
 
 
 def default_name(model: str, image_size: int, weight_bit: int, act_bit: int, recipe_name: str) -> str:
-    return f"{model.replace('/', '-')}-{image_size}-W{weight_bit}A{act_bit}-{recipe_name}{SUFFIX}"
+    return f"{file_stem(f'{model}-{image_size}-W{weight_bit}A{act_bit}-{recipe_name}')}{SUFFIX}"
 
 
 def _layer_tensors(name: str, layer: QuantizedLayer) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and their fingerprints."""
 import hashlib
 import os
+import re
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -11,6 +12,11 @@ import torch
 from torch import nn
 
 from config import UserError
+
+
+def file_stem(text: str) -> str:
+    """``text`` with everything replaced that is awkward in a file's name."""
+    return re.sub(r"[^\w.=-]", "-", text)
 
 
 @contextmanager

@@ -14,12 +14,19 @@ ADALN_BITS = (4, 8, OFF_BITS)
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag ``--name`` for the field of ``Recipe``; ``read`` turns its text into a value, or raises a ``UserError``."""
+    """A flag ``--name`` for the field of ``Recipe``.
+
+    Attributes:
+        read: turns its text and name into a value, or raises a ``UserError``.
+        matters: whether the field has an effect in a recipe; ``where`` says when, in flags.
+    """
 
     field: str
     name: str
     read: Callable[[str, str], object]
     help: str
+    matters: Callable[[Recipe], bool] = lambda recipe: True
+    where: str = ""
 
 
 def _choice(*allowed: str) -> Callable[[str, str], str]:
@@ -75,32 +82,41 @@ def _rank(text: str, flag: str) -> int | None:
     return None if text == "paper" else _number(0)(text, flag)
 
 
+_GROUPED = (lambda recipe: not recipe.group_sizes and {"group", "strided"} & {recipe.weight_granularity, recipe.act_granularity},
+            "--weight-granularity group or strided, and --group-sizes none")
+_STATIC = lambda recipe: recipe.act_range == "static", "--act-range static"
+_LEARNED = lambda recipe: recipe.weight == "adaround", "--weight adaround"
+_EVOLVED = lambda recipe: bool(recipe.group_sizes), "a list of --group-sizes"
+
 FLAGS = (
     Flag("scope", "scope", _choice(*SCOPES), "which linears: of the blocks, these and adaLN modulation, or all and the patch embedding"),
     Flag("balance", "balance", _choice("none", "smoothquant", "tas", "salience", "reparameterise"), "where smoothing factors come from"),
-    Flag("timestep", "smooth-timestep", _number(None), "index in sampling order that balance smoothquant looks at (0 is the noisiest)"),
-    Flag("alphas", "alpha", _alphas, "migration strength: 'grid' searches layer by layer, or one number"),
+    Flag("timestep", "smooth-timestep", _number(None), "index in sampling order that balance smoothquant looks at (0 is the noisiest)",
+         lambda recipe: recipe.balance == "smoothquant", "--balance smoothquant"),
+    Flag("alphas", "alpha", _alphas, "migration strength: 'grid' searches layer by layer, or one number",
+         lambda recipe: recipe.balance in ("smoothquant", "tas"), "--balance smoothquant or tas"),
     Flag("weight", "weight", _choice("nearest", "gptq", "adaround"), "how weights are rounded"),
     Flag("weight_range", "weight-range", _choice(*RANGES), "of floating weight scales: minmax, or the best of several"),
     Flag("weight_granularity", "weight-granularity", _choice("channel", "group", "strided"), "what shares a weight scale"),
-    Flag("weight_group", "group-size", _number(1), "weights per scale, where granularity is group or strided"),
+    Flag("weight_group", "group-size", _number(1), "weights per scale, where granularity is group or strided", *_GROUPED),
     Flag("weight_scales", "weight-scales", _choice("float", "two-level"),
          "of groups: floating, which can only be simulated, or integers inside one scale per output channel"),
     Flag("act_granularity", "act-granularity", _choice("tensor", "image", "token", "group"), "what shares an activation scale"),
     Flag("act_range", "act-range", _choice("dynamic", "static"), "of activations: measured in every call, or found once"),
-    Flag("act_clip", "act-clip", _choice(*RANGES), "how static ranges are chosen"),
-    Flag("act_steps", "act-steps", _choice("uniform", "normal", "each"), "timesteps that static ranges are found on"),
+    Flag("act_clip", "act-clip", _choice(*RANGES), "how static ranges are chosen", *_STATIC),
+    Flag("act_steps", "act-steps", _choice("uniform", "normal", "each"), "timesteps that static ranges are found on", *_STATIC),
     Flag("attention", "attention", _choice("none", "uniform", "log-sqrt2"), "quantiser of queries, keys, values and the softmax output"),
     Flag("rank", "lowrank", _rank, "rank of the low-rank branch; 0 for none, 'paper' for 32 at width 1152 and the same share elsewhere"),
-    Flag("metric", "lowrank-metric", _choice("weight", "output"), "errors that the low-rank branch makes small"),
+    Flag("metric", "lowrank-metric", _choice("weight", "output"), "errors that the low-rank branch makes small",
+         lambda recipe: recipe.rank != 0, "a --lowrank above 0"),
     Flag("adaln_bits", "adaln-weight-bit", _adaln, "of the adaLN modulation, weight-only; 16 is none"),
-    Flag("iterations", "iterations", _number(1), "of AdaRound, per block"),
-    Flag("rounding_rate", "rounding-rate", _positive, "learning rate of AdaRound; fewer iterations need a higher one"),
+    Flag("iterations", "iterations", _number(1), "of AdaRound, per block", *_LEARNED),
+    Flag("rounding_rate", "rounding-rate", _positive, "learning rate of AdaRound; fewer iterations need a higher one", *_LEARNED),
     Flag("group_sizes", "group-sizes", _sizes, "to choose from for every layer by evolution, such as 32,64,128; 'none' for one size"),
-    Flag("population", "population", _number(2), "of that evolution"),
-    Flag("generations", "generations", _number(1), "of that evolution"),
-    Flag("constraint", "constraint", _choice("mean", "bitops"), "on the group sizes"),
-    Flag("judge", "judge", _choice("sqnr", "fid"), "what evolution looks at: SQNR of latents, or FID of 500 images"),
+    Flag("population", "population", _number(2), "of that evolution", *_EVOLVED),
+    Flag("generations", "generations", _number(1), "of that evolution", *_EVOLVED),
+    Flag("constraint", "constraint", _choice("mean", "bitops"), "on the group sizes", *_EVOLVED),
+    Flag("judge", "judge", _choice("sqnr", "fid"), "what evolution looks at: SQNR of latents, or FID of 500 images", *_EVOLVED),
 )
 
 
@@ -114,8 +130,21 @@ def build_recipe(args: argparse.Namespace) -> Recipe:
     """The chosen row of ``config.RECIPES`` with the flags that were given on top.
 
     Raises:
-        UserError: an unknown recipe or value.
+        UserError: an unknown recipe or value, or a flag that has no effect on what the recipe is now.
     """
     recipe = RECIPES[one_of(args.recipe, RECIPES, "--recipe")]
-    given = {flag.field: flag.read(text, f"--{flag.name}") for flag in FLAGS if (text := getattr(args, f"part_{flag.field}")) is not None}
-    return replace(recipe, **given)
+    given = {flag: flag.read(text, f"--{flag.name}") for flag, text in _given(args).items()}
+    recipe = replace(recipe, **{flag.field: value for flag, value in given.items()})
+    for flag in given:
+        if not flag.matters(recipe):
+            raise UserError(f"--{flag.name} has no effect on this recipe: it is for {flag.where}")
+    return recipe
+
+
+def recipe_label(args: argparse.Namespace) -> str:
+    """The recipe's name with the flags that were given, as compare.py takes it: ``ditas:lowrank=0,weight=gptq``."""
+    return ":".join(filter(None, [args.recipe, ",".join(f"{flag.name}={text}" for flag, text in _given(args).items())]))
+
+
+def _given(args: argparse.Namespace) -> dict[Flag, str]:
+    return {flag: text for flag in FLAGS if (text := getattr(args, f"part_{flag.field}")) is not None}

@@ -103,7 +103,9 @@ class SoftLinear(nn.Module):
         self.v, self.h = nn.Parameter(torch.logit((fraction - low) / (high - low))), None
         bottom, top = -zero, quantized.spec.top - zero
         down, up = below.clamp(bottom, top), (below + 1).clamp(bottom, top)
-        for name, value in {"codes": down + zero, "gap": up - down, "down": down * scale, "step": (up - down) * scale, "bias": bias, "smooth": layer.smooth, "shift": layer.shift}.items():
+        buffers = {"codes": down + zero, "gap": up - down, "down": down * scale, "step": (up - down) * scale,
+                   "bias": bias, "smooth": layer.smooth, "shift": layer.shift}
+        for name, value in buffers.items():
             self.register_buffer(name, value)
         self.layer, self.act = layer, learnable(layer.act, clock)
 
@@ -123,7 +125,7 @@ class SoftLinear(nn.Module):
 
 
 def reconstruct(model: nn.Module, layers: dict[str, QuantizedLayer], operands: dict[str, Operands], inputs: Inputs, iterations: int,
-                rate: float, seed: int = 0) -> tuple[dict[str, QuantizedLayer], dict[str, Operands]]:
+                rate: float) -> tuple[dict[str, QuantizedLayer], dict[str, Operands]]:
     """Learn the rounding of every layer inside the blocks.
 
     Args:
@@ -151,7 +153,7 @@ def reconstruct(model: nn.Module, layers: dict[str, QuantizedLayer], operands: d
                 clock.index = index[batch]
             made.append(block(x[batch], c[batch]))
         return torch.cat(made)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     with tqdm(total=iterations * len(model.blocks), desc="rounding", unit="step") as bar:
         for i, block in enumerate(model.blocks):
             target = outputs(block, x, c)
@@ -179,7 +181,8 @@ def reconstruct(model: nn.Module, layers: dict[str, QuantizedLayer], operands: d
     return layers, operands
 
 
-def _hard(block: nn.Module, i: int, model: nn.Module, layers: dict[str, QuantizedLayer], operands: dict[str, Operands], clock: Clock | None) -> nn.Module:
+def _hard(block: nn.Module, i: int, model: nn.Module, layers: dict[str, QuantizedLayer], operands: dict[str, Operands],
+          clock: Clock | None) -> nn.Module:
     """Block ``i`` of the quantised model with the layers and operands as they are now."""
     prefix = f"blocks.{i}."
     for name, layer in layers.items():

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from quant.gptq import BLOCK, DAMPING, gptq_quantize, inverse_factor
-from quant.quantizer import Quantized, QuantSpec, affine_grid, grouped, quantize
+from quant.quantizer import Grid, Quantized, QuantSpec, affine_grid, grouped, quantize
 from quant.ranges import RANGES, quantize_range
 from quant.twolevel import find_steps, quantize_two_level, two_level_grid
 
@@ -34,10 +34,15 @@ def gptq_quantizer(spec: QuantSpec, hessian: Tensor, choice: str = "minmax", blo
     def two_level(weight: Tensor, previous: Quantized | None = None) -> Quantized:
         step = find_steps(weight, spec, importance) if previous is None else previous.step
         cost = importance.view(grouped(weight, spec)[0].shape[1:])
-        return gptq_quantize(weight.masked_fill(dead, 0.0), factor, spec, lambda groups, index: two_level_grid(groups, step, cost[index], spec), step, block)
+
+        def grid(groups: Tensor, index: slice) -> Grid:
+            return two_level_grid(groups, step, cost[index], spec)
+        return gptq_quantize(weight.masked_fill(dead, 0.0), factor, spec, grid, step, block)
 
     def affine(weight: Tensor, previous: Quantized | None = None) -> Quantized:
-        return gptq_quantize(weight.masked_fill(dead, 0.0), factor, spec, lambda groups, index: affine_grid(*RANGES[choice](groups, (-1,), spec), spec), None, block)
+        def grid(groups: Tensor, index: slice) -> Grid:
+            return affine_grid(*RANGES[choice](groups, (-1,), spec), spec)
+        return gptq_quantize(weight.masked_fill(dead, 0.0), factor, spec, grid, None, block)
     return two_level if spec.convention == "two-level" else affine
 
 

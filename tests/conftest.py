@@ -2,6 +2,8 @@
 import os
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # make test: the cores are shared among the workers; two processes with all of them crawl
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 if not Path("/dev/nvidia0").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run under Triton's interpreter; read when triton is imported, which torch may do
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from models import DiT
+from quant.cli import run
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -54,6 +57,15 @@ def random_model(seed: int = 0, **kwargs) -> DiT:
 def _no_gradients():
     with torch.no_grad():
         yield
+
+
+def call(script, *argv) -> None:
+    """A script (its module) with a command line, in this process: starting one takes longer than most of what is tested."""
+    threads = torch.get_num_threads()
+    try:
+        run(script.main, script.make_parser(), [str(word) for word in argv])
+    finally:
+        torch.set_num_threads(threads)
 
 
 def error_line(capsys, call) -> str:

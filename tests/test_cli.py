@@ -8,26 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import error_line, random_model
+from conftest import call, error_line, random_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import QuantDiT
 import sample_merge_TAS
-from quant.cli import run
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {"quant": QuantDiT, "sample": sample_merge_TAS}
 QUICK = ["--model", "DiT-Digits", "--num-sampling-steps", "2", "--class-labels", "0,1"]
 
 
-def call(script: str, *argv: str) -> None:
-    module = SCRIPTS[script]
-    run(module.main, module.make_parser(), [str(word) for word in argv])
-
-
 def fails(capsys, script: str, *argv: str) -> str:
-    return error_line(capsys, lambda: call(script, *argv))
+    return error_line(capsys, lambda: call(SCRIPTS[script], *argv))
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +32,7 @@ def _in_a_fresh_folder(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def checkpoint_path(tmp_path_factory):
     path = tmp_path_factory.mktemp("cli") / "digits.safetensors"
-    call("quant", *QUICK, "--recipe", "rtn", "--output", path)
+    call(QuantDiT, *QUICK, "--recipe", "rtn", "--output", path)
     return path
 
 
@@ -50,6 +44,8 @@ def checkpoint_path(tmp_path_factory):
     (["--act-bit", "3"], "--act-bit 3 is not available: expected one of 4, 5, 6, 7, 8, 16"),
     (["--act-bit", "eight"], "invalid int value"),
     (["--recipe", "ditas-published", "--weight-scales", "two-level"], "two-level weight scales are for groups along the inputs"),
+    (["--iterations", "5"], "--iterations has no effect on this recipe: it is for --weight adaround"),
+    (["--group-size", "32", "--weight-granularity", "channel", "--weight-scales", "float"], "--group-size has no effect on this recipe"),
     (["--adaln-weight-bit", "6"], "--adaln-weight-bit 6 is not available"),
     (["--nonsense"], "nonsense"),
     (["--model", "DiT-Digits", "--image-size", "256"], "image size 256 does not fit this model: expected 16"),
@@ -102,8 +98,16 @@ def test_flags_that_contradict_the_checkpoint_are_refused(capsys, checkpoint_pat
     assert f"{flag} {value} contradicts" in fails(capsys, "sample", "--path", checkpoint_path, flag, value)
 
 
+def test_parts_that_were_changed_show_in_the_name(capsys):
+    call(QuantDiT, *QUICK, "--recipe", "rtn", "--act-granularity", "token")
+    assert sorted(path.name for path in Path("results").iterdir()) == [f"DiT-Digits-16-W4A8-rtn-act-granularity=token.{end}" for end in ("png", "safetensors")]
+    capsys.readouterr()
+    call(sample_merge_TAS, "--path", "results/DiT-Digits-16-W4A8-rtn-act-granularity=token", "--num-fid-samples", "2", "--threads", "1")
+    assert "wrote 2 images" in capsys.readouterr().out
+
+
 def test_flags_that_agree_with_the_checkpoint_are_fine(capsys, checkpoint_path):
-    call("sample", "--path", checkpoint_path.with_suffix(""), "--model", "DiT-Digits", "--image-size", "16", "--weight-bit", "4", "--act-bit", "8",
+    call(sample_merge_TAS, "--path", checkpoint_path.with_suffix(""), "--model", "DiT-Digits", "--image-size", "16", "--weight-bit", "4", "--act-bit", "8",
          "--num-fid-samples", "3", "--per-proc-batch-size", "2")
     assert "wrote 3 images" in capsys.readouterr().out
 

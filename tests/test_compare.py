@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import error_line
+from conftest import call, error_line
 from torchvision.models import alexnet
 
 import compare
@@ -19,7 +19,6 @@ from evaluation import fidelity
 from metrics import sqnr_db
 from models import DiT_models
 from quant import checkpoint
-from quant.cli import run
 
 MODEL, STEPS, COUNT = "DiT-Digits-Outliers", 3, 12
 
@@ -29,15 +28,11 @@ def words(folder, *more):
             "--per-proc-batch-size", "4", "--num-fidelity-samples", "6", "--output", str(folder), *more]
 
 
-def call(*argv):
-    run(compare.main, compare.make_parser(), [str(word) for word in argv])
-
-
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare")
     with torch.no_grad():
-        call(*words(folder / "out", "--report", folder / "report"))
+        call(compare, *words(folder / "out", "--report", folder / "report"))
     with open(folder / "out/table.csv") as file:
         return folder, list(csv.DictReader(file))
 
@@ -55,7 +50,7 @@ def test_scores_equal_those_of_evaluate(compared, capsys):
     folder, rows = compared
     files = [json.loads((folder / "out" / f"{MODEL}-16-{STEPS}" / name / "row.json").read_text())["npz"]
              for name in ("float-W32A32", "rtn-W4A8", "ditas-lowrank=0-group-size=32-W4A8")]
-    run(evaluate.main, evaluate.make_parser(), [str(folder / "out/digits-reference.npz"), *files, "--features", "digits", "--json"])
+    call(evaluate, folder / "out/digits-reference.npz", *files, "--features", "digits", "--json")
     for row, expected in zip(rows, json.loads(capsys.readouterr().out)):
         assert row["FID"] == f"{expected['fid']:.3f}" and row["sFID"] == f"{expected['sfid']:.3f}" and row["recall"] == f"{expected['recall']:.4f}"
 
@@ -81,17 +76,17 @@ def test_finished_rows_are_kept_and_changed_settings_make_them_anew(compared, mo
     made = []
     monkeypatch.setattr(compare.QuantDiT, "main", lambda args: made.append(args.recipe) or 0.0)
     monkeypatch.setattr(compare.Comparison, "sample", lambda self, *_: pytest.fail("sampled again"))
-    call(*words(folder / "out", "--report", folder / "report"))
+    call(compare, *words(folder / "out", "--report", folder / "report"))
     with open(folder / "out/table.csv") as file:
         assert list(csv.DictReader(file)) == rows
     assert not made and capsys.readouterr().out.count("done before") == 3
     for change in ("--global-seed", "--num-fid-samples"):
         with pytest.raises(pytest.fail.Exception, match="sampled again"):
-            call(*words(folder / "out", "--report", folder / "report"), change, "13")
+            call(compare, *words(folder / "out", "--report", folder / "report"), change, "13")
     assert not made  # neither changes a checkpoint
     sampled = json.loads(next(folder.glob("out/*/rtn-W4A8/row.json")).read_text())["npz"]
     monkeypatch.setattr(compare.Comparison, "sample", lambda self, *_: Path(sampled))
-    call(*words(folder / "out"), "--recipes", "rtn", "--seed", "1")
+    call(compare, *words(folder / "out"), "--recipes", "rtn", "--seed", "1")
     assert made == ["rtn"]
 
 
@@ -118,12 +113,12 @@ def test_finished_rows_are_kept_and_changed_settings_make_them_anew(compared, mo
 def test_wrong_command_lines(tmp_path, monkeypatch, capsys, change, expected):
     monkeypatch.chdir(tmp_path)
     np.savez("large.npz", arr_0=np.zeros((4, 32, 32, 3), np.uint8))
-    line = error_line(capsys, lambda: call(*words(tmp_path / "out"), *change))
+    line = error_line(capsys, lambda: call(compare, *words(tmp_path / "out"), *change))
     assert expected in line and not list(tmp_path.glob("out/*/*"))
 
 
 def test_a_model_without_bundled_data_needs_a_reference(tmp_path, capsys):
-    line = error_line(capsys, lambda: call("--model", "DiT-S/8", "--output", tmp_path))
+    line = error_line(capsys, lambda: call(compare, "--model", "DiT-S/8", "--output", tmp_path))
     assert "--reference is missing" in line and "VIRTUAL_imagenet256_labeled.npz" in line
 
 

@@ -8,25 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import random_model
+from conftest import call, random_model
 from PIL import Image
 from test_download import tiny_vae
 
-from config import RECIPES
-from diffusion import ImageNoise, ddpm_step, make_schedule
-from diffusion.generate import generate_latents
-from download import load_model
-from metrics import sqnr_db
-from models import DiT_models
-from quant.backend import install
-from quant.merge import fold
-from quant.pipeline import Start, quantize_model
+import QuantDiT
+import sample_merge_TAS
 
 ROOT = Path(__file__).parents[1]
-STEPS, COUNT = 50, 32
 
 
 def script(name: str, *argv, cwd: Path, processes: int | None = None) -> str:
+    """A real process, or torchrun with several."""
     launcher = [] if processes is None else ["-m", "torch.distributed.run", "--nnodes=1", f"--nproc_per_node={processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, *launcher, ROOT / name, *map(str, argv)], cwd=cwd, env=environment, capture_output=True, text=True)
@@ -58,13 +51,17 @@ def npz(folder: Path) -> bytes:
     return found[0].read_bytes()
 
 
-def test_images_are_the_same_bytes_for_any_number_of_processes(quantised):
+def test_images_are_the_same_bytes_for_any_number_of_processes(quantised, monkeypatch):
     folder, _ = quantised
+    monkeypatch.chdir(folder)
     command = ("--path", "results/DiT-Digits-16-W4A8-ditas", "--num-fid-samples", 20, "--per-proc-batch-size", 8, "--threads", 1)
     runs = {}
     for processes in (None, 2):
         out = folder / f"samples-{processes}"
-        script("sample_merge_TAS.py", *command, "--sample-dir", out, cwd=folder, processes=processes)
+        if processes is None:
+            call(sample_merge_TAS, *command, "--sample-dir", out)
+        else:
+            script("sample_merge_TAS.py", *command, "--sample-dir", out, cwd=folder, processes=processes)
         runs[processes] = npz(out)
         images = next(path for path in out.iterdir() if path.is_dir())
         assert sorted(path.name for path in images.iterdir()) == [".lock"] + [f"{i:06d}.png" for i in range(20)] + ["manifest.json", "samples.png"]
@@ -76,25 +73,28 @@ def test_images_are_the_same_bytes_for_any_number_of_processes(quantised):
     assert np.array_equal(arrays[..., 0], arrays[..., 2]) and arrays.std() > 40
 
 
-def test_unfolded_and_float_sampling(quantised):
+def test_unfolded_and_float_sampling(quantised, monkeypatch):
     folder, _ = quantised
-    images = {}
-    for key, argv in {"folded": ("--path", "results/DiT-Digits-16-W4A8-ditas"), "unfolded": ("--path", "results/DiT-Digits-16-W4A8-ditas", "--no-fold"),
-                      "float": ("--model", "DiT-Digits", "--num-sampling-steps", 10), "ddim": ("--model", "DiT-Digits", "--sampler", "ddim", "--num-sampling-steps", "ddim10")}.items():
-        script("sample_merge_TAS.py", *argv, "--num-fid-samples", 8, "--per-proc-batch-size", 8, "--sample-dir", key, "--class-labels", "3,5", cwd=folder)
+    monkeypatch.chdir(folder)
+    path, images = ("--path", "results/DiT-Digits-16-W4A8-ditas"), {}
+    commands = {"folded": path, "unfolded": (*path, "--no-fold"), "float": ("--model", "DiT-Digits", "--num-sampling-steps", 10),
+                "ddim": ("--model", "DiT-Digits", "--sampler", "ddim", "--num-sampling-steps", "ddim10")}
+    for key, argv in commands.items():
+        call(sample_merge_TAS, *argv, "--num-fid-samples", 8, "--per-proc-batch-size", 8, "--sample-dir", key, "--class-labels", "3,5", "--threads", 1)
         images[key] = np.load(next((folder / key).glob("*.npz")))["arr_0"].astype(float)
     assert np.abs(images["folded"] - images["unfolded"]).mean() < 1  # codes may flip where float32 rounds differently
     assert 0 < np.abs(images["folded"] - images["float"]).mean() < 20
     assert images["ddim"].std() > 40
 
 
-def test_integer_arithmetic_makes_the_same_images(quantised):
+def test_integer_arithmetic_makes_the_same_images(quantised, monkeypatch):
     folder, _ = quantised
+    monkeypatch.chdir(folder)
     images, settings = {}, {}
     for key, argv in {"fake": ("--backend", "fake"), "integer": ("--backend", "integer"), "packed": ("--backend", "integer", "--cpu-weights", "packed"),
                       "bfloat16": ("--backend", "integer", "--dtype", "bfloat16")}.items():
-        script("sample_merge_TAS.py", "--path", "results/DiT-Digits-16-W4A8-ditas", *argv, "--num-sampling-steps", 50, "--num-fid-samples", 16,
-               "--per-proc-batch-size", 16, "--sample-dir", f"backend-{key}", cwd=folder)
+        call(sample_merge_TAS, "--path", "results/DiT-Digits-16-W4A8-ditas", *argv, "--num-sampling-steps", 50, "--num-fid-samples", 16,
+             "--per-proc-batch-size", 16, "--sample-dir", f"backend-{key}", "--threads", 1)
         images[key] = np.load(next((folder / f"backend-{key}").glob("*.npz")))["arr_0"].astype(int)
         settings[key] = json.loads(next((folder / f"backend-{key}").glob("*/manifest.json")).read_text())
     assert (np.abs(images["integer"] - images["fake"]) <= 1).mean() >= 0.999
@@ -104,45 +104,14 @@ def test_integer_arithmetic_makes_the_same_images(quantised):
     assert [settings[key]["dtype"] for key in images] == ["float32", "float32", "float32", "bfloat16"]
 
 
-def latents(model):
-    return generate_latents(model, make_schedule(str(STEPS)), range(COUNT), torch.arange(COUNT) % 10, 1, 1.5, ddpm_step)
-
-
-@pytest.fixture(scope="module")
-def outliers():
-    with torch.no_grad():
-        model = load_model("DiT-Digits-Outliers", DiT_models["DiT-Digits-Outliers"], 16, 10, None, torch.device("cpu"))
-        return model, latents(model)
-
-
-def sqnr(outliers, name, weight_bits, **changes) -> float:
-    from dataclasses import replace
-    model, reference = outliers
-    recipe, noise = replace(RECIPES[name], **changes), ImageNoise(0, range(16), (4, 8, 8))
-    result = quantize_model(model, recipe, weight_bits, 8, make_schedule(str(STEPS)), Start(noise(), noise, torch.arange(16) % 10))
-    fresh = load_model("DiT-Digits-Outliers", DiT_models["DiT-Digits-Outliers"], 16, 10, None, torch.device("cpu"))
-    return sqnr_db(reference, latents(install(fresh, fold(fresh, result.layers))))
-
-
-def test_the_papers_ordering_shows_on_the_outlier_twin(outliers):
-    rtn, ditas = sqnr(outliers, "rtn", 4), sqnr(outliers, "ditas", 4)
-    smoothquant = [sqnr(outliers, "smoothquant", 4, timestep=t) for t in (0, STEPS // 2, STEPS - 1)]
-    print(f"rtn {rtn:.1f}, smoothquant {[round(s, 1) for s in smoothquant]}, ditas {ditas:.1f} dB")
-    assert all(rtn < s < ditas for s in smoothquant)
-    assert ditas > rtn + 12
-
-
-def test_eight_bits_are_nearly_lossless(outliers):
-    assert sqnr(outliers, "ditas", 8) > 35
-
-
-def test_the_published_path_on_a_registered_imagenet_model(tmp_path):
+def test_the_published_path_on_a_registered_imagenet_model(tmp_path, monkeypatch):
     """The XL/2 command lines with a smaller sister, random weights and a small VAE where the downloads would be."""
     model = random_model(input_size=32, patch_size=8, hidden_size=384, depth=12, num_heads=6, num_classes=1000)
     torch.save({"ema": model.state_dict()}, tmp_path / "weights.pt")
     tiny_vae().save_pretrained(tmp_path / "pretrained_models" / "sd-vae-ft-mse")
     common = ("--image-size", 256, "--model", "DiT-S/8", "--act-bit", 8, "--weight-bit", 4, "--num-sampling-steps", 2, "--vae", "mse")
-    script("QuantDiT.py", *common, "--seed", 1, "--ckpt", "weights.pt", cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    call(QuantDiT, *common, "--seed", 1, "--ckpt", "weights.pt", "--class-labels", "207,360,387,974")
     path = tmp_path / "results" / "DiT-S-8-256-W4A8-ditas"
     assert path.with_suffix(".safetensors").stat().st_size < 0.7 * (tmp_path / "weights.pt").stat().st_size  # adaLN stays float
     script("sample_merge_TAS.py", *common, "--num-fid-samples", 3, "--per-proc-batch-size", 2, "--path", path, cwd=tmp_path, processes=1)

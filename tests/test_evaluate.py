@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import call
 
 import evaluate
 import evaluation.features
@@ -15,7 +16,6 @@ from diffusion.npz import read_arrays
 from evaluation.features import Extractor
 from examples.digits.classifier import load_classifier
 from metrics import frechet_distance, inception_score, precision_recall, statistics
-from quant.cli import run
 
 ROOT = Path(__file__).parents[1]
 UNIT = {"mu": np.zeros(64), "sigma": np.eye(64), "mu_s": np.zeros(112), "sigma_s": np.eye(112)}
@@ -39,18 +39,18 @@ def given_statistics(images: np.ndarray) -> dict[str, np.ndarray]:
     return {"mu": pool.mean(0), "sigma": np.cov(pool.T), "mu_s": spatial.mean(0), "sigma_s": np.cov(spatial.T)}
 
 
-def call(*argv) -> None:
-    run(evaluate.main, evaluate.make_parser(), [str(word) for word in ("--features", "digits", *argv)])
+def judge(*argv) -> None:
+    call(evaluate, "--features", "digits", *argv)
 
 
 def table(capsys, *argv) -> list[list[str]]:
-    call(*argv)
+    judge(*argv)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
 
 
 def scores(capsys, *argv) -> list[dict]:
-    call(*argv, "--json")
+    judge(*argv, "--json")
     return json.loads(capsys.readouterr().out)
 
 
@@ -62,7 +62,7 @@ def fails(capsys, *argv) -> str:
     """Run a wrong command line; returns its one line."""
     before, _ = set(Path.cwd().rglob("*")), capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
-        call(*argv)
+        judge(*argv)
     printed = capsys.readouterr()
     assert (caught.value.code, printed.out, len(messages(printed.err))) == (2, "", 1), printed.err
     assert set(Path.cwd().rglob("*")) == before
@@ -173,7 +173,7 @@ def test_json_and_table_agree_for_several_samples(capsys):
     for row, each in zip(rows, found):
         assert [float(cell) for cell in row[1:]] == pytest.approx([each[key] for key in KEYS], abs=0.00501)
     assert rows[1][1:4] == ["50", "0.000", "0.000"] and rows[1][5:] == ["1.0000", "1.0000"]
-    call("real.npz", "made.npz")
+    judge("real.npz", "made.npz")
     assert "fewer images than the 64 features" in capsys.readouterr().out
 
 
@@ -210,13 +210,13 @@ def test_cached_features_serve_as_long_as_the_images_are_the_same(capsys, monkey
         np.savez("made.npz", arr_0=random_images(3, low=30))
         for flags in (["--cache"], []):
             with pytest.raises(AssertionError, match="extracts features"):
-                call("real.npz", "made.npz", *flags)
+                judge("real.npz", "made.npz", *flags)
     new = scores(capsys, "real.npz", "made.npz")
     assert new == scores(capsys, "real.npz", "made.npz", "--cache") == scores(capsys, "real.npz", "made.npz", "--cache") != first
 
 
 def test_features_files_that_do_not_fit_are_refused(capsys):
-    call("real.npz", "made.npz", "--cache")
+    judge("real.npz", "made.npz", "--cache")
     path = Path("made.features-digits.npz")
     arrays, raw = dict(np.load(path)), path.read_bytes()
     for name in ("pool", "spatial", "logits"):
@@ -228,7 +228,7 @@ def test_features_files_that_do_not_fit_are_refused(capsys):
 
 
 def test_a_real_process_prints_nothing_but_the_table_and_progress():
-    call("real.npz", "made.npz", "--cache")
+    judge("real.npz", "made.npz", "--cache")
     for argv, code in ((["real.npz", "made.npz", "--cache"], 0), (["real.npz", "none.npz"], 2)):
         done = subprocess.run([sys.executable, ROOT / "evaluate.py", "--features", "digits", *argv], capture_output=True, text=True)
         assert done.returncode == code and bool(done.stdout) == (code == 0)

@@ -162,10 +162,10 @@ def quantised(recipe, bits, adaln_bits, model):
 def test_whole_models_agree_folded_or_not(recipe_name, bits, adaln_bits, folded):
     recipe = RECIPES[recipe_name]
     inputs = torch.randn(2, 4, 8, 8), torch.tensor([5, 900]), torch.tensor([1, 10])
+    layers = quantised(recipe, bits, adaln_bits, random_model(depth=1))
 
     def output(backend, dtype=torch.float32, packed=False):
         model = random_model(depth=1)
-        layers = quantised(recipe, bits, adaln_bits, model)
         return install(model, fold(model, layers) if folded else layers, backend, dtype, packed=packed)(*inputs)
 
     fake = output("fake")

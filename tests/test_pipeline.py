@@ -115,7 +115,8 @@ def test_calibration_runs_at_most_two_trajectories(name):
     noise = ImageNoise(0, range(n), (4, 8, 8))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     calls = counted(model)
-    recipe = replace(RECIPES[name], timestep=0, group_sizes=(), weight="gptq" if RECIPES[name].weight == "adaround" else RECIPES[name].weight)
+    row = RECIPES[name]
+    recipe = replace(row, alphas=row.alphas[:2], rounds=1, group_sizes=(), weight="gptq" if row.weight == "adaround" else row.weight)
     result = quantize_model(model, recipe, 4, 8, make_schedule(str(steps)), Start(noise(), noise, torch.arange(n)))
     assert sum(calls) == {"rtn": 0, "smoothquant": 1}.get(name, 2) * steps * 2 * n
     assert len(result.layers) == {"blocks": 20 if recipe.adaln_bits == 16 else 25, "adaln": 25, "all": 30}[recipe.scope]

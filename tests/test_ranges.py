@@ -93,8 +93,9 @@ def test_the_widest_of_equally_good_ranges_is_kept():
 def test_percentiles_are_those_of_torch(count):
     sample, spec = spread(count), QuantSpec(8, "tensor")
     pairs = [(torch.quantile(sample, 1 - p).clamp(max=0), torch.quantile(sample, p).clamp(min=0)) for p in (0.999, 0.9999, 0.99999)]
-    scale, _ = tensor_range(sample, spec, "percentile")
-    assert any(torch.isclose(scale, (high - low) / 255, rtol=1e-6, atol=0) for low, high in pairs)
+    scale, zero = tensor_range(sample, spec, "percentile")
+    best, zero_point = least(sample.double().numpy(), [tuple(map(float, pair)) for pair in pairs], 2, spec.top)
+    assert abs(float(scale) / best - 1) < 1e-6 and float(zero) == zero_point
 
 
 def test_samples_of_more_values_than_torch_quantile_takes():

@@ -1,0 +1,48 @@
+"""How near to the float model the quantised one stays on the outlier twin: the orderings that the paper claims."""
+from dataclasses import replace
+
+import pytest
+import torch
+
+from config import RECIPES
+from diffusion import ImageNoise, ddpm_step, make_schedule
+from diffusion.generate import generate_latents
+from download import load_model
+from metrics import sqnr_db
+from models import DiT_models
+from quant.backend import install
+from quant.merge import fold
+from quant.pipeline import Start, quantize_model
+
+STEPS, COUNT = 50, 32
+
+
+def latents(model):
+    return generate_latents(model, make_schedule(str(STEPS)), range(COUNT), torch.arange(COUNT) % 10, 1, 1.5, ddpm_step)
+
+
+@pytest.fixture(scope="module")
+def outliers():
+    with torch.no_grad():
+        model = load_model("DiT-Digits-Outliers", DiT_models["DiT-Digits-Outliers"], 16, 10, None, torch.device("cpu"))
+        return model, latents(model)
+
+
+def sqnr(outliers, name, weight_bits, **changes) -> float:
+    model, reference = outliers
+    recipe, noise = replace(RECIPES[name], **changes), ImageNoise(0, range(16), (4, 8, 8))
+    result = quantize_model(model, recipe, weight_bits, 8, make_schedule(str(STEPS)), Start(noise(), noise, torch.arange(16) % 10))
+    fresh = load_model("DiT-Digits-Outliers", DiT_models["DiT-Digits-Outliers"], 16, 10, None, torch.device("cpu"))
+    return sqnr_db(reference, latents(install(fresh, fold(fresh, result.layers))))
+
+
+def test_the_papers_ordering_shows_on_the_outlier_twin(outliers):
+    rtn, ditas = sqnr(outliers, "rtn", 4), sqnr(outliers, "ditas", 4)
+    smoothquant = [sqnr(outliers, "smoothquant", 4, timestep=t) for t in (0, STEPS // 2, STEPS - 1)]
+    print(f"rtn {rtn:.1f}, smoothquant {[round(s, 1) for s in smoothquant]}, ditas {ditas:.1f} dB")
+    assert all(rtn < s < ditas for s in smoothquant)
+    assert ditas > rtn + 12
+
+
+def test_eight_bits_are_nearly_lossless(outliers):
+    assert sqnr(outliers, "ditas", 8) > 35
