@@ -28,6 +28,7 @@ from config import RECIPES, UserError
 from models import DiT, DiT_models
 from quant import checkpoint
 from quant.activation import Activation
+from quant.cli import keep_freed_memory
 from quant.linear import QuantizedLayer, block_linears, modulation_linears
 from quant.lowrank import LowRankWeight, plain
 from quant.pipeline import Result
@@ -204,5 +205,6 @@ if __name__ == "__main__":
                         default="bfloat16" if DEVICE.type == "cuda" or torch.cpu._is_avx512_bf16_supported() else "float32")
     parser.add_argument("--folder", default="results/inference")
     parser.add_argument("--row", help="only print the memory of this row, as JSON")
+    keep_freed_memory()  # as the scripts do
     with torch.no_grad():
         main(parser.parse_args())

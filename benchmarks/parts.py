@@ -77,9 +77,9 @@ def twin() -> None:
 
 
 def wide_model() -> DiT:
-    """Four blocks of DiT-B/2's shape, random weights, non-zero modulation, outlier channels put in as in the twin."""
+    """Two blocks of DiT-B/2's shape, random weights, non-zero modulation, outlier channels put in as in the twin."""
     torch.manual_seed(0)
-    model = DiT(input_size=16, hidden_size=768, depth=4, num_heads=12, num_classes=10)
+    model = DiT(input_size=16, hidden_size=768, depth=2, num_heads=12, num_classes=10)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.normal_(std=0.03)
@@ -92,7 +92,7 @@ def layers() -> None:
     model, schedule = wide_model(), make_schedule("8")
     linears, begin = block_linears(model), start(model, 4, 99)
     held_out, _ = record(model, linears, schedule, begin.labels, calibration_cfg_scale, begin.x, begin.draw)
-    print("\nFour blocks of width 768, random weights, outliers put in, W4A8: SQNR of each layer's output on the inputs of another trajectory, dB")
+    print("\nTwo blocks of width 768, random weights, outliers put in, W4A8: SQNR of each layer's output on the inputs of another trajectory, dB")
     print("\n| recipe | all | qkv | proj | fc1 | fc2 |\n|---|---|---|---|---|---|")
     for label, recipe in (BUILT | LEFT_OUT).items():
         found = quantize_model(model, recipe, 4, 8, schedule, start(model, 4, 0)).layers

@@ -1,5 +1,6 @@
 """What the command lines share: one-line errors with exit status 2, and the flags that say which model is meant."""
 import argparse
+import ctypes
 import os
 import sys
 from collections.abc import Callable
@@ -16,9 +17,24 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # parameters of mallopt(3)
+
+
+def keep_freed_memory() -> None:
+    """Make glibc hand freed memory to the next tensor instead of to the system; does nothing with another C library.
+
+    Otherwise every tensor above 128 KiB may be fresh pages, which the kernel clears: a third of the time of sampling a small model on a CPU.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(MMAP_THRESHOLD, 32 << 20)  # the largest that every version takes
+        mallopt(TRIM_THRESHOLD, 1 << 30)
+
+
 def run(main: Callable[[argparse.Namespace], None], parser: Parser, argv: list[str] | None = None) -> None:
     """Parse the command line and call ``main``; a ``UserError`` becomes one line on stderr and exit status 2."""
     args = parser.parse_args(argv)
+    keep_freed_memory()
     try:
         main(args)
     except UserError as error:

@@ -2,6 +2,7 @@
 import io
 
 import numpy as np
+from cycler import cycler
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -112,20 +113,21 @@ def group_allocation(best: list[float], mean: list[float], groups: dict[str, int
 
 def sqnr_over_steps(curves: dict[str, list[float]]) -> bytes:
     """SQNR of the latents after each step, a line per row of the comparison."""
-    canvas = Canvas(figsize=(9, 4.5), layout="constrained")
+    canvas = Canvas(figsize=(10, max(4.5, 0.8 + 0.25 * len(curves))), layout="constrained")
     axes = canvas.subplots()
-    for label, values in curves.items():
+    axes.set_prop_cycle(cycler(linestyle=["-", "--", ":"]) * cycler(color=[f"C{i}" for i in range(10)]))  # 30 that differ
+    for label, values in sorted(curves.items(), key=lambda curve: -curve[1][-1]):  # listed as they end
         axes.plot(range(len(values)), values, label=label)
     axes.set(xlabel="step (0 is the noisiest)", ylabel="SQNR of the latents, dB", title="distance from the float model along the trajectory")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return _png(canvas)
 
 
 def same_seeds(rows: dict[str, NDArray]) -> bytes:
     """The same seeds from several models: a row of images, uint8 (N, H, W, 3), per label."""
     count = min(len(images) for images in rows.values())
-    canvas = Canvas(figsize=(1.6 + 0.95 * count, 0.1 + 0.98 * len(rows)), layout="constrained")
+    canvas = Canvas(figsize=(3 + 0.8 * count, 0.1 + 0.82 * len(rows)), layout="constrained")
     grid = canvas.subplots(len(rows), count, squeeze=False)
     for line, (label, images) in zip(grid, rows.items()):
         for axes, image in zip(line, images):
