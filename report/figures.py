@@ -2,7 +2,6 @@
 import io
 
 import numpy as np
-from cycler import cycler
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -115,9 +114,8 @@ def sqnr_over_steps(curves: dict[str, list[float]]) -> bytes:
     """SQNR of the latents after each step, a line per row of the comparison."""
     canvas = Canvas(figsize=(10, max(4.5, 0.8 + 0.25 * len(curves))), layout="constrained")
     axes = canvas.subplots()
-    axes.set_prop_cycle(cycler(linestyle=["-", "--", ":"]) * cycler(color=[f"C{i}" for i in range(10)]))  # 30 that differ
-    for label, values in sorted(curves.items(), key=lambda curve: -curve[1][-1]):  # listed as they end
-        axes.plot(range(len(values)), values, label=label)
+    for i, (label, values) in enumerate(sorted(curves.items(), key=lambda curve: -curve[1][-1])):  # listed as they end
+        axes.plot(range(len(values)), values, color=f"C{i % 10}", linestyle=("-", "--", ":")[i // 10 % 3], label=label)
     axes.set(xlabel="step (0 is the noisiest)", ylabel="SQNR of the latents, dB", title="distance from the float model along the trajectory")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
