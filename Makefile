@@ -10,7 +10,7 @@ demo: $(READY)
 	    --output results/demo --report results/demo/report
 
 test: $(READY)
-	.venv/bin/python -m pytest --numprocesses logical --dist loadfile --no-loadscope-reorder
+	.venv/bin/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY)
 	.venv/bin/python -m pytest -m slow

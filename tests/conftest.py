@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from models import DiT
-from quant.cli import run
+from quant.cli import keep_freed_memory, run
 
 GOLDEN = Path(__file__).parent / "golden"
+keep_freed_memory()  # as the scripts do
 
 
 def relative(value: Tensor, expected) -> float:
