@@ -82,7 +82,7 @@ def _rank(text: str, flag: str) -> int | None:
     return None if text == "paper" else _number(0)(text, flag)
 
 
-_GROUPED = (lambda recipe: not recipe.group_sizes and {"group", "strided"} & {recipe.weight_granularity, recipe.act_granularity},
+_GROUPED = (lambda recipe: not recipe.group_sizes and not {"group", "strided"}.isdisjoint({recipe.weight_granularity, recipe.act_granularity}),
             "--weight-granularity group or strided, and --group-sizes none")
 _STATIC = lambda recipe: recipe.act_range == "static", "--act-range static"
 _LEARNED = lambda recipe: recipe.weight == "adaround", "--weight adaround"
