@@ -39,6 +39,8 @@ from sampling.job import Job, sample_all
 from sampling.ranks import Ranks, Stopped, join
 from sampling.stop import STATUS, StopFlag, die_with_launcher
 
+TIMED_TOKENS = 4096  # at most, to choose a backend: from there on the time per token no longer changes
+
 
 def open_checkpoint(args: argparse.Namespace, path: Path) -> checkpoint.Header:
     """The header of ``--path``, with no flag contradicting it.
@@ -74,14 +76,24 @@ def describe(args: argparse.Namespace) -> tuple[ModelCard, str, manifest.Setting
         "model": name, "image_size": image_size, "num_classes": num_classes, "steps": args.num_sampling_steps or "50"}
 
 
-def load(args: argparse.Namespace, card: ModelCard, about: manifest.Settings, ranks: Ranks, device: torch.device) -> tuple[nn.Module, manifest.Settings]:
+def choose(args: argparse.Namespace, stored: checkpoint.Stored, made: Path | None, device: torch.device) -> str:
+    """The backend: with ``auto`` that of the images in folder ``made``, if there are any; otherwise as ``checkpoint.backend_for``."""
+    if args.backend == "auto" and made is not None and (made / manifest.NAME).exists():
+        return manifest.read(made).get("backend", "fake")
+    batch = 2 * args.per_proc_batch_size if args.cfg_scale > 1 else args.per_proc_batch_size
+    tokens = min(batch * stored.model.x_embedder.num_patches, TIMED_TOKENS)
+    return checkpoint.backend_for(stored, args.backend, tokens, getattr(torch, args.dtype), device, args.cpu_weights == "packed")
+
+
+def load(args: argparse.Namespace, card: ModelCard, about: manifest.Settings, made: Path | None, ranks: Ranks,
+         device: torch.device) -> tuple[nn.Module, manifest.Settings]:
     """The model, and what to write down about it: the SHA-256 of its weights and what it computes in."""
     dtype = getattr(torch, args.dtype)
     if args.path is not None:
         path = checkpoint.find(args.path)
-        header = checkpoint.read_header(path)
-        backend = ranks.share("backend", lambda: checkpoint.backend_for(header, args.backend, device))
-        model, digest = checkpoint.load(path, device, args.fold, backend, dtype, args.cpu_weights == "packed")[1], sha256(path)
+        stored = checkpoint.read(path)
+        backend = ranks.share("backend", lambda: choose(args, stored, made, device))
+        model, digest = checkpoint.build(stored, device, args.fold, backend, dtype, args.cpu_weights == "packed"), sha256(path)
     else:
         if args.backend == "integer":
             raise UserError("--backend integer needs a quantised checkpoint: give one with --path")
@@ -151,6 +163,8 @@ def main(args: argparse.Namespace) -> None:
     schedule = user_value(make_schedule, about["steps"])
     path = Path(args.sample_dir) / f"{stem}-cfg-{args.cfg_scale:g}-{args.sampler}-{about['steps']}-seed-{args.global_seed}"
     log_file = None if args.log_file is None else Path(args.log_file)
+    # a restart by torchrun repeats the command line, but must not delete what was made before it
+    overwrite = args.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
 
     def job(settings: manifest.Settings, overwrite: bool) -> Job:
         folder = ImageFolder(path, manifest.fingerprint(settings), settings["image_size"])
@@ -165,7 +179,7 @@ def main(args: argparse.Namespace) -> None:
         else:
             named = {"random": None, "balanced": range(about["num_classes"])}
             listed = named[args.class_labels] if args.class_labels in named else class_labels(args.class_labels, about["num_classes"])
-            model, computed = load(args, card, about, ranks, state.device)
+            model, computed = load(args, card, about, None if overwrite else path, ranks, state.device)
             decoder = load_decoder(card, args.vae, state.device)
             writable_folder(path)
             settings = {**about, **computed, "cfg_scale": args.cfg_scale, "sampler": args.sampler, "eta": args.eta,
@@ -179,8 +193,7 @@ def main(args: argparse.Namespace) -> None:
                 labels = labels_for(indices, args.global_seed, model.num_classes, listed)
                 return generate_images(model, decoder, schedule, indices, labels, args.global_seed, args.cfg_scale, step, args.decode_batch_size)
 
-            # a restart by torchrun repeats the command line, but must not delete what was made before it
-            sample_all(job(settings, args.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"), make, ranks, stopped)
+            sample_all(job(settings, overwrite), make, ranks, stopped)
     except Stopped:
         if state.is_main_process:
             print(f"stopped by SIGTERM; the same command continues in {path}", file=sys.stderr)
@@ -215,7 +228,7 @@ def make_parser() -> Parser:
     parser.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 matrix products on NVIDIA GPUs (default: on)")
     parser.add_argument("--fold", action=argparse.BooleanOptionalAction, default=True, help="fold the smoothing factors (default: on)")
     parser.add_argument("--backend", choices=BACKENDS, default="auto",
-                        help="fake simulates, integer computes on int8, auto (default) is integer where checkpoint and processor allow it")
+                        help="fake simulates, integer computes on int8, auto (default) times both where checkpoint and processor allow integers")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of all that is not integer (default: float32)")
     parser.add_argument("--compile", action="store_true", help="fuse what lies around the products; takes a minute at the start")
     parser.add_argument("--cpu-weights", choices=("expanded", "packed"), default="expanded",

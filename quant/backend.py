@@ -1,5 +1,8 @@
 """Which arithmetic a quantised model runs in, and the modules for it."""
+import statistics
 import sys
+import time
+from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
@@ -12,15 +15,18 @@ from quant.integer.weight import integer_weight, nibbles
 from quant.linear import PatchLinear, QuantizedLayer, QuantLinear, WeightOnlyLinear
 
 BACKENDS = ("fake", "integer", "auto")
+MARGIN = 1.2  # so much faster has the simulation to be: where both take the same time, every run shall choose the same
+ROUNDS = 5
 
 
-def resolve(backend: str, reason: str | None, device: torch.device) -> str:
-    """``fake`` or ``integer``. ``auto`` is integer where the checkpoint allows it and the device has integer instructions.
+def resolve(backend: str, reason: str | None, device: torch.device, measure: Callable[[], str]) -> str:
+    """``fake`` or ``integer``. ``auto`` is what ``measure`` finds, where the checkpoint allows integers and the device has instructions for them.
 
     Warns on stderr where ``integer`` was asked for and the device has no integer instructions: there it is ``fake``.
 
     Args:
         reason: why the checkpoint cannot run on integers, if it cannot (see ``quant.integer.weight.why_not``).
+        measure: ``fake`` or ``integer``, whichever is faster (see ``faster``).
 
     Raises:
         UserError: ``integer`` was asked for and there is such a reason.
@@ -32,7 +38,7 @@ def resolve(backend: str, reason: str | None, device: torch.device) -> str:
             raise UserError(f"--backend integer cannot run this checkpoint: {reason}, or --backend fake")
         return "fake"
     if _fast(device):
-        return "integer"
+        return "integer" if backend == "integer" else measure()
     if backend == "integer":
         print(f"warning: no int8 instructions on {device.type}: --backend fake instead", file=sys.stderr)
     return "fake"
@@ -43,6 +49,38 @@ def _fast(device: torch.device) -> bool:
         return torch.cuda.get_device_capability(device) >= (8, 0) and find_spec("triton") is not None
     from quant.integer.cpu import supported
     return supported()
+
+
+@torch.no_grad()
+def faster(layers: list[QuantizedLayer], tokens: int, dtype: torch.dtype, device: torch.device, packed: bool) -> str:
+    """``integer``, unless simulating these layers takes clearly less time (by ``MARGIN``).
+
+    Both are timed in turn, uncompiled, on random input of that many tokens; medians of ``ROUNDS``. Other arguments as in ``install``.
+    """
+    device = _unnumbered(device)
+    inputs = [torch.randn(1, tokens, layer.weight.right.shape[1]).to(device, dtype) for layer in layers]
+    rivals = {backend: [_linear(layer, None, backend, dtype, device, packed, None).to(device) for layer in layers] for backend in ("fake", "integer")}
+    times: dict[str, list[float]] = {backend: [] for backend in rivals}
+    for _ in range(1 + ROUNDS):
+        for backend, modules in rivals.items():
+            _wait_for(device)
+            began = time.perf_counter()
+            for module, x in zip(modules, inputs):
+                module(x)
+            _wait_for(device)
+            times[backend].append(time.perf_counter() - began)
+    fake, integer = (statistics.median(times[backend][1:]) for backend in ("fake", "integer"))  # the first call prepares, or compiles kernels
+    return "fake" if fake * MARGIN < integer else "integer"
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _unnumbered(device: torch.device) -> torch.device:
+    """accelerate says cpu:0, where oneDNN's packed weights cannot be copied to."""
+    return torch.device("cpu") if device.type == "cpu" else device
 
 
 def install(model: nn.Module, layers: dict[str, QuantizedLayer], backend: str = "fake", dtype: torch.dtype = torch.float32,
@@ -56,9 +94,7 @@ def install(model: nn.Module, layers: dict[str, QuantizedLayer], backend: str = 
         packed: on a CPU, keep integer weights at 4 bits and expand them in every call.
         operands: by the name of the attention, how its operands are quantised; None: nowhere.
     """
-    device = model.pos_embed.device if device is None else torch.device(device)
-    if device.type == "cpu":
-        device = torch.device("cpu")  # not cpu:0, as accelerate calls it: oneDNN's packed weights cannot be copied
+    device = _unnumbered(model.pos_embed.device if device is None else torch.device(device))
     clock = find_clock(layers)
     modules = {}
     for name, layer in layers.items():

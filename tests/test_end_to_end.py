@@ -100,6 +100,19 @@ def test_integer_arithmetic_makes_the_same_images(quantised, monkeypatch):
     assert [settings[key]["dtype"] for key in images] == ["float32", "float32", "float32", "bfloat16"]
 
 
+@pytest.mark.parametrize("backend", ["fake", "integer"])
+def test_auto_goes_on_with_the_backend_of_the_images_that_are_there(backend, quantised, monkeypatch):
+    """Measured anew, it could come out the other way, and the run would refuse to continue."""
+    folder, _ = quantised
+    monkeypatch.chdir(folder)
+    for count, flag in ((2, backend), (4, "auto")):
+        call(sample_merge_TAS, "--path", "results/DiT-Digits-16-W4A8-ditas", "--backend", flag, "--num-sampling-steps", 2, "--num-fid-samples", count,
+             "--per-proc-batch-size", 2, "--sample-dir", f"auto-{backend}", "--threads", 1)
+    place = next((folder / f"auto-{backend}").glob("*.npz")).with_suffix("")
+    assert json.loads((place / "manifest.json").read_text())["backend"] == backend
+    assert len(list(place.glob("00*.png"))) == 4
+
+
 def test_the_published_path_on_a_registered_imagenet_model(tmp_path, monkeypatch):
     """The XL/2 command lines with a smaller sister, random weights and a small VAE where the downloads would be."""
     model = random_model(input_size=32, patch_size=8, hidden_size=384, depth=12, num_heads=6, num_classes=1000)

@@ -1,5 +1,7 @@
 """Integer arithmetic against the simulated path, brute force and between the backends."""
+from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from config import RECIPES, UserError
 from quant.activation import Activation
-from quant.backend import install, resolve
+from quant.backend import faster, install, resolve
 from quant.integer.cpu import OneDNNLinear, OneDNNNibbleLinear, OneDNNWeightOnly
 from quant.integer.linear import ReferenceLinear
 from quant.integer.weight import integer_weight, nibbles, why_not
@@ -208,18 +210,49 @@ def test_folding_changes_no_code():
 def test_what_cannot_run_on_integers_says_why(recipe, act_bits, message):
     reason = why_not(recipe, weight_spec(recipe, 4), act_spec(recipe, act_bits))
     assert message in reason
-    assert resolve("auto", reason, torch.device("cpu")) == "fake" == resolve("fake", reason, torch.device("cpu"))
+    for backend in ("auto", "fake"):
+        assert resolve(backend, reason, torch.device("cpu"), pytest.fail) == "fake"
     with pytest.raises(UserError, match="cannot run this checkpoint"):
-        resolve("integer", reason, torch.device("cpu"))
+        resolve("integer", reason, torch.device("cpu"), pytest.fail)
 
 
 def test_a_processor_without_int8_falls_back_with_a_warning(monkeypatch, capsys):
     device = torch.device("cpu")
     monkeypatch.setattr("quant.integer.cpu.supported", lambda: False)
-    assert resolve("auto", None, device) == "fake" and capsys.readouterr().err == ""
-    assert resolve("integer", None, device) == "fake" and "warning: no int8 instructions" in capsys.readouterr().err
+    assert resolve("auto", None, device, pytest.fail) == "fake" and capsys.readouterr().err == ""
+    assert resolve("integer", None, device, pytest.fail) == "fake" and "warning: no int8 instructions" in capsys.readouterr().err
     monkeypatch.setattr("quant.integer.cpu.supported", lambda: True)
-    assert resolve("auto", None, device) == resolve("integer", None, device) == "integer"
+    assert resolve("integer", None, device, pytest.fail) == "integer"
+    assert [resolve("auto", None, device, lambda: measured) for measured in ("fake", "integer")] == ["fake", "integer"]
+
+
+@pytest.mark.parametrize("seconds, chosen", [({"fake": 3, "integer": 1}, "integer"), ({"fake": 1, "integer": 3}, "fake"),
+                                             ({"fake": 10, "integer": 11}, "integer"), ({"fake": 10, "integer": 13}, "fake")])
+def test_the_faster_backend_is_the_one_that_takes_less_time(seconds, chosen, monkeypatch):
+    """By a clock that the modules turn; where both take about the same time, integers. The first call may take long."""
+    clock, calls = SimpleNamespace(now=0.0), Counter()
+
+    class Module(torch.nn.Module):
+        def __init__(self, backend):
+            super().__init__()
+            self.backend = backend
+
+        def forward(self, x):
+            calls[self] += 1
+            clock.now += 1000 if calls[self] == 1 and self.backend == chosen else seconds[self.backend]
+
+    monkeypatch.setattr("quant.backend.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr("quant.backend._linear", lambda layer, bias, backend, *_: Module(backend))
+    layers = list(quantised(RECIPES["ditas"], 4, 8, random_model(depth=1)).values())
+    assert faster(layers, 16, torch.float32, torch.device("cpu"), False) == chosen
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backends_can_be_timed_on_a_real_layer(dtype, packed):
+    layers = quantised(RECIPES["ditas"], 4, 8, random_model(depth=1))
+    blocks = [layers[name] for name in block_linears(random_model(depth=1))]
+    assert faster(blocks, 16, dtype, torch.device("cpu", 0), packed) in ("fake", "integer")
 
 
 def test_a_numbered_cpu_is_the_cpu():
