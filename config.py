@@ -118,8 +118,8 @@ RECIPES: dict[str, Recipe] = {
                               act_granularity="tensor", convention="published", rank=32, keep="last", order="lowrank-first"),
     # The same method on a layout that integer kernels can run.
     "ditas": Recipe(balance="tas", alphas=alpha_grid, rank=None, **_GROUPS),
-    # Ours: GPTQ inside the alternation, which fits the branch to the layer's output, and smaller groups.
-    "ditas-plus": replace(Recipe(balance="tas", alphas=alpha_grid, rank=None, weight="gptq", metric="output", **_GROUPS), weight_group=32),
+    # Ours: GPTQ inside the alternation, which fits the branch to the layer's output, smaller groups, and no search, which gains nothing then.
+    "ditas-plus": replace(Recipe(balance="tas", alphas=(0.5,), rank=None, weight="gptq", metric="output", **_GROUPS), weight_group=32),
 }
 
 # Evolution of group sizes (Q-DiT, section 5.1): shares of the population, and the chance that a mutation draws a layer's size anew.

@@ -1,7 +1,7 @@
 """What each part of recipe ditas-plus gains, on the outlier twin and layer by layer on a DiT of width 768.
 
     python benchmarks/parts.py                    # both tables; half an hour on two CPU cores
-    python benchmarks/parts.py --only twin
+    python benchmarks/parts.py --only layers      # a few minutes
 """
 import sys
 from dataclasses import replace
@@ -27,20 +27,20 @@ from quant.linear import QuantLinear, block_linears
 from quant.merge import fold
 from quant.pipeline import Start, quantize_model
 
-IMAGES, SEEDS = 64, (0,)  # of the twin's samples, and of its calibration noise
+IMAGES, SEEDS = 64, (0, 1, 2)  # of the twin's samples, and of its calibration noise
 
 DITAS, PLUS = RECIPES["ditas"], RECIPES["ditas-plus"]
 BUILT = {
     "ditas": DITAS,
     "+ GPTQ inside the alternation": replace(DITAS, weight="gptq"),
     "+ low rank fitted to the output": replace(DITAS, weight="gptq", metric="output"),
-    "+ groups of 32: ditas-plus": PLUS,
+    "+ groups of 32": replace(PLUS, alphas=DITAS.alphas),
+    "- search for α, which is 0.5: ditas-plus": PLUS,
 }
 LEFT_OUT = {
     "ditas-plus without the low-rank branch": replace(PLUS, rank=0),
     "ditas-plus, nearest instead of GPTQ": replace(PLUS, weight="nearest"),
     "ditas-plus without smoothing": replace(PLUS, balance="none"),
-    "ditas-plus, α = 0.5 instead of the search": replace(PLUS, alphas=(0.5,)),
     "ditas-plus, a range per image instead of token": replace(PLUS, act_granularity="image"),
     "ditas-plus, adaLN in floating point": replace(PLUS, adaln_bits=16),
     "ditas-plus, floating scales": replace(PLUS, weight_scales="float"),
