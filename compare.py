@@ -334,9 +334,9 @@ def make_parser() -> Parser:
     parser.add_argument("--recipes", nargs="+", metavar="RECIPE[:FLAG=VALUE,…]",
                         help="rows, with flags of QuantDiT.py on top (default: every recipe, smoothquant at three steps, searches scaled to small models)")
     parser.add_argument("--bits", nargs="+", default=["W4A8"], metavar="W<w>A<a>", help="bit widths of every recipe (default: W4A8)")
-    parser.add_argument("--num-fid-samples", type=int, default=500, help="images per row (default: 500)")
+    parser.add_argument("--num-fid-samples", type=int, default=400, help="images per row (default: 400)")
     parser.add_argument("--num-fidelity-samples", type=int, default=64, help="images per row compared with the float model's, 0 for none (default: 64)")
-    parser.add_argument("--per-proc-batch-size", type=int, default=64, help="images in a batch (default: 64)")
+    parser.add_argument("--per-proc-batch-size", type=int, default=50, help="images in a batch (default: 50)")
     parser.add_argument("--decode-batch-size", type=int, help="latents the VAE decodes at once (default: the whole batch)")
     parser.add_argument("--threads", type=int, help="CPU threads per sampling process (default: all cores, shared)")
     parser.add_argument("--nproc", type=int, help="sampling processes (default: one per GPU, or one per core, which is several times faster than one on all cores)")
