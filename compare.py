@@ -335,7 +335,7 @@ def make_parser() -> Parser:
                         help="rows, with flags of QuantDiT.py on top (default: every recipe, smoothquant at three steps, searches scaled to small models)")
     parser.add_argument("--bits", nargs="+", default=["W4A8"], metavar="W<w>A<a>", help="bit widths of every recipe (default: W4A8)")
     parser.add_argument("--num-fid-samples", type=int, default=400, help="images per row (default: 400)")
-    parser.add_argument("--num-fidelity-samples", type=int, default=64, help="images per row compared with the float model's, 0 for none (default: 64)")
+    parser.add_argument("--num-fidelity-samples", type=int, default=32, help="images per row compared with the float model's, 0 for none (default: 32)")
     parser.add_argument("--per-proc-batch-size", type=int, default=50, help="images in a batch (default: 50)")
     parser.add_argument("--decode-batch-size", type=int, help="latents the VAE decodes at once (default: the whole batch)")
     parser.add_argument("--threads", type=int, help="CPU threads per sampling process (default: all cores, shared)")
