@@ -30,16 +30,17 @@ from diffusion.generate import batch_indices, generate_images, labels_for
 from download import load_decoder, load_model
 from models import ModelCard
 from quant import checkpoint
-from quant.backend import BACKENDS
+from quant.backend import BACKENDS, faster
 from quant.cli import Parser, add_model_flags, at_least, class_labels, find_card, run, user_value
 from quant.files import sha256, weights_sha256, writable_folder
+from quant.linear import BLOCK_LINEARS
 from sampling import manifest
 from sampling.folder import ImageFolder
 from sampling.job import Job, sample_all
 from sampling.ranks import Ranks, Stopped, join
 from sampling.stop import STATUS, StopFlag, die_with_launcher
 
-TIMED_TOKENS = 4096  # at most, to choose a backend: from there on the time per token no longer changes
+TIMED_TOKENS = 4096  # at most, so that choosing a backend takes seconds
 
 
 def open_checkpoint(args: argparse.Namespace, path: Path) -> checkpoint.Header:
@@ -77,12 +78,15 @@ def describe(args: argparse.Namespace) -> tuple[ModelCard, str, manifest.Setting
 
 
 def choose(args: argparse.Namespace, stored: checkpoint.Stored, made: Path | None, device: torch.device) -> str:
-    """The backend: with ``auto`` that of the images in folder ``made``, if there are any; otherwise as ``checkpoint.backend_for``."""
-    if args.backend == "auto" and made is not None and (made / manifest.NAME).exists():
-        return manifest.read(made).get("backend", "fake")
-    batch = 2 * args.per_proc_batch_size if args.cfg_scale > 1 else args.per_proc_batch_size
-    tokens = min(batch * stored.model.x_embedder.num_patches, TIMED_TOKENS)
-    return checkpoint.backend_for(stored, args.backend, tokens, getattr(torch, args.dtype), device, args.cpu_weights == "packed")
+    """The backend; ``auto`` goes on with that of the images in folder ``made``, if there are any, and times the first block's linears if not."""
+    def measure() -> str:
+        if made is not None and (made / manifest.NAME).exists() and (before := manifest.read(made).get("backend")) in ("fake", "integer"):
+            return before
+        batch = 2 * args.per_proc_batch_size if args.cfg_scale > 1 else args.per_proc_batch_size
+        tokens = min(batch * stored.model.x_embedder.num_patches, TIMED_TOKENS)
+        first = [stored.layers[f"blocks.0.{name}"] for name in BLOCK_LINEARS]
+        return faster(first, tokens, getattr(torch, args.dtype), device, args.cpu_weights == "packed")
+    return checkpoint.backend_for(stored.header, args.backend, device, measure)
 
 
 def load(args: argparse.Namespace, card: ModelCard, about: manifest.Settings, made: Path | None, ranks: Ranks,

@@ -1,6 +1,6 @@
 """What each part of recipe ditas-plus gains, on the outlier twin and layer by layer on a DiT of width 768.
 
-    python benchmarks/parts.py                    # both tables; half an hour on two CPU cores
+    python benchmarks/parts.py                    # both tables; about 20 minutes on two CPU cores
     python benchmarks/parts.py --only layers      # a few minutes
 """
 import sys

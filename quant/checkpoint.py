@@ -25,11 +25,11 @@ from download import load_into
 from models import DiT_models
 from quant.activation import Activation
 from quant.attention import Operands
-from quant.backend import faster, install, resolve
+from quant.backend import install, resolve
 from quant.files import atomic, file_stem
 from quant.flags import ADALN_BITS
 from quant.integer.weight import why_not
-from quant.linear import BLOCK_LINEARS, SCOPES, QuantizedLayer, matrix, modulation_linears, scope_linears
+from quant.linear import SCOPES, QuantizedLayer, matrix, modulation_linears, scope_linears
 from quant.lowrank import LowRankWeight
 from quant.merge import fold
 from quant.pipeline import Result
@@ -236,18 +236,16 @@ def read(path: Path) -> Stored:
     return Stored(header, model, layers, operands)
 
 
-def backend_for(stored: Stored, backend: str, tokens: int, dtype: torch.dtype, device: torch.device, packed: bool) -> str:
-    """``quant.backend.resolve`` for a checkpoint; ``auto`` times the linears of its first block on at most so many tokens.
+def backend_for(header: Header, backend: str, device: torch.device, measure: Callable[[], str]) -> str:
+    """``quant.backend.resolve`` for a checkpoint.
 
     Raises:
         UserError: ``integer`` was asked for and the checkpoint cannot run on it.
     """
-    header = stored.header
     reason = why_not(header.recipe, weight_spec(header.recipe, header.weight_bit), act_spec(header.recipe, header.act_bit))
     if header.format_version == 1 and header.recipe.rank != 0:
         reason = reason or "its low-rank branch is of an older format: quantise again with this QuantDiT.py"
-    first = [stored.layers[f"blocks.0.{name}"] for name in BLOCK_LINEARS]
-    return resolve(backend, reason, device, lambda: faster(first, tokens, dtype, device, packed))
+    return resolve(backend, reason, device, measure)
 
 
 def build(stored: Stored, device: torch.device | str = "cpu", folded: bool = False, backend: str = "fake", dtype: torch.dtype = torch.float32,

@@ -193,10 +193,9 @@ def test_an_older_format_is_still_read(saved, tmp_path):
     assert back.recipe == recipe and read.keys() == layers.keys()
     expected = layers[name].weight
     assert torch.allclose(read[name].weight.dense(), expected.weight.dequantize() + expected.left @ expected.right / 3)
-    where = 16, torch.float32, torch.device("cpu"), False
-    assert checkpoint.backend_for(old, "auto", *where) == "fake"
+    assert checkpoint.backend_for(back, "auto", torch.device("cpu"), pytest.fail) == "fake"
     with pytest.raises(UserError, match="quantise again with --weight-scales two-level"):
-        checkpoint.backend_for(old, "integer", *where)
+        checkpoint.backend_for(back, "integer", torch.device("cpu"), pytest.fail)
 
 
 @pytest.mark.parametrize("adaln_bits, share", [(16, 2.0), (8, 1.0), (4, 0.5)])

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import call, random_model
+from conftest import call, error_line, random_model
 from PIL import Image
 from test_download import tiny_vae
 
@@ -111,6 +111,16 @@ def test_auto_goes_on_with_the_backend_of_the_images_that_are_there(backend, qua
     place = next((folder / f"auto-{backend}").glob("*.npz")).with_suffix("")
     assert json.loads((place / "manifest.json").read_text())["backend"] == backend
     assert len(list(place.glob("00*.png"))) == 4
+
+
+def test_a_processor_without_int8_does_not_go_on_with_integers(quantised, monkeypatch, capsys):
+    folder, _ = quantised
+    monkeypatch.chdir(folder)
+    argv = ("--path", "results/DiT-Digits-16-W4A8-ditas", "--num-sampling-steps", 2, "--num-fid-samples", 2, "--per-proc-batch-size", 2,
+            "--sample-dir", "elsewhere", "--threads", 1)
+    call(sample_merge_TAS, *argv, "--backend", "integer")
+    monkeypatch.setattr("quant.integer.cpu.supported", lambda: False)
+    assert "backend is 'integer' there, 'fake' now" in error_line(capsys, lambda: call(sample_merge_TAS, *argv))
 
 
 def test_the_published_path_on_a_registered_imagenet_model(tmp_path, monkeypatch):
