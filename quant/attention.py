@@ -5,7 +5,7 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from quant.activation import Activation, quantiser
-from quant.softmax import fake_quantize_log_sqrt2
+from quant.softmax import LogSqrt2, PowersOfRootTwo
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Operands:
 
     Attributes:
         query, key, value: static, one range per tensor.
-        probabilities: of the softmax output, static; None quantises it in powers of the square root of 2, with as many bits as the value.
+        probabilities: of the softmax output, static.
         smooth: (D,) float32 divides the value before it is quantised and multiplies it after, where the next linear divides its input
             by it; None for all ones, and after folding.
     """
@@ -22,21 +22,12 @@ class Operands:
     query: Activation
     key: Activation
     value: Activation
-    probabilities: Activation | None
+    probabilities: Activation | PowersOfRootTwo
     smooth: Tensor | None = None
 
     def fold(self) -> "Operands":
         """The same for values that come already divided."""
         return replace(self, smooth=None)
-
-
-class LogSqrt2(nn.Module):
-    def __init__(self, bits: int):
-        super().__init__()
-        self.bits = bits
-
-    def forward(self, values: Tensor) -> tuple[Tensor, None]:
-        return fake_quantize_log_sqrt2(values, self.bits), None
 
 
 class QuantAttention(nn.Module):
@@ -47,7 +38,8 @@ class QuantAttention(nn.Module):
         self.num_heads, self.scale = attention.num_heads, attention.scale
         self.qkv, self.proj = attention.qkv, attention.proj
         self.query, self.key, self.value = (quantiser(each) for each in (operands.query, operands.key, operands.value))
-        self.probabilities = LogSqrt2(operands.value.spec.bits) if operands.probabilities is None else quantiser(operands.probabilities)
+        powers = isinstance(operands.probabilities, PowersOfRootTwo)
+        self.probabilities = LogSqrt2(operands.probabilities) if powers else quantiser(operands.probabilities)
         self.register_buffer("smooth", operands.smooth)
 
     def forward(self, x: Tensor) -> Tensor:

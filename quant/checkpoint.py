@@ -4,11 +4,11 @@ Per quantised linear ``NAME``: ``NAME.codes`` and ``NAME.zero`` (packed bit stre
 ``NAME.scale`` (float32; with two-level scales uint8, beside ``NAME.step``, bfloat16), ``NAME.left``, ``NAME.right`` (where there is a
 branch: bfloat16 and int8, in the published order float32), ``NAME.smooth`` and ``NAME.shift`` (float32, where the recipe has them). Static
 activation ranges: ``NAME.act`` (float32: scale, zero; with a range per timestep one of each per entry of ``timesteps``), and of the
-operands of attention ``blocks.I.attn.operands`` (rows query, key, value, and probabilities if they have a range). Everything else keeps its
+operands of attention ``blocks.I.attn.operands`` (rows query, key, value and probabilities; powers of the square root of 2 have a zero of 0). Everything else keeps its
 published name, rounded to float16 unless that overflows. Reading never unpickles.
 
-Formats 1 and 2 are still read. 1 had zero points in a byte each, float32 factors and scales, and adaLN modulation always in float32;
-2 knew no static ranges, shifts, scopes or group sizes that differ from layer to layer.
+Formats 1 to 3 are still read. 1 had zero points in a byte each, float32 factors and scales, and adaLN modulation always in float32;
+2 knew no static ranges, shifts, scopes or group sizes that differ from layer to layer; in 3 powers of the square root of 2 began at 1.
 """
 import json
 from collections.abc import Callable
@@ -35,9 +35,10 @@ from quant.merge import fold
 from quant.pipeline import Result
 from quant.quantizer import ACT_BITS, OFF_BITS, WEIGHT_BITS, Quantized, QuantSpec, grouped, pack, unpack
 from quant.recipe import act_spec, adaln_spec, weight_spec
+from quant.softmax import PowersOfRootTwo
 
-FORMAT_VERSION = 3
-READABLE = (1, 2, 3)
+FORMAT_VERSION = 4
+READABLE = (1, 2, 3, 4)
 HEADER_KEY = "ditas"
 SUFFIX = ".safetensors"
 
@@ -95,8 +96,9 @@ def save(path: Path, model: nn.Module, result: Result, header: Header) -> None:
         if layer.act is not None and layer.act.timesteps is not None:
             tensors["timesteps"] = layer.act.timesteps
     for name, each in result.operands.items():
-        acts = [act for act in (each.query, each.key, each.value, each.probabilities) if act is not None]
-        tensors[f"{name}.operands"] = torch.stack([torch.stack([act.scale, act.zero]) for act in acts])
+        rows = [(act.scale, torch.zeros_like(act.scale) if isinstance(act, PowersOfRootTwo) else act.zero)
+                for act in (each.query, each.key, each.value, each.probabilities)]
+        tensors[f"{name}.operands"] = torch.stack([torch.stack(row) for row in rows])
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     with atomic(path) as temporary:
         save_file(tensors, temporary, metadata={HEADER_KEY: json.dumps(asdict(replace(header, format_version=FORMAT_VERSION)))})
@@ -183,13 +185,16 @@ def _range(pair: Tensor) -> dict[str, Tensor]:
     return {"scale": pair[0], "zero": pair[1]}
 
 
-def _read_operands(tensors: dict[str, Tensor], layers: dict[str, QuantizedLayer], depth: int, recipe: Recipe, spec: QuantSpec) -> dict[str, Operands]:
+def _read_operands(tensors: dict[str, Tensor], layers: dict[str, QuantizedLayer], depth: int, header: Header) -> dict[str, Operands]:
+    recipe, spec = header.recipe, act_spec(header.recipe, header.act_bit)
     if recipe.attention == "none" or spec.bits == OFF_BITS:
         return {}
-    count, found = 4 if recipe.attention == "uniform" else 3, {}
+    powers, found = recipe.attention == "log-sqrt2", {}
+    count = 3 if powers and header.format_version < 4 else 4
     for name in (f"blocks.{i}.attn" for i in range(depth)):
         acts = [Activation(spec, **_range(pair)) for pair in _taker(tensors, name)("operands", (count, 2))]
-        found[name] = Operands(*acts[:3], acts[3] if count == 4 else None, layers[f"{name}.proj"].smooth)
+        probabilities = PowersOfRootTwo(spec.bits, acts[3].scale if count == 4 else torch.tensor(1.0)) if powers else acts[3]
+        found[name] = Operands(*acts[:3], probabilities, layers[f"{name}.proj"].smooth)
     return found
 
 
@@ -226,7 +231,7 @@ def read(path: Path) -> Stored:
             model = DiT_models[header.model].build(header.image_size, header.num_classes)
         layers = {name: _read_layer(tensors, name, matrix(model.get_submodule(name)).shape, *specs)
                   for name, specs in layer_specs(header, model).items()}
-        operands = _read_operands(tensors, layers, len(model.blocks), header.recipe, act_spec(header.recipe, header.act_bit))
+        operands = _read_operands(tensors, layers, len(model.blocks), header)
         tensors.pop("timesteps", None)
         for name in layers:  # the float weights are not there, and not needed: keep the skeleton without them
             model.get_submodule(name).weight = None

@@ -23,10 +23,11 @@ from quant.quantizer import OFF_BITS, scale_and_zero
 from quant.ranges import tensor_range
 from quant.recipe import act_spec, weight_spec
 from quant.reconstruct import Inputs
-from quant.repq import Reparameterized, channel_quantizer, reparameterize
+from quant.repq import Reparameterized, channel_ranges, reparameterize
 from quant.salience import salience_factors
 from quant.search import AlphaSearch
 from quant.smoothing import aggregate, smoothing_factors
+from quant.softmax import fit_powers
 from quant.weights import gptq_quantizer, nearest_quantizer
 
 
@@ -114,8 +115,7 @@ class Evidence:
         if recipe.balance == "reparameterise":
             spec = act_spec(recipe, self.act_bits)
             for name in balanced:
-                low, high = self._samples[name].value.flatten(0, 1).aminmax(dim=0)
-                self._reparameterized[name] = reparameterize(*channel_quantizer(low, high, spec), spec)
+                self._reparameterized[name] = reparameterize(*channel_ranges(self._samples[name].value, spec, recipe.act_clip), spec)
                 self.smooth[name] = self._reparameterized[name].smooth
 
     def _balances(self, name: str) -> bool:
@@ -182,9 +182,9 @@ class Evidence:
             q, k, v = outputs.chunk(3, -1)
             smooth = self.smooth.get(f"blocks.{i}.attn.proj")
             query, key, value = (Activation(spec, *tensor_range(each, spec, clip)) for each in (q, k, v if smooth is None else v / smooth))
-            probabilities = None
-            if self.recipe.attention == "uniform":
-                probabilities = Activation(spec, *tensor_range(softmax_of(block.attn, outputs), spec, clip))
+            sample = softmax_of(block.attn, outputs)
+            uniform = self.recipe.attention == "uniform"
+            probabilities = Activation(spec, *tensor_range(sample, spec, clip)) if uniform else fit_powers(sample, spec.bits, clip)
             made[f"blocks.{i}.attn"] = Operands(query, key, value, probabilities, smooth)
         return made
 

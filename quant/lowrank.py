@@ -15,6 +15,7 @@ OVERSAMPLE = 16  # extra directions carried by the fast solver
 DAMPING = 1e-4  # of the second moment's mean diagonal, added to its diagonal
 STEP_ROUNDS = 3  # after which two-level steps are kept: they hardly move any more, and finding them is most of the work
 FAST_ITERATIONS = 20  # double subspace iterations per round, warm-started
+DIRECT_WIDTH = 512  # up to which all eigenvectors cost less than these iterations
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,13 @@ def exact_factors(matrix: Tensor, rank: int, basis: Tensor | None) -> tuple[Tens
 
 
 def fast_factors(matrix: Tensor, rank: int, basis: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Near-best ``L R`` by subspace iteration on the Gram matrix of the short side (Halko et al., 2011, algorithm 4.4).
+    """Near-best ``L R`` from the leading eigenvectors of the short side's Gram matrix.
 
-    Started from a ``basis`` that spans the column space of a rank-``rank`` matrix, the result is at least as near to
+    Of small matrices they are found directly, of others by subspace iteration (Halko et al., 2011, algorithm 4.4). Started from a ``basis`` that spans the column space of a rank-``rank`` matrix, the result is at least as near to
     ``matrix`` as that one is: projecting on its column space cannot be worse, and iterations only capture more.
 
     Args:
-        basis: orthonormal (short side, k) start, or None for a seeded random one.
+        basis: orthonormal (short side, k) start of the iteration, or None for a seeded random one.
 
     Returns:
         L (O, rank), R (rank, I) and the basis to start the next, similar matrix from.
@@ -76,16 +77,23 @@ def fast_factors(matrix: Tensor, rank: int, basis: Tensor | None) -> tuple[Tenso
         left, right, basis = fast_factors(matrix.T, rank, basis)
         return right.T, left.T, basis
     gram = matrix @ matrix.T
-    if basis is None:
-        width = min(rank + OVERSAMPLE, len(matrix))
-        basis = torch.randn(len(matrix), width, generator=torch.Generator().manual_seed(0)).to(matrix)
-    for _ in range(FAST_ITERATIONS):
-        basis = torch.linalg.qr(gram @ (gram @ basis)).Q
-    _, vectors = torch.linalg.eigh(basis.T @ (gram @ basis))  # Rayleigh-Ritz, ascending
-    basis = basis @ vectors.flip(1)
+    if len(matrix) <= DIRECT_WIDTH:
+        basis = torch.linalg.eigh(gram).eigenvectors.flip(1)
+    else:
+        basis = _iterate(gram, rank + OVERSAMPLE, basis)
     right = basis[:, :rank].T @ matrix
     root = right.norm(dim=1).sqrt()  # of the singular values
     return basis[:, :rank] * root, right / torch.where(root > 0, root, 1.0)[:, None], basis
+
+
+def _iterate(gram: Tensor, width: int, basis: Tensor | None) -> Tensor:
+    """Leading eigenvectors (n, width) of a Gram matrix, the first one first."""
+    if basis is None:
+        basis = torch.randn(len(gram), min(width, len(gram)), generator=torch.Generator().manual_seed(0)).to(gram)
+    for _ in range(FAST_ITERATIONS):
+        basis = torch.linalg.qr(gram @ (gram @ basis)).Q
+    _, vectors = torch.linalg.eigh(basis.T @ (gram @ basis))  # Rayleigh-Ritz, ascending
+    return basis @ vectors.flip(1)
 
 
 SOLVERS = {"exact": exact_factors, "fast": fast_factors}

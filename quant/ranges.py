@@ -1,9 +1,11 @@
-"""Ranges of uniform quantisers narrower than the data: shrunk (Q-DiT) or cut at percentiles (PTQ4DiT), whichever errs least.
+"""Ranges of quantisers: the whole of what they have seen, shrunk (Q-DiT) or cut at percentiles (PTQ4DiT), whichever errs least.
 
-Every function searches one list of candidates per group of values that share a scale. As everywhere, a range includes 0 and
-the zero point is one of the codes.
+A list of candidate ranges is searched per group of values that share one; what a range means is the quantiser's affair. For
+affine ones (``Affine``), as everywhere, it includes 0 and the zero point is one of the codes.
 """
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +17,29 @@ SHRINK_NORM = 2.4  # after LAPQ (Nahshan et al., 2021)
 PERCENTILES = (0.999, 0.9999, 0.99999)  # PTQ4DiT, after RepQ-ViT
 
 
+class Quantiser(Protocol):
+    """Something with a range."""
+
+    def fit(self, low: Tensor, high: Tensor) -> tuple[Tensor, ...]:
+        """Its parameters, for groups of values from ``low`` to ``high``."""
+
+    def seen(self, x: Tensor, *parameters: Tensor) -> Tensor:
+        """Values that became codes and back."""
+
+
+@dataclass(frozen=True)
+class Affine:
+    """The uniform quantiser of a spec; parameters are scale and zero point."""
+
+    spec: QuantSpec
+
+    def fit(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        return scale_and_zero(low, high, self.spec)
+
+    def seen(self, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        return static_codes(x, scale, zero, self.spec).mul_(scale)
+
+
 def static_codes(x: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
     """``q - zero`` (integer-valued, float32) for a range that ``x`` may exceed on either side; NaN stays NaN.
 
@@ -24,29 +49,50 @@ def static_codes(x: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Ten
     return (x / scale).round_().clamp_(-zero, spec.top - zero)
 
 
-def minmax_range(view: Tensor, dims: tuple[int, ...], spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Scale and zero point for the whole range of the values; as the other ranges, of the shape of ``view`` with ``dims`` of size 1."""
-    return scale_and_zero(view.amin(dims, keepdim=True), view.amax(dims, keepdim=True), spec)
+def _whole(view: Tensor, dims: tuple[int, ...]) -> Iterable[tuple[Tensor, Tensor]]:
+    yield view.amin(dims, keepdim=True), view.amax(dims, keepdim=True)
 
 
-def shrunk_range(view: Tensor, dims: tuple[int, ...], spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """The whole range times the first of ``SHRINKS`` with the least mean ``|error|^2.4`` (Q-DiT, Chen et al., 2025: its ``mse``)."""
-    low, high = view.amin(dims, keepdim=True), view.amax(dims, keepdim=True)
-    return _best(view, dims, spec, ((low * shrink, high * shrink) for shrink in SHRINKS), SHRINK_NORM)
+def _shrunk(view: Tensor, dims: tuple[int, ...]) -> Iterable[tuple[Tensor, Tensor]]:
+    (low, high), = _whole(view, dims)
+    return ((low * shrink, high * shrink) for shrink in SHRINKS)
 
 
-def percentile_range(view: Tensor, dims: tuple[int, ...], spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """From the (1 - p)- to the p-quantile, p the first of ``PERCENTILES`` with the least mean squared error (PTQ4DiT, Wu et al., 2024).
-
-    Quantiles are those of ``torch.quantile``, which the published code calls, without its limit of 2^24 values.
-    """
+def _cut(view: Tensor, dims: tuple[int, ...]) -> Iterable[tuple[Tensor, Tensor]]:
+    """From the (1 - p)- to the p-quantile: those of ``torch.quantile``, which the published codes call, without its limit of 2^24 values."""
     shape = view.amin(dims, keepdim=True).shape
     ordered = view.movedim(dims, tuple(range(-len(dims), 0))).flatten(-len(dims)).sort(-1).values  # (..., n)
-    cuts = ((_quantile(ordered, 1 - p).reshape(shape), _quantile(ordered, p).reshape(shape)) for p in PERCENTILES)
-    return _best(view, dims, spec, cuts, 2)
+    return ((_quantile(ordered, 1 - p).reshape(shape), _quantile(ordered, p).reshape(shape)) for p in PERCENTILES)
 
 
-RANGES = {"minmax": minmax_range, "shrink": shrunk_range, "percentile": percentile_range}
+# How a range is chosen: among which candidates, and the power of errors whose mean is to be least (for ``shrink`` Q-DiT's: its code's ``mse``).
+RANGES = {"minmax": (_whole, 2), "shrink": (_shrunk, SHRINK_NORM), "percentile": (_cut, 2)}
+
+
+def best_range(view: Tensor, dims: tuple[int, ...], quantiser: Quantiser, choice: str) -> tuple[Tensor, ...]:
+    """The quantiser's parameters for the first of the candidate ranges that errs least, group by group.
+
+    Args:
+        view: float32; ``dims`` of it share a range, and have size 1 in what is returned.
+        choice: a key of ``RANGES``.
+
+    Raises:
+        ValueError: NaN or infinity, or an unknown choice.
+    """
+    if choice not in RANGES:
+        raise ValueError(f"unknown range {choice!r}: expected one of {tuple(RANGES)}")
+    if not torch.isfinite(view).all():
+        raise ValueError("cannot quantise a tensor that holds NaN or infinity")
+    candidates, norm = RANGES[choice]
+    ranges, best = list(candidates(view, dims)), None
+    if len(ranges) == 1:
+        return quantiser.fit(*ranges[0])
+    for low, high in ranges:
+        parameters = quantiser.fit(low, high)
+        error = quantiser.seen(view, *parameters).sub_(view).abs_().pow_(norm).mean(dims, keepdim=True)
+        found = error, *parameters
+        best = found if best is None else tuple(torch.where(error < best[0], new, old) for new, old in zip(found, best))
+    return best[1:]
 
 
 def quantize_range(weight: Tensor, spec: QuantSpec, choice: str) -> Quantized:
@@ -56,7 +102,7 @@ def quantize_range(weight: Tensor, spec: QuantSpec, choice: str) -> Quantized:
         ValueError: NaN or infinity, groups that do not fit, or an unknown choice.
     """
     view, dims = grouped(weight, spec)
-    scale, zero = _range(view, dims, spec, choice)
+    scale, zero = best_range(view, dims, Affine(spec), choice)
     codes = static_codes(view, scale, zero, spec).add_(zero)
     return Quantized(codes.to(torch.uint8).reshape(weight.shape), scale, zero, spec)
 
@@ -67,16 +113,8 @@ def tensor_range(sample: Tensor, spec: QuantSpec, choice: str) -> tuple[Tensor, 
     Raises:
         ValueError: NaN or infinity, or an unknown choice (expected is a key of ``RANGES``).
     """
-    scale, zero = _range(sample.flatten().float(), (0,), spec, choice)
+    scale, zero = best_range(sample.flatten().float(), (0,), Affine(spec), choice)
     return scale.squeeze(), zero.squeeze()
-
-
-def _range(view: Tensor, dims: tuple[int, ...], spec: QuantSpec, choice: str) -> tuple[Tensor, Tensor]:
-    if choice not in RANGES:
-        raise ValueError(f"unknown range {choice!r}: expected one of {tuple(RANGES)}")
-    if not torch.isfinite(view).all():
-        raise ValueError("cannot quantise a tensor that holds NaN or infinity")
-    return RANGES[choice](view, dims, spec)
 
 
 def _quantile(ordered: Tensor, share: float) -> Tensor:
@@ -85,14 +123,3 @@ def _quantile(ordered: Tensor, share: float) -> Tensor:
     below = int(rank)
     above = min(below + 1, ordered.shape[-1] - 1)
     return torch.lerp(ordered[..., below], ordered[..., above], rank - below)
-
-
-def _best(view: Tensor, dims: tuple[int, ...], spec: QuantSpec, ranges: Iterable[tuple[Tensor, Tensor]], norm: float) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of the first of the (low, high) pairs whose mean ``|error|^norm`` is least, group by group."""
-    best = None
-    for low, high in ranges:
-        scale, zero = scale_and_zero(low, high, spec)
-        error = static_codes(view, scale, zero, spec).mul_(scale).sub_(view).abs_().pow_(norm).mean(dims, keepdim=True)
-        found = error, scale, zero
-        best = found if best is None else tuple(torch.where(error < best[0], new, old) for new, old in zip(found, best))
-    return best[1:]

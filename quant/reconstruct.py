@@ -169,7 +169,7 @@ def reconstruct(model: nn.Module, layers: dict[str, QuantizedLayer], operands: d
             if isinstance(soft.attn, QuantAttention):
                 for key in ("query", "key", "value", "probabilities"):
                     act = getattr(operands[f"blocks.{i}.attn"], key)
-                    setattr(soft.attn, key, StraightThrough(getattr(soft.attn, key)) if act is None else learnable(act, None))
+                    setattr(soft.attn, key, learnable(act, None) if isinstance(act, Activation) else StraightThrough(getattr(soft.attn, key)))
             _train(soft, list(found.values()), seen, condition, index, clock, target, iterations, rate, generator, bar)
             layers |= {name: module.harden() for name, module in found.items()}
             if isinstance(soft.attn, QuantAttention):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quant.quantizer import QuantSpec
+from quant.ranges import best_range, static_codes
 
 
 @dataclass(frozen=True)
@@ -26,18 +27,36 @@ class Reparameterized:
     zero: Tensor
 
 
-def channel_quantizer(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Scale and integer-valued zero point of every channel, (I,), from its minimum and maximum (I,).
-
-    The published code cuts channels at percentiles; here they keep what calibration has seen.
+@dataclass(frozen=True)
+class PerChannel:
+    """The quantiser of channels that is then reparameterised (see ``quant.ranges``); parameters are scale and integer-valued zero point.
 
     Ranges are not widened to include 0, and zero points need not be codes: what a channel is off 0 costs nothing here, it becomes
     shift. A channel of one constant value gets the mean scale of the others, so as not to move it.
     """
-    scale = (high - low) / spec.top
-    live = scale > 0
-    scale = torch.where(live, scale, scale[live].mean() if live.any() else torch.ones_like(scale))
-    return scale, (low / scale).neg_().round_()
+
+    spec: QuantSpec
+
+    def fit(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        scale = (high - low) / self.spec.top
+        live = scale > 0
+        scale = torch.where(live, scale, scale[live].mean() if live.any() else torch.ones_like(scale))
+        return scale, (low / scale).neg_().round_()
+
+    def seen(self, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        return static_codes(x, scale, zero, self.spec).mul_(scale)
+
+
+def channel_ranges(sample: Tensor, spec: QuantSpec, choice: str) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of every channel, (I,) each, for a sample of inputs (..., I).
+
+    ``minmax`` is the paper's formula, section 3.2; its code takes the best of three ``percentile``s.
+
+    Raises:
+        ValueError: NaN or infinity, or an unknown choice (expected is a key of ``quant.ranges.RANGES``).
+    """
+    scale, zero = best_range(sample.flatten(0, -2).float(), (0,), PerChannel(spec), choice)
+    return scale.squeeze(0), zero.squeeze(0)
 
 
 def reparameterize(scale: Tensor, zero: Tensor, spec: QuantSpec) -> Reparameterized:

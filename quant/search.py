@@ -94,7 +94,7 @@ class AlphaSearch:
         for s in self._factors if self._shared is None else self._factors[:1]:
             v = self._candidate(s)
             e = v - self._weight
-            products.append((v.T @ v, -2 * e.T @ v))  # G, -2 M
+            products.append((v.T @ v, -2 * (e.T @ v)))  # G, -2 M
             constants.append(torch.dot(covariance, (e.T @ e).view(-1)))
         energies = []
         for x in blocks:

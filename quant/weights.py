@@ -5,7 +5,7 @@ from torch import Tensor
 
 from quant.gptq import BLOCK, DAMPING, gptq_quantize, inverse_factor
 from quant.quantizer import Grid, Quantized, QuantSpec, affine_grid, grouped, quantize
-from quant.ranges import RANGES, quantize_range
+from quant.ranges import Affine, best_range, quantize_range
 from quant.twolevel import find_steps, quantize_two_level, two_level_grid
 
 Quantizer = Callable[[Tensor, Quantized | None], Quantized]  # the second: an earlier result of a similar weight, whose steps will do
@@ -41,7 +41,7 @@ def gptq_quantizer(spec: QuantSpec, hessian: Tensor, choice: str = "minmax", blo
 
     def affine(weight: Tensor, previous: Quantized | None = None) -> Quantized:
         def grid(groups: Tensor, index: slice) -> Grid:
-            return affine_grid(*RANGES[choice](groups, (-1,), spec), spec)
+            return affine_grid(*best_range(groups, (-1,), Affine(spec), choice), spec)
         return gptq_quantize(weight.masked_fill(dead, 0.0), factor, spec, grid, None, block)
     return two_level if spec.convention == "two-level" else affine
 

@@ -82,7 +82,7 @@ def test_codes_take_their_true_width(saved):
         assert f"{name}.weight" not in tensors
     with safe_open(saved, framework="pt") as file:
         fields = json.loads(file.metadata()["ditas"])
-    assert fields["model"] == MODEL and fields["recipe"]["weight_group"] == 64 and fields["format_version"] == 3
+    assert fields["model"] == MODEL and fields["recipe"]["weight_group"] == 64 and fields["format_version"] == 4
 
 
 def test_the_path_may_lack_its_extension(saved):
@@ -196,6 +196,18 @@ def test_an_older_format_is_still_read(saved, tmp_path):
     assert checkpoint.backend_for(back, "auto", torch.device("cpu"), pytest.fail) == "fake"
     with pytest.raises(UserError, match="quantise again with --weight-scales two-level"):
         checkpoint.backend_for(back, "integer", torch.device("cpu"), pytest.fail)
+
+
+def test_powers_of_root_two_of_format_3_begin_at_1(tmp_path):
+    model, noise, schedule = digits_model(), ImageNoise(0, range(2), (4, 8, 8)), make_schedule("1")
+    result = quantize_model(model, RECIPES["repq-vit"], 4, 8, schedule, Start(noise(), noise, torch.arange(2)))
+    path = tmp_path / "model.safetensors"
+    checkpoint.save(path, model, result, header("repq-vit", 4, recipe=RECIPES["repq-vit"]))
+    tensors = {key: value[:3].clone() if key.endswith(".operands") else value for key, value in load_file(path).items()}
+    fields = asdict(header("repq-vit", 4, recipe=RECIPES["repq-vit"], format_version=3))
+    save_file(tensors, path, metadata={"ditas": json.dumps(fields)})
+    scales = [each.probabilities.scale for each in checkpoint.read(path).operands.values()]
+    assert scales == [1.0] * 10 and all(each.probabilities.scale < 1 for each in result.operands.values())
 
 
 @pytest.mark.parametrize("adaln_bits, share", [(16, 2.0), (8, 1.0), (4, 0.5)])

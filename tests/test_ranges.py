@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quant.quantizer import QuantSpec, fake_quantize, grouped, quantize
-from quant.ranges import percentile_range, quantize_range, shrunk_range, static_codes, tensor_range
+from quant.ranges import Affine, best_range, quantize_range, static_codes, tensor_range
 
 GOLDEN = {key: torch.tensor(value) for key, value in golden("baselines").items()}
 
@@ -56,7 +56,7 @@ def test_every_group_gets_the_best_of_its_ranges(granularity, group, bits):
     spec = QuantSpec(bits, granularity, group)
     x = spread(*((3, 16, 64) if granularity == "image" else (16, 64)), seed=bits)
     view, dims = grouped(x, spec)
-    shrunk, cut = shrunk_range(view, dims, spec), percentile_range(view, dims, spec)
+    shrunk, cut = (best_range(view, dims, Affine(spec), choice) for choice in ("shrink", "percentile"))
     assert shrunk[0].shape == cut[1].shape == view.amin(dims, keepdim=True).shape
     kept = [dim for dim in range(view.dim()) if dim not in {dim % view.dim() for dim in dims}]
     groups = view.numpy().transpose(*kept, *(dim for dim in range(view.dim()) if dim not in kept)).astype(np.float64)

@@ -11,11 +11,12 @@ from diffusion import ImageNoise, make_schedule
 from download import load_model
 from models import DiT_models
 from quant.activation import Activation, Clock, Static
-from quant.attention import QuantAttention
+from quant.attention import Operands, QuantAttention
 from quant.backend import install
 from quant.pipeline import Start, quantize_model
 from quant.quantizer import QuantSpec
 from quant.reconstruct import LearnedStep, SoftLinear, beta_at, rectified_sigmoid, rounding_loss
+from quant.softmax import PowersOfRootTwo
 
 
 def digits():
@@ -125,11 +126,11 @@ def test_quantised_attention_without_rounding_is_attention():
     model = random_model()
     attention, x = model.blocks[0].attn, torch.randn(2, 16, 64)
     fine = Activation(QuantSpec(16, "tensor"))
-    from quant.attention import Operands
     smooth = torch.rand(64) + 0.5
     ours = QuantAttention(attention, Operands(fine, fine, fine, fine, smooth))
     assert np.allclose(ours(x), attention(x), atol=1e-5)
-    coarse = QuantAttention(attention, Operands(*[Activation(QuantSpec(8, "tensor"), torch.tensor(0.02), torch.tensor(128.0))] * 3, None))
+    static = Activation(QuantSpec(8, "tensor"), torch.tensor(0.02), torch.tensor(128.0))
+    coarse = QuantAttention(attention, Operands(static, static, static, PowersOfRootTwo(8, torch.tensor(1.0))))
     error = (coarse(x) - attention(x)).norm() / attention(x).norm()
     assert 1e-4 < error < 0.2
 

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from conftest import relative
@@ -10,7 +11,7 @@ from quant.linear import QuantizedLayer, QuantLinear
 from quant.lowrank import plain
 from quant.quantizer import QuantSpec
 from quant.ranges import static_codes
-from quant.repq import channel_quantizer, reparameterize
+from quant.repq import PerChannel, channel_ranges, reparameterize
 from quant.weights import quantize_weight
 
 
@@ -25,7 +26,7 @@ def activations(seed: int, rows: int = 64, channels: int = 24) -> torch.Tensor:
 @given(st.integers(4, 8), st.integers(0, 2 ** 32 - 1))
 def test_one_scale_gives_the_codes_of_one_per_channel(bits, seed):
     spec, x = QuantSpec(bits, "tensor"), activations(seed)
-    scale, zero = channel_quantizer(x[:48].amin(0), x[:48].amax(0), spec)  # which the other rows may exceed
+    scale, zero = channel_ranges(x[:48], spec, "minmax")  # which the other rows may exceed
     found = reparameterize(scale, zero, spec)
     steps = x.double().numpy() / scale.double().numpy()
     expected = np.clip(np.round(steps) + zero.numpy(), 0, spec.top)
@@ -40,7 +41,7 @@ def test_one_scale_gives_the_codes_of_one_per_channel(bits, seed):
 def test_the_linear_computes_the_same(seed):
     spec, x = QuantSpec(8, "tensor"), activations(seed)
     weight, bias = torch.randn(16, 24), torch.randn(16)
-    found = reparameterize(*channel_quantizer(x.amin(0), x.amax(0), spec), spec)
+    found = reparameterize(*channel_ranges(x, spec, "minmax"), spec)
     rounded = quantize_weight(weight * found.smooth, QuantSpec(8, "channel"))
     layer = QuantizedLayer(plain(rounded), Activation(QuantSpec(16, "tensor")), found.smooth, shift=found.shift)
     expected = F.linear(x.double(), (rounded.dequantize() / found.smooth).double(), bias.double())
@@ -50,7 +51,7 @@ def test_the_linear_computes_the_same(seed):
 
 def test_channel_ranges_are_used_to_the_full_even_off_zero():
     x, spec = torch.stack([torch.linspace(5, 7, 256), torch.linspace(-100, -99, 256)], 1), QuantSpec(8, "tensor")
-    scale, zero = channel_quantizer(x.amin(0), x.amax(0), spec)
+    scale, zero = channel_ranges(x, spec, "minmax")
     assert np.allclose(scale, [2 / 255, 1 / 255], rtol=1e-5)
     found = reparameterize(scale, zero, spec)
     back = static_codes((x + found.shift) / found.smooth, found.scale, found.zero, spec) * found.scale * found.smooth - found.shift
@@ -60,8 +61,29 @@ def test_channel_ranges_are_used_to_the_full_even_off_zero():
 def test_constant_channels_take_the_others_mean_scale():
     low, high = torch.tensor([-1.0, 0.0, 3.0, -4.0]), torch.tensor([1.0, 0.0, 3.0, 0.0])
     spec = QuantSpec(8, "tensor")
-    scale, zero = channel_quantizer(low, high, spec)
+    scale, zero = PerChannel(spec).fit(low, high)
     assert np.allclose(scale, np.array([2, 3, 3, 4]) / 255, rtol=1e-6)
     assert np.allclose(reparameterize(scale, zero, spec).scale, 3 / 255)
-    scale, zero = channel_quantizer(torch.zeros(3), torch.zeros(3), spec)
+    scale, zero = PerChannel(spec).fit(torch.zeros(3), torch.zeros(3))
     assert torch.equal(scale, torch.ones(3)) and torch.equal(zero, torch.zeros(3))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_channels_cut_at_percentiles_are_those_of_the_published_code(bits):
+    spec, x = QuantSpec(bits, "tensor"), activations(bits, rows=3000, channels=16)
+    x = x * torch.tensor(np.random.default_rng(0).choice([1.0, 8.0], (3000, 1), p=[0.998, 0.002]), dtype=torch.float32)  # tails to cut
+    scale, zero = channel_ranges(x.view(30, 100, 16), spec, "percentile")
+    cuts = []
+    for i, values in enumerate(x.double().numpy().T):
+        found = []
+        for share in (0.999, 0.9999, 0.99999):
+            low, high = np.quantile(values, [1 - share, share])
+            step = (high - low) / spec.top
+            centre = np.round(-low / step)
+            error = ((np.clip(np.round(values / step) + centre, 0, spec.top) - centre) * step - values) ** 2
+            found.append((error.mean(), step, centre, share))
+        _, step, centre, share = min(found, key=lambda entry: entry[0])
+        assert np.isclose(scale[i], step, rtol=1e-3) and abs(zero[i] - centre) <= 1  # torch.quantile places quantiles in float32
+        cuts.append(share)
+    assert bits == 8 or min(cuts) == 0.999  # something was cut
+    assert (channel_ranges(x, spec, "minmax")[0] >= scale).all()
