@@ -43,7 +43,8 @@ class Recipe:
         weight_granularity, weight_group: what shares a weight scale (see ``quant.quantizer.QuantSpec``).
         weight_scales: ``float``, or ``two-level``: integer group scales inside one floating scale per output channel.
         act_granularity: what shares an activation scale; groups are those of the weight.
-        act_range: ``dynamic``, or ``static``: found once, one per layer, in the way that ``act_clip`` names (as ``weight_range``).
+        act_range: ``dynamic``, or ``static``: found once, one per layer, in the way that ``act_clip`` names (as ``weight_range``; it goes
+            for attention's operands and for RepQ-ViT's channels too).
         act_steps: what static ranges are found on: timesteps drawn ``uniform`` or ``normal`` (PTQ4DM); ``each``: uniform ones, but what
             depends on the timestep embedding alone gets a range per timestep (TFMQ-DM).
         attention: quantises the operands of attention: ``none``, ``uniform``, or ``log-sqrt2``, which differs for the softmax output (RepQ-ViT).

@@ -1,34 +1,44 @@
-"""What each part of recipe ditas-plus gains, on the outlier twin and layer by layer on a DiT of width 768.
+"""What each part of recipe ditas-plus gains, on the outlier twin and layer by layer on a model of DiT-B/2's size.
 
-    python benchmarks/parts.py                    # both tables; about 20 minutes on two CPU cores
-    python benchmarks/parts.py --only layers      # a few minutes
+    python benchmarks/parts.py                    # everything; hours on two CPU cores
+    python benchmarks/parts.py --only twin        # a quarter of an hour
+
+twin             SQNR of the outlier twin's latents, for all recipes below
+layers           SQNR of every layer's output on held-out inputs, for the parts that were tried one after the other
+layers-left-out  the same for ditas-plus with one part left out or exchanged
 """
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import mean
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.sections import run_sections
-from config import RECIPES, calibration_cfg_scale
-from diffusion import ImageNoise, ddpm_step, make_schedule
+from config import RECIPES, Recipe, calibration_cfg_scale
+from diffusion import ImageNoise, Schedule, ddpm_step, make_schedule
 from diffusion.generate import generate_latents
 from download import load_model
 from examples.digits.outliers import add_outliers
 from metrics import sqnr_db
 from models import DiT, DiT_models
+from quant import evidence
 from quant.backend import install
 from quant.calibrate import record, replay
-from quant.linear import QuantLinear, block_linears
+from quant.linear import QuantizedLayer, QuantLinear, block_linears
 from quant.merge import fold
 from quant.pipeline import Start, quantize_model
+from quant.search import AlphaSearch
+from quant.weights import quantize_weight
 
 IMAGES, SEEDS = 64, (0,)  # of the twin's samples, and of its calibration noise
 
+JOINT = "ditas-plus, α searched jointly with clipping"
 DITAS, PLUS = RECIPES["ditas"], RECIPES["ditas-plus"]
 BUILT = {
     "ditas": DITAS,
@@ -36,6 +46,7 @@ BUILT = {
     "+ low rank fitted to the output": replace(DITAS, weight="gptq", metric="output"),
     "+ groups of 32": replace(PLUS, alphas=DITAS.alphas),
     "- search for α, which is 0.5: ditas-plus": PLUS,
+    JOINT: replace(PLUS, alphas=DITAS.alphas),
 }
 LEFT_OUT = {
     "ditas-plus without the low-rank branch": replace(PLUS, rank=0),
@@ -51,6 +62,18 @@ LEFT_OUT = {
 def start(model: nn.Module, images: int, seed: int) -> Start:
     noise = ImageNoise(seed, range(images), (model.in_channels, model.input_size, model.input_size))
     return Start(noise(), noise, torch.arange(images) % model.num_classes)
+
+
+class JointSearch(AlphaSearch):
+    """Scores each α with the weight clipped as is best for it: two-level scales of least error, as they are found after the search elsewhere."""
+
+    def _candidate(self, s: Tensor) -> Tensor:
+        return quantize_weight(self._weight * s, self._weight_spec).dequantize().div_(s)
+
+
+def quantized(model: nn.Module, label: str, recipe: Recipe, schedule: Schedule, begin: Start) -> dict[str, QuantizedLayer]:
+    with patch.object(evidence, "AlphaSearch", JointSearch if label == JOINT else AlphaSearch):
+        return quantize_model(model, recipe, 4, 8, schedule, begin).layers
 
 
 def load_twin() -> DiT:
@@ -69,17 +92,17 @@ def twin() -> None:
     for label, recipe in (BUILT | LEFT_OUT).items():
         together, single = [], []
         for seed in SEEDS:
-            result, fresh = quantize_model(model, recipe, 4, 8, schedule, start(model, 16, seed)), load_twin()
-            got = latents(install(fresh, fold(fresh, result.layers)))
+            found, fresh = quantized(model, label, recipe, schedule, start(model, 16, seed)), load_twin()
+            got = latents(install(fresh, fold(fresh, found)))
             together.append(sqnr_db(reference, got))
             single += [sqnr_db(a, b) for a, b in zip(reference, got)]
         print(f"| {label} | {' / '.join(f'{each:.1f}' for each in together)} | {mean(single):.2f} |", flush=True)
 
 
 def wide_model() -> DiT:
-    """Two blocks of DiT-B/2's shape, random weights, non-zero modulation, outlier channels put in as in the twin."""
+    """DiT-B/2 for latents of 16 x 16, random weights, non-zero modulation, outlier channels put in as in the twin."""
     torch.manual_seed(0)
-    model = DiT(input_size=16, hidden_size=768, depth=2, num_heads=12, num_classes=10)
+    model = DiT(input_size=16, hidden_size=768, depth=12, num_heads=12, num_classes=10)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.normal_(std=0.03)
@@ -88,21 +111,21 @@ def wide_model() -> DiT:
 
 
 @torch.no_grad()
-def layers() -> None:
+def layers(recipes: dict[str, Recipe]) -> None:
     model, schedule = wide_model(), make_schedule("8")
     linears, begin = block_linears(model), start(model, 4, 99)
     held_out, _ = record(model, linears, schedule, begin.labels, calibration_cfg_scale, begin.x, begin.draw)
-    print("\nTwo blocks of width 768, random weights, outliers put in, W4A8: SQNR of each layer's output on the inputs of another trajectory, dB")
+    print("\nDiT-B/2, random weights, outliers put in, W4A8: SQNR of each layer's output on the inputs of another trajectory, dB")
     print("\n| recipe | all | qkv | proj | fc1 | fc2 |\n|---|---|---|---|---|---|")
-    for label, recipe in (BUILT | LEFT_OUT).items():
-        found = quantize_model(model, recipe, 4, 8, schedule, start(model, 4, 0)).layers
+    for label, recipe in recipes.items():
+        found = quantized(model, label, recipe, schedule, start(model, 4, 0))
         energies = {name: torch.zeros(2, dtype=torch.float64) for name in linears}
 
         def observer(name, found=found, energies=energies):
-            quantised = QuantLinear(found[name], None)
+            layer = QuantLinear(found[name], None)
 
             def see(x, y):
-                energies[name] += torch.stack([y.square().sum(dtype=torch.float64), (quantised(x.flatten(0, 1)).view_as(y) - y).square().sum(dtype=torch.float64)])
+                energies[name] += torch.stack([y.square().sum(dtype=torch.float64), (layer(x.flatten(0, 1)).view_as(y) - y).square().sum(dtype=torch.float64)])
             return see
         replay(model, linears, held_out, {name: [observer(name)] for name in linears}, 4096, "held out")
         decibels = {name: float(10 * torch.log10(signal / noise)) for name, (signal, noise) in energies.items()}
@@ -111,4 +134,4 @@ def layers() -> None:
 
 
 if __name__ == "__main__":
-    run_sections(__doc__, {"twin": twin, "layers": layers})
+    run_sections(__doc__, {"twin": twin, "layers": partial(layers, BUILT), "layers-left-out": partial(layers, LEFT_OUT)})

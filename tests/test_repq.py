@@ -1,14 +1,19 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import relative
+from conftest import random_model, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from config import RECIPES
+from diffusion import ImageNoise, make_schedule
 from quant.activation import Activation
 from quant.linear import QuantizedLayer, QuantLinear
 from quant.lowrank import plain
+from quant.pipeline import Start, quantize_model
 from quant.quantizer import QuantSpec
 from quant.ranges import static_codes
 from quant.repq import PerChannel, channel_ranges, reparameterize
@@ -87,3 +92,17 @@ def test_channels_cut_at_percentiles_are_those_of_the_published_code(bits):
         cuts.append(share)
     assert bits == 8 or min(cuts) == 0.999  # something was cut
     assert (channel_ranges(x, spec, "minmax")[0] >= scale).all()
+
+
+def test_the_recipe_takes_both_kinds_of_ranges():
+    model, found = random_model(), {}
+    for clip in ("minmax", "percentile"):
+        noise = ImageNoise(0, range(16), (4, 8, 8))
+        recipe = replace(RECIPES["repq-vit"], act_clip=clip)
+        found[clip] = quantize_model(model, recipe, 4, 8, make_schedule("10"), Start(noise(), noise, torch.arange(16) % 10))
+    for name in ("blocks.1.attn.qkv", "blocks.1.mlp.fc1"):
+        whole, cut = (found[clip].layers[name] for clip in ("minmax", "percentile"))
+        assert cut.act.scale < whole.act.scale
+        assert (cut.smooth * cut.act.scale <= whole.smooth * whole.act.scale * 1.0001).all()  # the channels' own scales
+    for whole, cut in zip(found["minmax"].operands.values(), found["percentile"].operands.values()):
+        assert cut.probabilities.scale < whole.probabilities.scale <= 1
