@@ -1,11 +1,11 @@
 """What each part of recipe ditas-plus gains, on the outlier twin and layer by layer on a model of DiT-B/2's size.
 
-    python benchmarks/parts.py                    # everything; hours on two CPU cores
+    python benchmarks/parts.py                    # everything; about two hours on two CPU cores
     python benchmarks/parts.py --only twin        # a quarter of an hour
 
-twin             SQNR of the outlier twin's latents, for all recipes below
-layers           SQNR of every layer's output on held-out inputs, for the parts that were tried one after the other
-layers-left-out  the same for ditas-plus with one part left out or exchanged
+twin    SQNR of the outlier twin's latents, for all recipes below
+layers  SQNR of every layer's output on held-out inputs, without searches for α but the first row's, which takes a quarter of an hour
+search  the same for them, on two of the twelve blocks
 """
 import sys
 from dataclasses import replace
@@ -40,12 +40,16 @@ IMAGES, SEEDS = 64, (0,)  # of the twin's samples, and of its calibration noise
 
 JOINT = "ditas-plus, α searched jointly with clipping"
 DITAS, PLUS = RECIPES["ditas"], RECIPES["ditas-plus"]
+HALF = replace(DITAS, alphas=PLUS.alphas)
 BUILT = {
     "ditas": DITAS,
-    "+ GPTQ inside the alternation": replace(DITAS, weight="gptq"),
-    "+ low rank fitted to the output": replace(DITAS, weight="gptq", metric="output"),
-    "+ groups of 32": replace(PLUS, alphas=DITAS.alphas),
-    "- search for α, which is 0.5: ditas-plus": PLUS,
+    "- search for α, which is 0.5": HALF,
+    "+ GPTQ inside the alternation": replace(HALF, weight="gptq"),
+    "+ low rank fitted to the output": replace(HALF, weight="gptq", metric="output"),
+    "+ groups of 32: ditas-plus": PLUS,
+}
+SEARCHED = {
+    "ditas-plus, α searched": replace(PLUS, alphas=DITAS.alphas),
     JOINT: replace(PLUS, alphas=DITAS.alphas),
 }
 LEFT_OUT = {
@@ -89,7 +93,7 @@ def twin() -> None:
     reference = latents(model)
     print(f"\nDiT-Digits-Outliers (outliers put in by construction), W4A8, {IMAGES} images, 50 steps, means over calibration seeds {SEEDS}")
     print("\n| recipe | SQNR of all latents, dB | mean of every image's, dB |\n|---|---|---|")
-    for label, recipe in (BUILT | LEFT_OUT).items():
+    for label, recipe in (BUILT | SEARCHED | LEFT_OUT).items():
         together, single = [], []
         for seed in SEEDS:
             found, fresh = quantized(model, label, recipe, schedule, start(model, 16, seed)), load_twin()
@@ -99,10 +103,10 @@ def twin() -> None:
         print(f"| {label} | {' / '.join(f'{each:.1f}' for each in together)} | {mean(single):.2f} |", flush=True)
 
 
-def wide_model() -> DiT:
-    """DiT-B/2 for latents of 16 x 16, random weights, non-zero modulation, outlier channels put in as in the twin."""
+def wide_model(depth: int) -> DiT:
+    """DiT-B/2, or some of its blocks, for latents of 16 x 16: random weights, non-zero modulation, outlier channels put in as in the twin."""
     torch.manual_seed(0)
-    model = DiT(input_size=16, hidden_size=768, depth=12, num_heads=12, num_classes=10)
+    model = DiT(input_size=16, hidden_size=768, depth=depth, num_heads=12, num_classes=10)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.normal_(std=0.03)
@@ -111,11 +115,11 @@ def wide_model() -> DiT:
 
 
 @torch.no_grad()
-def layers(recipes: dict[str, Recipe]) -> None:
-    model, schedule = wide_model(), make_schedule("8")
+def layers(recipes: dict[str, Recipe], depth: int) -> None:
+    model, schedule = wide_model(depth), make_schedule("8")
     linears, begin = block_linears(model), start(model, 4, 99)
     held_out, _ = record(model, linears, schedule, begin.labels, calibration_cfg_scale, begin.x, begin.draw)
-    print("\nDiT-B/2, random weights, outliers put in, W4A8: SQNR of each layer's output on the inputs of another trajectory, dB")
+    print(f"\n{depth} blocks of DiT-B/2, random weights, outliers put in, W4A8: SQNR of each layer's output on the inputs of another trajectory, dB")
     print("\n| recipe | all | qkv | proj | fc1 | fc2 |\n|---|---|---|---|---|---|")
     for label, recipe in recipes.items():
         found = quantized(model, label, recipe, schedule, start(model, 4, 0))
@@ -134,4 +138,4 @@ def layers(recipes: dict[str, Recipe]) -> None:
 
 
 if __name__ == "__main__":
-    run_sections(__doc__, {"twin": twin, "layers": partial(layers, BUILT), "layers-left-out": partial(layers, LEFT_OUT)})
+    run_sections(__doc__, {"twin": twin, "layers": partial(layers, BUILT | LEFT_OUT, 12), "search": partial(layers, {"ditas-plus": PLUS} | SEARCHED, 2)})
