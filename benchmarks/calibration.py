@@ -7,19 +7,22 @@ calibration  whole quantisation of the digits model: one trajectory per layer, e
              candidate by candidate (as the published code does), against two trajectories for all layers; same low-rank solver
 forward      fake-quantised against float forward of a DiT-B/2 with random weights, batch 8
 lowrank      ten alternations of a 1152 x 4608 layer at rank 32: full SVDs against the warm-started solver
-memory       growth of the resident set during calibration, against float model + 25 x the largest layer activation
+memory       tensors alive during calibration, and growth of the resident set, against float model + 25 x the largest layer activation
 """
+import json
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
 
 import config
 from benchmarks.sections import run_sections
@@ -36,6 +39,7 @@ from quant.pipeline import Start, quantize_model
 from quant.quantizer import QuantSpec, fake_quantize
 from quant.recipe import act_spec, weight_spec
 from quant.smoothing import aggregate, smoothing_factors
+from quant.twolevel import span_groups
 from quant.weights import gptq_quantizer, nearest_quantizer, quantize_weight
 
 STEPS, LABELS = 50, 16
@@ -66,7 +70,7 @@ def published_procedure(model, recipe, weight_bits, act_bits, schedule) -> tuple
         balanced = bases[name].weight.dequantize() if bases else linear.weight
         for i, alpha in enumerate(recipe.alphas):
             s = smoothing_factors(aggregate(absmax[name], recipe.balance, recipe.timestep), balanced, alpha, config.factor_floor)
-            rounded = None if bases else fake_quantize(linear.weight * s, spec)
+            rounded = None if bases else span_groups(linear.weight * s, spec)
             for x in history:
                 wanted = F.linear(x, linear.weight, linear.bias)
                 q = fake_quantize(x / s, act)
@@ -74,7 +78,8 @@ def published_procedure(model, recipe, weight_bits, act_bits, schedule) -> tuple
                     weight, right = balanced * s, bases[name].right * s
                     got = F.linear(q, weight) + F.linear(F.linear(q, right), bases[name].left) + linear.bias
                 else:
-                    got = F.linear(q, rounded, linear.bias)
+                    values, step = rounded
+                    got = F.linear(q, values * step[:, None], linear.bias)
                 loss[i] += (got - wanted).square().mean().double()
         losses[name] = loss
         alphas[name] = recipe.alphas[int(loss.argmin())]
@@ -163,11 +168,21 @@ def gptq() -> None:
         print(f"| {'float scales' if convention == 'affine' else convention} | {scales:.2f} | {seconds:.2f} | {errors[0] / errors[1]:.3f} |", flush=True)
 
 
+def alive_at_peak(call: Callable) -> float:
+    """MB of tensors that ``call`` held at once, at most."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    with TemporaryDirectory() as folder:
+        recorded.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(f"{folder}/trace.json").read_text())["traceEvents"]
+    return max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]") / 1e6
+
+
 def memory() -> None:
     tiny = DiT(input_size=8, hidden_size=64, depth=1, num_heads=2, num_classes=10).eval()
     quantize_model(tiny, RECIPES["ditas"], 4, 8, make_schedule("2"), start(tiny))  # so that library code is in memory before
-    print("\n| model | float model, MB | largest activation of a layer, MB | bound, MB | growth of peak memory, MB |")
-    print("|---|---|---|---|---|")
+    print("\n| model | float model, MB | largest activation of a layer, MB | bound, MB | model and tensors alive at the peak (4 steps), MB | growth of the resident set, MB |")
+    print("|---|---|---|---|---|---|")
     for name, size, steps in (("DiT-Digits", 16, "50"), ("DiT-S/4", 256, "2")):
         card = DiT_models[name]
         torch.manual_seed(0)
@@ -179,7 +194,8 @@ def memory() -> None:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         quantize_model(model, RECIPES["ditas"], 4, 8, make_schedule(steps), begin)
         growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-        print(f"| {name} | {weights:.0f} | {activation:.1f} | {weights + 25 * activation:.0f} | {growth:.0f} |", flush=True)
+        alive = weights + alive_at_peak(lambda: quantize_model(model, RECIPES["ditas"], 4, 8, make_schedule("4"), begin))
+        print(f"| {name} | {weights:.0f} | {activation:.1f} | {weights + 25 * activation:.0f} | {alive:.0f} | {growth:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

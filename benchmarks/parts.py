@@ -71,8 +71,9 @@ def start(model: nn.Module, images: int, seed: int) -> Start:
 class JointSearch(AlphaSearch):
     """Scores each α with the weight clipped as is best for it: two-level scales of least error, as they are found after the search elsewhere."""
 
-    def _candidate(self, s: Tensor) -> Tensor:
-        return quantize_weight(self._weight * s, self._weight_spec).dequantize().div_(s)
+    def _rounded(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        values, step = quantize_weight(weight, self._weight_spec).integers()
+        return values.to(torch.int8), step
 
 
 def quantized(model: nn.Module, label: str, recipe: Recipe, schedule: Schedule, begin: Start) -> dict[str, QuantizedLayer]:

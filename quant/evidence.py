@@ -17,6 +17,7 @@ from quant.attention import Operands, softmax_of
 from quant.backend import install
 from quant.calibrate import Trajectory, replay
 from quant.linear import QuantizedLayer, block_linears, matrix, timed
+from quant.losses import fastest
 from quant.lowrank import LowRankWeight, lowrank_quantize
 from quant.observers import ImageMaxima, Samples, SecondMoment, StepRange, pick
 from quant.quantizer import OFF_BITS, scale_and_zero
@@ -89,8 +90,10 @@ class Evidence:
                 act_max = aggregate(self.absmax[name], recipe.balance, recipe.timestep)
                 candidates[name] = torch.stack([smoothing_factors(act_max, against, a, config.factor_floor) for a in recipe.alphas])
             if len(recipe.alphas) > 1:
-                searches = attach(lambda name: AlphaSearch(linears[name].weight, candidates[name], weight_spec(recipe, self.weight_bits),
-                                                           act_spec(recipe, self.act_bits), bases[name].dense() if bases else None), balanced)
+                specs = weight_spec(recipe, self.weight_bits), act_spec(recipe, self.act_bits)
+                energies = fastest(self.trajectory.latents.device, specs[1])
+                searches = attach(lambda name: AlphaSearch(linears[name].weight, candidates[name], *specs, bases[name].dense() if bases else None,
+                                                           energies), balanced)
         maxima = attach(lambda name: ImageMaxima(), balanced if recipe.balance == "salience" else ())
         if recipe.weight == "gptq" or recipe.metric == "output":
             self._moments = attach(lambda name: SecondMoment(linears[name], steps), linears)

@@ -53,6 +53,17 @@ def quantize_two_level(weight: Tensor, spec: QuantSpec, importance: Tensor | Non
     return Quantized(torch.cat(codes).reshape(weight.shape), torch.cat(scale)[..., None], torch.cat(zero)[..., None], spec, step)
 
 
+def span_groups(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Plain rounding of a weight (O, I) to two-level scales, without a search: the least integer scales that span the groups, of the step
+    that just holds the channel's largest weight. Gives int8 values (O, I) and steps (O,)."""
+    groups, _ = grouped(weight, spec)
+    low, high = groups.amin(-1, keepdim=True).clamp_(max=0), groups.amax(-1, keepdim=True).clamp_(min=0)  # (O, G, 1)
+    step = (torch.maximum(high, -low).amax(1, keepdim=True) / LIMIT).bfloat16().float()
+    step.masked_fill_(step == 0, 1.0)
+    grid = _grid(low, ((high - low) / (step * spec.top)).ceil_().clamp_(1, LIMIT), step, spec)
+    return grid.signed(groups).mul_(grid.code_scale[..., None]).to(torch.int8).view_as(weight), step.flatten()
+
+
 def _view(weight: Tensor, importance: Tensor | None, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Groups (O, G, g) and what their errors count, (G, g) or (1,)."""
     groups, _ = grouped(weight, spec)

@@ -2,16 +2,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from quant.losses import energies, fused_energies
 from quant.quantizer import QuantSpec, fake_quantize
 from quant.search import AlphaSearch
 from quant.smoothing import aggregate, check_step, smoothing_factors
+from quant.twolevel import span_groups
 
 
 def brute_force(weight, factors, weight_spec, act, shared, x):
     """The loss as the paper defines it: one product per candidate and timestep, in float64."""
     losses = []
     for s in factors:
-        quantised = fake_quantize(weight * s, weight_spec) if shared is None else shared * s
+        if shared is not None:
+            quantised = shared * s
+        elif weight_spec.convention == "two-level":
+            values, step = span_groups(weight * s, weight_spec)
+            quantised = values * step[:, None]
+        else:
+            quantised = fake_quantize(weight * s, weight_spec)
         total = 0.0
         for step in x:
             got = F.linear(fake_quantize(step / s, act).double(), quantised.double())
@@ -23,21 +31,41 @@ def brute_force(weight, factors, weight_spec, act, shared, x):
 @pytest.mark.parametrize("rows, columns", [(256, 64), (192, 64), (64, 64), (64, 256)])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("granularity, convention", [("token", "affine"), ("image", "affine"), ("tensor", "published")])
-@pytest.mark.parametrize("weight_bits, act_bits", [(4, 8), (8, 8), (8, 16)])
-def test_streamed_losses_are_the_papers(rows, columns, shared, granularity, convention, weight_bits, act_bits):
+@pytest.mark.parametrize("weight, weight_bits, act_bits, measure", [
+    ("group", 4, 8, energies), ("group", 8, 8, energies), ("group", 8, 16, energies), ("two-level", 4, 8, energies),
+    ("group", 4, 8, fused_energies), ("group", 8, 8, fused_energies), ("two-level", 4, 8, fused_energies), ("two-level", 8, 6, fused_energies),
+    ("channel", 4, 8, fused_energies), ("channel", 8, 8, fused_energies), ("strided", 4, 8, fused_energies)])
+def test_streamed_losses_are_the_papers(rows, columns, shared, granularity, convention, weight, weight_bits, act_bits, measure):
     torch.manual_seed(rows + columns)
+    layout = QuantSpec(weight_bits, "group", 64, "two-level") if weight == "two-level" else QuantSpec(weight_bits, weight, 32 if weight == "strided" else 64)
     weight, x = torch.randn(rows, columns), torch.randn(5, 3, 7, columns)
     x[..., ::16] *= 40  # outlier channels
-    weight_spec, act = QuantSpec(weight_bits, "group", 64), QuantSpec(act_bits, granularity, convention=convention)
+    weight_spec, act = layout, QuantSpec(act_bits, granularity, convention=convention)
     a = x.abs().amax((0, 1, 2))
     factors = torch.stack([smoothing_factors(a, weight, alpha, 1e-4) for alpha in (0.0, 0.5, 0.85, 1.0)])
     base = fake_quantize(weight, weight_spec) if shared else None
-    search = AlphaSearch(weight, factors, weight_spec, act, base)
+    search = AlphaSearch(weight, factors, weight_spec, act, base, measure)
     for chunk in (x[:3], x[3:]):
         search(chunk, F.linear(chunk, weight))
     expected = brute_force(weight, factors, weight_spec, act, base, x)
     assert torch.allclose(search.loss, expected, rtol=2e-5)
     assert expected[search.best()] <= expected.min() * (1 + 2e-5)  # with nothing to smooth, all candidates are alike
+
+
+@pytest.mark.parametrize("rows, columns, group", [(8, 64, 32), (5, 96, 96), (16, 24, 64)])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_spanning_scales_lose_nothing_but_half_a_step(rows, columns, group, bits):
+    torch.manual_seed(bits)
+    weight = torch.randn(rows, columns) * torch.logspace(-3, 1, rows)[:, None]
+    weight[0] = 0.0
+    values, step = span_groups(weight, QuantSpec(bits, "group", group, "two-level"))
+    assert values.dtype == torch.int8 and values.min() >= -127
+    groups = weight.unflatten(1, (-1, min(group, columns)))
+    span = groups.amax(-1).clamp(min=0) - groups.amin(-1).clamp(max=0)  # of floating scales
+    size = torch.maximum(span / (2 ** bits - 1) + step[:, None], step[:, None])  # integer scales are rounded up to the next step
+    error = (values * step[:, None] - weight).abs().unflatten(1, (-1, min(group, columns))).amax(-1)
+    assert (error <= size * 1.01).all()
+    assert not values[0].any()
 
 
 def test_the_first_of_equal_candidates_wins():
