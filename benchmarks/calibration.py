@@ -39,7 +39,7 @@ from quant.pipeline import Start, quantize_model
 from quant.quantizer import QuantSpec, fake_quantize
 from quant.recipe import act_spec, weight_spec
 from quant.smoothing import aggregate, smoothing_factors
-from quant.twolevel import span_groups
+from quant.twolevel import round_to_int8
 from quant.weights import gptq_quantizer, nearest_quantizer, quantize_weight
 
 STEPS, LABELS = 50, 16
@@ -70,7 +70,7 @@ def published_procedure(model, recipe, weight_bits, act_bits, schedule) -> tuple
         balanced = bases[name].weight.dequantize() if bases else linear.weight
         for i, alpha in enumerate(recipe.alphas):
             s = smoothing_factors(aggregate(absmax[name], recipe.balance, recipe.timestep), balanced, alpha, config.factor_floor)
-            rounded = None if bases else span_groups(linear.weight * s, spec)
+            rounded = None if bases else round_to_int8(linear.weight * s, spec)
             for x in history:
                 wanted = F.linear(x, linear.weight, linear.bias)
                 q = fake_quantize(x / s, act)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quant.losses import Candidates, Energies, energies
 from quant.quantizer import QuantSpec, quantize
-from quant.twolevel import span_groups
+from quant.twolevel import round_to_int8
 
 BLOCK = 2 ** 18  # weights quantised at a time: few enough to stay in a CPU's cache between passes
 
@@ -25,7 +25,7 @@ class AlphaSearch:
     Args:
         weight: (O, I) float weight.
         factors: (A, I) smoothing factors of each candidate.
-        weight_spec: how a candidate quantises ``W diag(s)``; two-level scales are not searched for, but rounded up.
+        weight_spec: how a candidate quantises ``W diag(s)``; in place of two-level scales, whose search takes long, ``round_to_int8``.
         act: the activation quantiser.
         shared: (O, I) quantised weight B that all candidates share instead (published DiTAS), or None.
         energies: computes the losses (see ``quant.losses``).
@@ -72,7 +72,7 @@ class AlphaSearch:
     def _rounded(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """Rows quantised: int8 values and what multiplies each row, (O,), if the layout has such a form; else values and None."""
         if self._weight_spec.convention == "two-level":
-            return span_groups(weight, self._weight_spec)
+            return round_to_int8(weight, self._weight_spec)
         quantized = quantize(weight, self._weight_spec)
         found = quantized.integers() if self._weight_spec.bits < 8 else None  # differences of 8-bit codes exceed int8
         return (quantized.dequantize(), None) if found is None else (found[0].to(torch.int8), found[1])
