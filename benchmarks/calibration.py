@@ -181,19 +181,21 @@ def alive_at_peak(call: Callable) -> float:
 def memory() -> None:
     tiny = DiT(input_size=8, hidden_size=64, depth=1, num_heads=2, num_classes=10).eval()
     quantize_model(tiny, RECIPES["ditas"], 4, 8, make_schedule("2"), start(tiny))  # so that library code is in memory before
-    print("\n| model | float model, MB | largest activation of a layer, MB | bound, MB | model and tensors alive at the peak (4 steps), MB | growth of the resident set, MB |")
-    print("|---|---|---|---|---|---|")
+    found = []
     for name, size, steps in (("DiT-Digits", 16, "50"), ("DiT-S/4", 256, "2")):
         card = DiT_models[name]
         torch.manual_seed(0)
         model = card.build(size).eval()
         begin = start(model)
-        weights = sum(p.numel() for p in model.parameters()) * 4 / 1e6
-        tokens = 2 * LABELS * (model.input_size // model.patch_size) ** 2
-        activation = tokens * card.hidden_size * 4 * 4 / 1e6
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         quantize_model(model, RECIPES["ditas"], 4, 8, make_schedule(steps), begin)
         growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        weights = sum(p.numel() for p in model.parameters()) * 4 / 1e6
+        activation = 2 * LABELS * (model.input_size // model.patch_size) ** 2 * card.hidden_size * 4 * 4 / 1e6
+        found.append((name, model, begin, weights, activation, growth))
+    print("\n| model | float model, MB | largest activation of a layer, MB | bound, MB | model and tensors alive at the peak (4 steps), MB | growth of the resident set, MB |")
+    print("|---|---|---|---|---|---|")
+    for name, model, begin, weights, activation, growth in found:  # after the resident sets, because recording takes memory
         alive = weights + alive_at_peak(lambda: quantize_model(model, RECIPES["ditas"], 4, 8, make_schedule("4"), begin))
         print(f"| {name} | {weights:.0f} | {activation:.1f} | {weights + 25 * activation:.0f} | {alive:.0f} | {growth:.0f} |", flush=True)
 
