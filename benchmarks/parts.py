@@ -1,11 +1,11 @@
 """What each part of recipe ditas-plus gains, on the outlier twin and layer by layer on a model of DiT-B/2's size.
 
-    python benchmarks/parts.py                    # everything; about two hours on two CPU cores
-    python benchmarks/parts.py --only twin        # a quarter of an hour
+    python benchmarks/parts.py                    # everything; about an hour on one CPU core
+    python benchmarks/parts.py --only twin        # less than ten minutes
 
 twin    SQNR of the outlier twin's latents, for all recipes below
-layers  SQNR of every layer's output on held-out inputs, without searches for α but the first row's, which takes a quarter of an hour
-search  the same for them, on two of the twelve blocks
+layers  SQNR of every layer's output on held-out inputs, without searches for α but the first row's
+search  the same for them, on two of the twelve blocks, because clipping for every candidate takes long
 """
 import sys
 from dataclasses import replace
