@@ -103,8 +103,8 @@ RECIPES: dict[str, Recipe] = {
     "smoothquant": Recipe(balance="smoothquant", alphas=(0.5,)),
     # Shang et al., 2023: static ranges from timesteps drawn by a normal distribution.
     "ptq4dm": replace(_STATIC, act_steps="normal"),
-    # Li et al., 2023: ranges per channel made one per tensor; softmax in powers of the square root of 2.
-    "repq-vit": replace(_STATIC, balance="reparameterise", attention="log-sqrt2"),
+    # Li et al., 2023: ranges per channel made one per tensor; softmax in powers of the square root of 2. The published code has act_clip="percentile".
+    "repq-vit": replace(_STATIC, balance="reparameterise", attention="log-sqrt2", act_clip="minmax"),
     # Huang et al., 2024: what depends on the timestep alone, adaLN included, has ranges per timestep.
     "tfmq-dm": replace(_STATIC, act_steps="each", weight="adaround"),
     # GPTQ weights (Frantar et al., 2023) with PTQ4DM's activations, as Q-DiT compares against.

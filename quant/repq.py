@@ -50,7 +50,7 @@ class PerChannel:
 def channel_ranges(sample: Tensor, spec: QuantSpec, choice: str) -> tuple[Tensor, Tensor]:
     """Scale and zero point of every channel, (I,) each, for a sample of inputs (..., I).
 
-    ``minmax`` is the paper's formula; its code takes the best of three ``percentile``s, which recipe ``repq-vit`` does too.
+    ``minmax`` is the paper's formula, and recipe ``repq-vit``'s; its code takes the best of three ``percentile``s.
 
     Raises:
         ValueError: NaN or infinity, or an unknown choice (expected is a key of ``quant.ranges.RANGES``).
