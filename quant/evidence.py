@@ -91,9 +91,9 @@ class Evidence:
                 candidates[name] = torch.stack([smoothing_factors(act_max, against, a, config.factor_floor) for a in recipe.alphas])
             if len(recipe.alphas) > 1:
                 specs = weight_spec(recipe, self.weight_bits), act_spec(recipe, self.act_bits)
-                energies = fastest(self.trajectory.latents.device, specs[1])
+                arithmetic = fastest(self.trajectory.latents.device, specs[1])
                 searches = attach(lambda name: AlphaSearch(linears[name].weight, candidates[name], *specs, bases[name].dense() if bases else None,
-                                                           energies), balanced)
+                                                           arithmetic), balanced)
         maxima = attach(lambda name: ImageMaxima(), balanced if recipe.balance == "salience" else ())
         if recipe.weight == "gptq" or recipe.metric == "output":
             self._moments = attach(lambda name: SecondMoment(linears[name], steps), linears)

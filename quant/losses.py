@@ -11,32 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quant.candidates import Candidates, fused_rounded, rounded
 from quant.integer.cpu import supported
 from quant.quantizer import OFF_BITS, QuantSpec, scale_and_zero, signed_codes_
 
 BLOCK = 2 ** 19  # inputs or outputs handled at a time
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """Factors s (A, I) that divide the input, and the weights for what comes out: ``diag(step) values``.
-
-    Attributes:
-        values: (A, O, I) int8 where the layout has such a form, else float32.
-        step: (A, O) float32; None for ones, if values are float32.
-    """
-
-    factors: Tensor
-    values: Tensor
-    step: Tensor | None
-
-
-Energies = Callable[[Tensor, Tensor, Candidates, QuantSpec], Tensor]
-
-
-def fastest(device: torch.device, act: QuantSpec) -> Energies:
-    """``fused_energies`` where they can be had (without numba they cannot), else ``energies``."""
-    return fused_energies if device.type == "cpu" and act.bits != OFF_BITS and find_spec("numba") is not None else energies
 
 
 def energies(x: Tensor, y: Tensor, candidates: Candidates, act: QuantSpec) -> Tensor:
@@ -82,10 +61,8 @@ def entry_ranges(x: Tensor, factors: Tensor, act: QuantSpec) -> tuple[Tensor, Te
 
 def fused_energies(x: Tensor, y: Tensor, candidates: Candidates, act: QuantSpec) -> Tensor:
     """As ``energies``, on a CPU; codes may differ where a value lies within a rounding error of the middle between two."""
-    import numba
-
     from quant import fused
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    fused.use_threads(torch.get_num_threads())
     values, factors, top = candidates.values, 1 / candidates.factors, np.float32(act.top)
     integer = values.dtype == torch.int8 and supported()
     weights, by_input = values if integer else values.float(), factors.T.contiguous()  # (I, A)
@@ -110,3 +87,20 @@ def fused_energies(x: Tensor, y: Tensor, candidates: Candidates, act: QuantSpec)
             fused.energies(sums.numpy(), offset, steps, s, z, outputs, energy)
         total += torch.from_numpy(found.sum(1, dtype=np.float64))
     return total
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How the grid search computes: ``candidates`` from weight, factors and spec, ``energies`` from inputs, outputs, candidates and spec."""
+
+    candidates: Callable[[Tensor, Tensor, QuantSpec], Candidates]
+    energies: Callable[[Tensor, Tensor, Candidates, QuantSpec], Tensor]
+
+
+DEFINITION = Arithmetic(rounded, energies)
+FUSED = Arithmetic(fused_rounded, fused_energies)
+
+
+def fastest(device: torch.device, act: QuantSpec) -> Arithmetic:
+    """``FUSED`` where it can be had (without numba it cannot), else ``DEFINITION``."""
+    return FUSED if device.type == "cpu" and act.bits != OFF_BITS and find_spec("numba") is not None else DEFINITION

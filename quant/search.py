@@ -12,11 +12,9 @@ and candidates differ in products with I x I matrices only.
 import torch
 from torch import Tensor
 
-from quant.losses import Candidates, Energies, energies
-from quant.quantizer import QuantSpec, quantize
-from quant.twolevel import round_to_int8
-
-BLOCK = 2 ** 18  # weights quantised at a time: few enough to stay in a CPU's cache between passes
+from quant.candidates import Candidates
+from quant.losses import DEFINITION, Arithmetic
+from quant.quantizer import QuantSpec
 
 
 class AlphaSearch:
@@ -25,20 +23,20 @@ class AlphaSearch:
     Args:
         weight: (O, I) float weight.
         factors: (A, I) smoothing factors of each candidate.
-        weight_spec: how a candidate quantises ``W diag(s)``; in place of two-level scales, whose search takes long, ``round_to_int8``.
+        weight_spec: how a candidate quantises ``W diag(s)``.
         act: the activation quantiser.
         shared: (O, I) quantised weight B that all candidates share instead (published DiTAS), or None.
-        energies: computes the losses (see ``quant.losses``).
+        arithmetic: makes candidates and computes their losses.
 
     Attributes:
         loss: (A,) float64.
     """
 
     def __init__(self, weight: Tensor, factors: Tensor, weight_spec: QuantSpec, act: QuantSpec, shared: Tensor | None,
-                 energies: Energies = energies):
+                 arithmetic: Arithmetic = DEFINITION):
         self.loss = torch.zeros(len(factors), dtype=torch.float64, device=weight.device)
         self._weight, self._factors, self._weight_spec, self._shared = weight, factors, weight_spec, shared
-        self._energies = energies
+        self._arithmetic = arithmetic
         self._act, self._range_per_step = act.per_step(), act.granularity == "tensor"
         self._target = self._rest = None
         if shared is not None and len(weight) > weight.shape[1]:
@@ -54,7 +52,7 @@ class AlphaSearch:
             y, rows = x @ self._target.T, x.flatten(0, 2)
             self.loss += ((rows.T @ rows).double() * self._rest).sum() / step_size
         x = x.flatten(1, 2) if self._range_per_step else x.flatten(0, 1)  # whatever shares a range is an entry: (B, R, I)
-        self.loss += self._energies(x, y.reshape(*x.shape[:2], -1), self._candidates(), self._act) / step_size
+        self.loss += self._arithmetic.energies(x, y.reshape(*x.shape[:2], -1), self._candidates(), self._act) / step_size
 
     def best(self) -> int:
         """Index of the first candidate of least loss."""
@@ -63,16 +61,4 @@ class AlphaSearch:
     def _candidates(self) -> Candidates:
         if self._shared is not None:
             return Candidates(self._factors, self._shared * self._factors[:, None], None)
-        apart = self._weight_spec.granularity == "strided"  # groups span rows
-        size = 1 if apart else max(1, BLOCK // self._weight.numel())
-        parts = [self._rounded((self._weight * s[:, None]).flatten(0, 1)) for s in self._factors.split(size)]
-        values, step = (None if each[0] is None else torch.cat(each) for each in zip(*parts))
-        return Candidates(self._factors, values.view(-1, *self._weight.shape), None if step is None else step.view(-1, len(self._weight)))
-
-    def _rounded(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Rows quantised: int8 values and what multiplies each row, (O,), if the layout has such a form; else values and None."""
-        if self._weight_spec.convention == "two-level":
-            return round_to_int8(weight, self._weight_spec)
-        quantized = quantize(weight, self._weight_spec)
-        found = quantized.integers() if self._weight_spec.bits < 8 else None  # differences of 8-bit codes exceed int8
-        return (quantized.dequantize(), None) if found is None else (found[0].to(torch.int8), found[1])
+        return self._arithmetic.candidates(self._weight, self._factors, self._weight_spec)

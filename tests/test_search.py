@@ -2,7 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from quant.losses import energies, fused_energies
+from quant.candidates import fused_rounded, rounded
+from quant.losses import DEFINITION, FUSED
 from quant.quantizer import QuantSpec, fake_quantize
 from quant.search import AlphaSearch
 from quant.smoothing import aggregate, check_step, smoothing_factors
@@ -31,11 +32,11 @@ def brute_force(weight, factors, weight_spec, act, shared, x):
 @pytest.mark.parametrize("rows, columns", [(256, 64), (192, 64), (64, 64), (64, 256)])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("granularity, convention", [("token", "affine"), ("image", "affine"), ("tensor", "published")])
-@pytest.mark.parametrize("weight, weight_bits, act_bits, measure", [
-    ("group", 4, 8, energies), ("group", 8, 8, energies), ("group", 8, 16, energies), ("two-level", 4, 8, energies),
-    ("group", 4, 8, fused_energies), ("group", 8, 8, fused_energies), ("two-level", 4, 8, fused_energies), ("two-level", 8, 6, fused_energies),
-    ("channel", 4, 8, fused_energies), ("channel", 8, 8, fused_energies), ("strided", 4, 8, fused_energies)])
-def test_streamed_losses_are_the_papers(rows, columns, shared, granularity, convention, weight, weight_bits, act_bits, measure):
+@pytest.mark.parametrize("weight, weight_bits, act_bits, arithmetic", [
+    ("group", 4, 8, DEFINITION), ("group", 8, 8, DEFINITION), ("group", 8, 16, DEFINITION), ("two-level", 4, 8, DEFINITION),
+    ("group", 4, 8, FUSED), ("group", 8, 8, FUSED), ("two-level", 4, 8, FUSED), ("two-level", 8, 6, FUSED),
+    ("channel", 4, 8, FUSED), ("channel", 8, 8, FUSED), ("strided", 4, 8, FUSED)])
+def test_streamed_losses_are_the_papers(rows, columns, shared, granularity, convention, weight, weight_bits, act_bits, arithmetic):
     torch.manual_seed(rows + columns)
     layout = QuantSpec(weight_bits, "group", 64, "two-level") if weight == "two-level" else QuantSpec(weight_bits, weight, 32 if weight == "strided" else 64)
     weight, x = torch.randn(rows, columns), torch.randn(5, 3, 7, columns)
@@ -44,7 +45,7 @@ def test_streamed_losses_are_the_papers(rows, columns, shared, granularity, conv
     a = x.abs().amax((0, 1, 2))
     factors = torch.stack([smoothing_factors(a, weight, alpha, 1e-4) for alpha in (0.0, 0.5, 0.85, 1.0)])
     base = fake_quantize(weight, weight_spec) if shared else None
-    search = AlphaSearch(weight, factors, weight_spec, act, base, measure)
+    search = AlphaSearch(weight, factors, weight_spec, act, base, arithmetic)
     for chunk in (x[:3], x[3:]):
         search(chunk, F.linear(chunk, weight))
     expected = brute_force(weight, factors, weight_spec, act, base, x)
@@ -63,6 +64,18 @@ def test_int8_values_are_the_rounded_weight_to_half_a_step(rows, columns, group,
     assert values.dtype == torch.int8 and values.min() >= -127 and not values[0].any()
     assert ((values * step[:, None] - fake_quantize(weight, spec)).abs() <= 0.501 * step[:, None]).all()
     assert (step[1:] <= 2.1 * weight[1:].abs().amax(1) / 127).all()  # no larger than they have to be
+
+
+@pytest.mark.parametrize("rows, columns, group", [(8, 64, 16), (5, 96, 96), (33, 24, 64), (512, 128, 64)])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_compiled_candidates_are_those_of_the_definition(rows, columns, group, bits):
+    torch.manual_seed(bits)
+    weight, factors = torch.randn(rows, columns) * torch.logspace(-3, 1, rows)[:, None], torch.rand(5, columns) * 3
+    weight[0], weight[1, :min(group, columns // 2)], weight[2] = 0.0, 0.0, weight[2].abs()
+    spec = QuantSpec(bits, "group", group, "two-level")
+    ours, expected = fused_rounded(weight, factors, spec), rounded(weight, factors, spec)
+    assert expected.values.unique().numel() >= min(2 ** bits, 200)
+    assert torch.equal(ours.values, expected.values) and torch.equal(ours.step, expected.step)
 
 
 def test_the_first_of_equal_candidates_wins():
