@@ -130,8 +130,8 @@ class QuantLinear(nn.Module):
         if self.smooth is not None:
             values = values / self.smooth
         values, scale = self.act(values)
-        sums = F.linear(values.to(x.dtype), self.weight)
-        return scaled(sums, self.step, self.left, scale, self.bias).to(x.dtype)
+        sums, low = parted(F.linear(values.to(x.dtype), self.weight), self.left)
+        return scaled(sums, low, self.step, self.left, scale, self.bias).to(x.dtype)
 
 
 class PatchLinear(nn.Module):
@@ -151,16 +151,21 @@ def own(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.detach().float().clone()
 
 
-def scaled(sums: Tensor, step: Tensor | None, left: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    """What follows a product with V above R: ``((sums_V step) + sums_R L^T) scale + bias``.
+def parted(sums: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+    """Products (..., O + r or more) with V above R, apart: (..., O) and (..., r), for ``left`` (O, r)."""
+    rows, rank = left.shape
+    return sums[..., :rows], sums[..., rows:rows + rank]
+
+
+def scaled(sums: Tensor, low: Tensor, step: Tensor | None, left: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """What follows products with V and R: ``(sums step + low L^T) scale + bias``.
 
     Args:
-        sums: (..., T, O + r or more); the others as in ``QuantLinear``, None for ones (bias: zeros); scale broadcasts with (..., T, 1).
+        sums: (..., T, O); low: (..., T, r); the others as in ``QuantLinear``, None for ones (bias: zeros); scale broadcasts with (..., T, 1).
     """
-    rows, rank = left.shape
-    y = sums[..., :rows].float() if step is None else sums[..., :rows] * step
-    if rank:
-        y = y + F.linear(sums[..., rows:rows + rank].to(left.dtype), left)
+    y = sums.float() if step is None else sums * step
+    if left.shape[1]:
+        y = y + F.linear(low.to(left.dtype), left)
     if scale is not None:
         y = y * scale
     return y if bias is None else y + bias
@@ -227,7 +232,7 @@ def from_digits(sums: Tensor, scale: Tensor, zero: Tensor, weight_sums: Tensor, 
                 dtype: torch.dtype) -> Tensor:
     """Outputs (N, O) from the sums (DIGITS * N, O + r) of products with the digits."""
     whole = sum(part.double() * 256 ** i for i, part in enumerate(sums.chunk(DIGITS)))
-    return scaled(whole - zero * weight_sums, step, left.double(), scale, bias).to(dtype)
+    return scaled(*parted(whole - zero * weight_sums, left), step, left.double(), scale, bias).to(dtype)
 
 
 @from_digits.register_fake

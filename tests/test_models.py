@@ -3,7 +3,7 @@ import torch
 from conftest import golden, golden_model, random_model, relative
 
 from download import convert_diffusers
-from models import DiT_models, sincos_position_embedding
+from models import DiT_models, TanhGELU, sincos_position_embedding
 
 
 def test_forward_and_guidance_match_the_published_model():
@@ -67,3 +67,11 @@ def test_registry_is_complete_and_refuses_other_sizes():
     assert {f"DiT-{s}/{p}" for s in ("S", "B", "L", "XL") for p in (2, 4, 8)} < set(DiT_models)
     with pytest.raises(ValueError, match="expected 16"):
         DiT_models["DiT-Digits"].build(256)
+
+
+def test_compiled_gelu_is_the_same_function():
+    x = torch.linspace(-12, 12, 4001)
+    wide = x.double()
+    expected = 0.5 * wide * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (wide + 0.044715 * wide ** 3)))
+    for gelu in (TanhGELU(), torch.compile(TanhGELU(), backend="eager", fullgraph=True)):
+        assert torch.allclose(gelu(x).double(), expected, rtol=1e-6, atol=2e-6)

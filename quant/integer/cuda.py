@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from quant.integer.weight import IntegerWeight, Nibbles
-from quant.linear import WeightOnly, own, scaled
+from quant.linear import WeightOnly, own, parted, scaled
 from quant.quantizer import QuantSpec, signed_codes
 
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds a small float32 to the nearest integer, ties to even
@@ -215,4 +215,4 @@ class ExpandedWeightOnly(nn.Module):
             self.register_buffer(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
-        return scaled(F.linear(x, self.weight.to(x.dtype)), self.step, self.left, None, self.bias).to(x.dtype)
+        return scaled(*parted(F.linear(x, self.weight.to(x.dtype)), self.left), self.step, self.left, None, self.bias).to(x.dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.integer.weight import IntegerWeight
-from quant.linear import own, scaled
+from quant.linear import own, parted, scaled
 from quant.quantizer import QuantSpec, signed_codes
 
 
@@ -34,8 +34,9 @@ class IntegerLinear(nn.Module):
         values = x.float() if self.smooth is None else x.float() / self.smooth
         signed, scale, zero = signed_codes(values, self.act)
         codes = (signed + zero).to(torch.uint8)
-        sums = self.product(codes.flatten(0, -2)).unflatten(0, x.shape[:-1]) - zero * self.sums
-        return scaled(sums, self.step, self.left, scale, self.bias).to(x.dtype)
+        products = parted(self.product(codes.flatten(0, -2)).unflatten(0, x.shape[:-1]), self.left)
+        sums, low = (each - zero * offset for each, offset in zip(products, parted(self.sums, self.left)))  # apart, so that each fuses with what follows
+        return scaled(sums, low, self.step, self.left, scale, self.bias).to(x.dtype)
 
 
 class ReferenceLinear(IntegerLinear):
