@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quant.quantizer import QuantSpec, quantize
+from quant.quantizer import QuantSpec, grouped, quantize
 from quant.twolevel import round_to_int8
 
 BLOCK = 2 ** 18  # weights quantised at a time: few enough to stay in a CPU's cache between passes
@@ -38,14 +38,18 @@ def rounded(weight: Tensor, factors: Tensor, spec: QuantSpec) -> Candidates:
 
 
 def fused_rounded(weight: Tensor, factors: Tensor, spec: QuantSpec) -> Candidates:
-    """As ``rounded``, on a CPU; values are a transposed view."""
+    """As ``rounded``, on a CPU; values are a transposed view.
+
+    Raises:
+        ValueError: the weight does not divide into groups.
+    """
     if spec.convention != "two-level":
         return rounded(weight, factors, spec)
     from quant import fused
     fused.use_threads(torch.get_num_threads())
-    by_input = weight.T.contiguous()
+    size, by_input = grouped(weight, spec)[0].shape[-1], weight.T.contiguous()
     values, step = torch.empty(len(factors), *by_input.shape, dtype=torch.int8), torch.empty(len(factors), len(weight))
-    fused.round_to_int8(by_input.numpy(), factors.numpy(), min(spec.group, len(by_input)), np.float32(spec.top), values.numpy(), step.numpy())
+    fused.round_to_int8(by_input.numpy(), factors.numpy(), size, np.float32(spec.top), values.numpy(), step.numpy())
     return Candidates(factors, values.transpose(1, 2), step)
 
 

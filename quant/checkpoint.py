@@ -155,7 +155,7 @@ def _taker(tensors: dict[str, Tensor], name: str) -> Callable[[str, tuple[int, .
         value = tensors.pop(f"{name}.{key}")
         if tuple(value.shape) != expected:
             raise ValueError(f"{name}.{key} is {tuple(value.shape)}, expected {expected}")
-        return value.float()
+        return value.to(torch.float32, copy=True)  # a view would keep the whole file in memory
     return take
 
 

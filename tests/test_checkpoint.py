@@ -56,6 +56,14 @@ def saved(tmp_path_factory):
     return path
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux's list of mapped files")
+@pytest.mark.parametrize("backend", ["fake", "integer"])
+def test_a_loaded_model_does_not_keep_the_file_in_memory(saved, backend):
+    header, model = checkpoint.load(saved, "cpu", True, backend)
+    with open("/proc/self/maps") as mapped:
+        assert str(saved) not in mapped.read()
+
+
 @pytest.mark.parametrize("recipe_name, weight_bit", [("rtn", 2), ("rtn", 3), ("smoothquant", 8), ("ditas", 4), ("ditas", 5), ("ditas-published", 4), ("ptq4dm", 4),
                                                      ("repq-vit", 4), ("tfmq-dm", 3), ("g4w-p4a", 4), ("ptq4dit", 4), ("qdit", 4), ("ditas-plus", 4)])
 def test_a_reloaded_model_computes_the_same_bits(tmp_path, recipe_name, weight_bit):
