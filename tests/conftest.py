@@ -7,6 +7,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # make test: the cores are shared
 if not Path("/dev/nvidia0").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run under Triton's interpreter; read when triton is imported, which torch may do
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,8 @@ from quant.cli import keep_freed_memory, run
 
 GOLDEN = Path(__file__).parent / "golden"
 keep_freed_memory()  # as the scripts do
+hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is not a failure
+hypothesis.settings.load_profile("untimed")
 
 
 def relative(value: Tensor, expected) -> float:
