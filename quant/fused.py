@@ -1,6 +1,7 @@
 """One pass each over rows of float32, side by side on the processor's cores, compiled by numba when first called (and kept in __pycache__)."""
 import numba
 import numpy as np
+import torch
 from numba import njit, prange
 
 RELAXED = {"nnan", "ninf", "nsz", "reassoc", "contract"}  # lets sums be vectors; what comes in must be finite
@@ -9,8 +10,10 @@ EXACT = OPTIONS | {"fastmath": {"nnan", "ninf", "nsz"}}  # each operation rounds
 
 
 def use_threads(count: int) -> None:
-    """Run what follows on at most ``count`` of the processor's cores."""
+    """Run what follows on at most ``count`` of the processor's cores, PyTorch's operators included."""
     numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
+    if torch.get_num_threads() != count:  # the first call starts numba's threads, which sets OpenMP's number for all libraries
+        torch.set_num_threads(count)
 
 
 @njit(**OPTIONS)

@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +13,8 @@ from quant.quantizer import QuantSpec, fake_quantize
 from quant.search import AlphaSearch
 from quant.smoothing import aggregate, check_step, smoothing_factors
 from quant.twolevel import round_to_int8
+
+ROOT = Path(__file__).parents[1]
 
 
 def brute_force(weight, factors, weight_spec, act, shared, x):
@@ -76,6 +83,18 @@ def test_compiled_candidates_are_those_of_the_definition(rows, columns, group, b
     ours, expected = fused_rounded(weight, factors, spec), rounded(weight, factors, spec)
     assert expected.values.unique().numel() >= min(2 ** bits, 200)
     assert torch.equal(ours.values, expected.values) and torch.equal(ours.step, expected.step)
+
+
+def test_compiled_kernels_leave_the_number_of_threads_as_it_was():
+    code = """import torch
+from quant.candidates import fused_rounded
+from quant.quantizer import QuantSpec
+before = torch.get_num_threads()
+fused_rounded(torch.ones(8, 64), torch.ones(2, 64), QuantSpec(4, "group", 64, "two-level"))
+print(before, torch.get_num_threads())"""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split() == ["1", "1"], done.stderr
 
 
 def test_the_first_of_equal_candidates_wins():
