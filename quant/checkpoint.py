@@ -155,7 +155,7 @@ def _taker(tensors: dict[str, Tensor], name: str) -> Callable[[str, tuple[int, .
         value = tensors.pop(f"{name}.{key}")
         if tuple(value.shape) != expected:
             raise ValueError(f"{name}.{key} is {tuple(value.shape)}, expected {expected}")
-        return value.to(torch.float32, copy=True)  # a view would keep the whole file in memory
+        return value.float()
     return take
 
 
@@ -226,7 +226,7 @@ def read(path: Path) -> Stored:
     header = read_header(path)
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # a view that is kept would keep the whole file in memory
         with torch.device("meta"):
             model = DiT_models[header.model].build(header.image_size, header.num_classes)
         layers = {name: _read_layer(tensors, name, matrix(model.get_submodule(name)).shape, *specs)

@@ -90,7 +90,7 @@ def test_sums_are_exact_even_where_they_are_largest():
         assert torch.equal(module.product(codes), torch.full((2, 16), 255 * 127 * 4608, dtype=torch.float32))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 9), st.integers(1, 40), st.integers(1, 300), st.integers(0, 10 ** 6))
 def test_sums_are_those_of_numpy(tokens, rows, columns, seed):
     rng = np.random.default_rng(seed)
@@ -103,7 +103,7 @@ def test_sums_are_those_of_numpy(tokens, rows, columns, seed):
         assert np.array_equal(module.product(torch.from_numpy(codes)).numpy(), expected.astype(np.float32))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 6), st.integers(1, 4), st.sampled_from([1, 2, 8, 16]), st.integers(2, 8), st.integers(0, 10 ** 6))
 def test_two_level_weights_expand_to_int8(rows, groups, size, bits, seed):
     generator = torch.Generator().manual_seed(seed)

@@ -40,7 +40,7 @@ def test_exact_factors_are_the_truncated_svd_of_scipy():
     assert np.allclose(left.norm(dim=0), np.sqrt(s[:5])) and np.allclose(right.norm(dim=1), np.sqrt(s[:5]))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(2, 40), st.integers(2, 60), st.integers(1, 6), st.integers(0, 10 ** 6), st.sampled_from(sorted(SOLVERS)))
 def test_the_low_rank_step_never_raises_the_error(rows, columns, rank, seed, solver):
     generator = torch.Generator().manual_seed(seed)

@@ -36,7 +36,7 @@ def steps_off(x: torch.Tensor, q: Quantized) -> torch.Tensor:
     return ((view - back).abs() - rounding).clamp(min=0) / q.scale.double()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(matrices(3), st.one_of(specs, group_specs))
 def test_round_trip_stays_within_half_a_step(x, spec):
     q = quantize(x, spec)
@@ -46,7 +46,7 @@ def test_round_trip_stays_within_half_a_step(x, spec):
     assert torch.equal(fake_quantize(x, spec), q.dequantize())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(matrices(2), published_specs)
 def test_published_round_trip_stays_within_one_and_a_half_steps(x, spec):
     q = quantize(x, spec)

@@ -67,7 +67,7 @@ def test_every_group_gets_the_best_of_its_ranges(granularity, group, bits):
         assert np.allclose([part.flatten()[i] for part in cut], least(values, tails, 2, spec.top), rtol=1e-5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(2, 8), st.sampled_from(["minmax", "shrink", "percentile"]), st.sampled_from([-9.0, 0.0, 0.5, 9.0]), st.integers(0, 2 ** 32 - 1))
 def test_zero_points_are_codes_and_errors_no_worse_than_before(bits, choice, offset, seed):
     spec = QuantSpec(bits, "group", 16)

@@ -27,7 +27,7 @@ def activations(seed: int, rows: int = 64, channels: int = 24) -> torch.Tensor:
     return torch.tensor(x + 20 * rng.standard_normal(channels) * (rng.random(channels) < 0.3), dtype=torch.float32)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(4, 8), st.integers(0, 2 ** 32 - 1))
 def test_one_scale_gives_the_codes_of_one_per_channel(bits, seed):
     spec, x = QuantSpec(bits, "tensor"), activations(seed)
@@ -41,7 +41,7 @@ def test_one_scale_gives_the_codes_of_one_per_channel(bits, seed):
     assert found.scale.dim() == found.zero.dim() == 0 and 0 <= found.zero <= spec.top and found.zero == found.zero.round()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2 ** 32 - 1))
 def test_the_linear_computes_the_same(seed):
     spec, x = QuantSpec(8, "tensor"), activations(seed)

@@ -16,7 +16,7 @@ def test_factors_match_golden():
     assert torch.allclose(values["ptq4dit_weight"] * factors, values["ptq4dit_balanced_weight"], rtol=1e-6, atol=0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 6), st.integers(3, 40), st.sampled_from([3, 1000]), st.integers(0, 2 ** 32 - 1))
 def test_rank_correlation_is_scipys(rows, channels, levels, seed):
     rng = np.random.default_rng(seed)
