@@ -16,7 +16,7 @@ factor_floor = 1e-4  # activation maxima, weight maxima and smoothing factors ar
 alpha_grid = tuple(0.05 * i for i in range(21))
 sample_images, sample_tokens = 256, 4096  # and tokens of them all, of every layer's input, on which static ranges are found
 reconstruction_samples = 800  # images at some step, on which blocks are reconstructed
-replay_tokens = 2048  # tokens of several timesteps that the search sends through the model at once
+replay_tokens = 1024  # tokens of several timesteps that the search sends through the model at once
 
 
 class UserError(Exception):

@@ -30,10 +30,12 @@ from models import DiT, DiT_models
 from quant import evidence
 from quant.backend import install
 from quant.calibrate import record, replay
+from quant.candidates import Candidates
 from quant.linear import QuantizedLayer, QuantLinear, block_linears
+from quant.losses import FUSED
 from quant.merge import fold
 from quant.pipeline import Start, quantize_model
-from quant.search import AlphaSearch
+from quant.quantizer import QuantSpec
 from quant.weights import quantize_weight
 
 IMAGES, SEEDS = 64, (0,)  # of the twin's samples, and of its calibration noise
@@ -68,16 +70,16 @@ def start(model: nn.Module, images: int, seed: int) -> Start:
     return Start(noise(), noise, torch.arange(images) % model.num_classes)
 
 
-class JointSearch(AlphaSearch):
-    """Scores each α with the weight clipped as is best for it: two-level scales of least error, as they are found after the search elsewhere."""
-
-    def _rounded(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        values, step = quantize_weight(weight, self._weight_spec).integers()
-        return values.to(torch.int8), step
+def clipped(weight: Tensor, factors: Tensor, spec: QuantSpec) -> Candidates:
+    """Each α's weight clipped as is best for it: two-level scales of least error, as they are found after the search elsewhere."""
+    values, step = zip(*(quantize_weight(weight * s, spec).integers() for s in factors))
+    values = torch.stack(values)
+    return Candidates(factors, values.to(torch.int8), torch.stack(step), values.sum(2, dtype=torch.float32))
 
 
 def quantized(model: nn.Module, label: str, recipe: Recipe, schedule: Schedule, begin: Start) -> dict[str, QuantizedLayer]:
-    with patch.object(evidence, "AlphaSearch", JointSearch if label == JOINT else AlphaSearch):
+    arithmetic = replace(FUSED, candidates=clipped) if label == JOINT else FUSED
+    with patch.object(evidence, "fastest", lambda device, act: arithmetic):
         return quantize_model(model, recipe, 4, 8, schedule, begin).layers
 
 
@@ -130,7 +132,9 @@ def layers(recipes: dict[str, Recipe], depth: int) -> None:
             layer = QuantLinear(found[name], None)
 
             def see(x, y):
-                energies[name] += torch.stack([y.square().sum(dtype=torch.float64), (layer(x.flatten(0, 1)).view_as(y) - y).square().sum(dtype=torch.float64)])
+                product = y - linears[name].bias
+                error = layer(x.flatten(0, 1)).view_as(y) - product
+                energies[name] += torch.stack([product.square().sum(dtype=torch.float64), error.square().sum(dtype=torch.float64)])
             return see
         replay(model, linears, held_out, {name: [observer(name)] for name in linears}, 4096, "held out")
         decibels = {name: float(10 * torch.log10(signal / noise)) for name, (signal, noise) in energies.items()}

@@ -85,7 +85,7 @@ def replay(model: nn.Module, layers: dict[str, nn.Module], trajectory: Trajector
            tokens: int, desc: str) -> None:
     """Run the recorded latents through the model once more, with and without label.
 
-    Each of a layer's observers gets its input (K, 2N, T, I) and output without bias (K, 2N, T, O) for K timesteps at a time, where
+    Each of a layer's observers gets its input (K, 2N, T, I) and output (K, 2N, T, O) for K timesteps at a time, where
     K is as many as fit ``tokens`` tokens, at least one. ``desc`` names the progress bar.
     """
     steps, n = trajectory.latents.shape[:2]
@@ -97,8 +97,6 @@ def replay(model: nn.Module, layers: dict[str, nn.Module], trajectory: Trajector
 
             def see(name, inputs, output):
                 output = output.flatten(2).transpose(1, 2) if output.dim() == 4 else as_tokens(layers[name], output)
-                bias = layers[name].bias
-                output = output if bias is None else output - bias
                 inputs = as_tokens(layers[name], inputs).unflatten(0, (k, -1))
                 for observer in observers[name]:
                     observer(inputs, output.unflatten(0, (k, -1)))

@@ -16,16 +16,20 @@ BLOCK = 2 ** 18  # weights quantised at a time: few enough to stay in a CPU's ca
 
 @dataclass(frozen=True)
 class Candidates:
-    """Factors s (A, I) that divide the input, and the weights for what comes out: ``diag(step) values``.
+    """Factors s (A, I) that divide the input, and the weights for what comes out: ``diag(step) values diag(columns)``.
 
     Attributes:
         values: (A, O, I) int8 where the layout has such a form, else float32.
         step: (A, O) float32; None for ones, if values are float32.
+        sums: (A, O) float32, of values along inputs; None if values are float32.
+        columns: (A, I) float32; None for ones.
     """
 
     factors: Tensor
     values: Tensor
-    step: Tensor | None
+    step: Tensor | None = None
+    sums: Tensor | None = None
+    columns: Tensor | None = None
 
 
 def rounded(weight: Tensor, factors: Tensor, spec: QuantSpec) -> Candidates:
@@ -34,7 +38,8 @@ def rounded(weight: Tensor, factors: Tensor, spec: QuantSpec) -> Candidates:
     size = 1 if apart else max(1, BLOCK // weight.numel())
     parts = [_rows((weight * s[:, None]).flatten(0, 1), spec) for s in factors.split(size)]
     values, step = (None if each[0] is None else torch.cat(each) for each in zip(*parts))
-    return Candidates(factors, values.view(-1, *weight.shape), None if step is None else step.view(-1, len(weight)))
+    values = values.view(-1, *weight.shape)
+    return Candidates(factors, values) if step is None else Candidates(factors, values, step.view(-1, len(weight)), values.sum(2, dtype=torch.float32))
 
 
 def fused_rounded(weight: Tensor, factors: Tensor, spec: QuantSpec) -> Candidates:
@@ -48,9 +53,9 @@ def fused_rounded(weight: Tensor, factors: Tensor, spec: QuantSpec) -> Candidate
     from quant import fused
     fused.use_threads(torch.get_num_threads())
     size, by_input = grouped(weight, spec)[0].shape[-1], weight.T.contiguous()
-    values, step = torch.empty(len(factors), *by_input.shape, dtype=torch.int8), torch.empty(len(factors), len(weight))
-    fused.round_to_int8(by_input.numpy(), factors.numpy(), size, np.float32(spec.top), values.numpy(), step.numpy())
-    return Candidates(factors, values.transpose(1, 2), step)
+    values, (step, sums) = torch.empty(len(factors), *by_input.shape, dtype=torch.int8), torch.empty(2, len(factors), len(weight))
+    fused.round_to_int8(by_input.numpy(), factors.numpy(), size, np.float32(spec.top), values.numpy(), step.numpy(), sums.numpy())
+    return Candidates(factors, values.transpose(1, 2), step, sums)
 
 
 def _rows(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:

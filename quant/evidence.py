@@ -92,8 +92,8 @@ class Evidence:
             if len(recipe.alphas) > 1:
                 specs = weight_spec(recipe, self.weight_bits), act_spec(recipe, self.act_bits)
                 arithmetic = fastest(self.trajectory.latents.device, specs[1])
-                searches = attach(lambda name: AlphaSearch(linears[name].weight, candidates[name], *specs, bases[name].dense() if bases else None,
-                                                           arithmetic), balanced)
+                searches = attach(lambda name: AlphaSearch(linears[name].weight, linears[name].bias, candidates[name], *specs,
+                                                           bases[name].dense() if bases else None, arithmetic), balanced)
         maxima = attach(lambda name: ImageMaxima(), balanced if recipe.balance == "salience" else ())
         if recipe.weight == "gptq" or recipe.metric == "output":
             self._moments = attach(lambda name: SecondMoment(linears[name], steps), linears)
@@ -181,7 +181,7 @@ class Evidence:
         """Of every attention, if the recipe quantises them."""
         made, spec, clip = {}, act_spec(self.recipe, self.act_bits), self.recipe.act_clip
         for i, block in enumerate(self.model.blocks if self.recipe.attention != "none" and self.static else ()):
-            outputs = self._outputs[f"blocks.{i}.attn.qkv"].value + block.attn.qkv.bias
+            outputs = self._outputs[f"blocks.{i}.attn.qkv"].value
             q, k, v = outputs.chunk(3, -1)
             smooth = self.smooth.get(f"blocks.{i}.attn.proj")
             query, key, value = (Activation(spec, *tensor_range(each, spec, clip)) for each in (q, k, v if smooth is None else v / smooth))

@@ -3,7 +3,7 @@
 ``energies`` is the definition in PyTorch, for any device. ``fused_energies`` gives the same on a CPU in less than half the time: what
 surrounds the products is one compiled pass each, and weights of small integers are multiplied on int8.
 """
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -15,40 +15,32 @@ from quant.candidates import Candidates, fused_rounded, rounded
 from quant.integer.cpu import supported
 from quant.quantizer import OFF_BITS, QuantSpec, scale_and_zero, signed_codes_
 
-BLOCK = 2 ** 19  # inputs or outputs handled at a time
 
-
-def energies(x: Tensor, y: Tensor, candidates: Candidates, act: QuantSpec) -> Tensor:
-    """Squared norms of ``y - Qa(x / s) (diag(step) values)^T`` for each candidate, (A,) float64.
+def energies(x: Tensor, y: Tensor, bias: Tensor, candidates: Candidates, act: QuantSpec) -> Tensor:
+    """Squared norms of ``y - bias - Qa(x / s) (diag(step) values diag(columns))^T`` for each candidate, (A,) float64.
 
     Args:
-        x: (B, R, I); y: (B, R, O).
+        x: (B, R, I); y: (B, R, O); bias: (O,).
         act: of granularity ``token``, or ``image`` for one range per entry of x.
     """
     weights = candidates.values if candidates.step is None else candidates.values * candidates.step[..., None]
-    total = torch.zeros(len(weights), dtype=torch.float64, device=x.device)
-    for inputs, outputs in _blocks(x, y):
-        found, buffer = [], torch.empty_like(inputs)
-        ranges = None if act.granularity == "token" else entry_ranges(inputs, candidates.factors, act)
-        for i, (s, weight) in enumerate(zip(candidates.factors, weights)):
-            torch.div(inputs, s, out=buffer)
-            scale = buffer.new_ones(1)
-            if act.bits != OFF_BITS:
-                if ranges is None:
-                    scale, zero = scale_and_zero(buffer.amin(-1, keepdim=True), buffer.amax(-1, keepdim=True), act)
-                else:
-                    scale, zero = (values[i] for values in ranges)
-                signed_codes_(buffer.div_(scale), zero, act)
-            difference = torch.matmul(buffer, weight.T).mul_(scale).sub_(outputs).view(-1)
-            found.append(torch.dot(difference, difference))
-        total += torch.stack(found)
-    return total
-
-
-def _blocks(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some entries at a time, so that what is computed of them is small."""
-    entries = max(1, BLOCK // max(x[0].numel(), y[0].numel()))
-    return zip(x.split(entries), y.split(entries))
+    y = y - bias
+    found, buffer = [], torch.empty_like(x)
+    ranges = None if act.granularity == "token" else entry_ranges(x, candidates.factors, act)
+    for i, (s, weight) in enumerate(zip(candidates.factors, weights)):
+        torch.div(x, s, out=buffer)
+        scale = buffer.new_ones(1)
+        if act.bits != OFF_BITS:
+            if ranges is None:
+                scale, zero = scale_and_zero(buffer.amin(-1, keepdim=True), buffer.amax(-1, keepdim=True), act)
+            else:
+                scale, zero = (values[i] for values in ranges)
+            signed_codes_(buffer.div_(scale), zero, act)
+        if candidates.columns is not None:
+            buffer.mul_(candidates.columns[i])
+        difference = torch.matmul(buffer, weight.T).mul_(scale).sub_(y).view(-1)
+        found.append(torch.dot(difference, difference))
+    return torch.stack(found).double()
 
 
 def entry_ranges(x: Tensor, factors: Tensor, act: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -59,42 +51,43 @@ def entry_ranges(x: Tensor, factors: Tensor, act: QuantSpec) -> tuple[Tensor, Te
     return scale_and_zero(lows, highs, act)
 
 
-def fused_energies(x: Tensor, y: Tensor, candidates: Candidates, act: QuantSpec) -> Tensor:
+def fused_energies(x: Tensor, y: Tensor, bias: Tensor, candidates: Candidates, act: QuantSpec) -> Tensor:
     """As ``energies``, on a CPU; codes may differ where a value lies within a rounding error of the middle between two."""
     from quant import fused
     fused.use_threads(torch.get_num_threads())
-    values, factors, top = candidates.values, 1 / candidates.factors, np.float32(act.top)
-    integer = values.dtype == torch.int8 and supported()
-    weights, by_input = values if integer else values.float(), factors.T.contiguous()  # (I, A)
-    offsets = values.sum(2, dtype=torch.float32)  # (A, O)
-    step = torch.ones_like(offsets) if candidates.step is None else candidates.step
-    total = torch.zeros(len(values), dtype=torch.float64)
-    for inputs, outputs in _blocks(x, y):
-        if act.granularity == "token":
-            low, high = torch.empty(2, inputs.shape[0] * inputs.shape[1], len(values))
-            fused.extremes(inputs.flatten(0, 1).numpy(), by_input.numpy(), low.numpy(), high.numpy())
-            scale, zero = scale_and_zero(low.T.contiguous(), high.T.contiguous(), act)  # (A, M)
+    integer = candidates.values.dtype == torch.int8 and supported()
+    factors, inputs, outputs = (each.numpy() for each in (1 / candidates.factors, x.flatten(0, 1), y.flatten(0, 1)))
+    bias, top = bias.numpy(), np.float32(act.top)
+    ones, zeros = (np.full(max(*inputs.shape, *outputs.shape), each, np.float32) for each in (1, 0))
+    step, sums, columns = ((default,) * len(factors) if each is None else each.numpy()
+                           for each, default in ((candidates.step, ones), (candidates.sums, zeros), (candidates.columns, ones)))
+    if act.granularity == "token":
+        low, high = torch.empty(2, len(factors), len(inputs))
+        fused.extremes(inputs, factors, low.numpy(), high.numpy())
+        scale, zero = (each.numpy() for each in scale_and_zero(low, high, act))  # (A, M)
+    else:
+        scale, zero = (each.flatten(1).repeat_interleave(x.shape[1], 1).numpy() for each in entry_ranges(x, candidates.factors, act))
+    quantized = torch.empty(inputs.shape, dtype=torch.uint8 if integer else torch.float32)
+    products = torch.empty(outputs.shape, dtype=torch.int32 if integer else torch.float32)
+    quantized_, products_, found = quantized.numpy(), products.numpy(), np.empty((len(factors), len(inputs)), np.float32)
+    for i, weight in enumerate(candidates.values):
+        if integer:
+            fused.codes(inputs, factors[i], scale[i], zero[i], top, quantized_)
+            torch._int_mm(quantized, weight.T, out=products)
+            fused.energies(products_, sums[i], step[i], scale[i], zero[i], bias, outputs, found[i])
         else:
-            scale, zero = (each.flatten(1).repeat_interleave(inputs.shape[1], 1) for each in entry_ranges(inputs, candidates.factors, act))
-        inputs, outputs = inputs.flatten(0, 1).numpy(), outputs.flatten(0, 1).numpy()
-        codes = torch.empty(inputs.shape, dtype=torch.uint8 if integer else torch.float32)
-        sums = torch.empty(outputs.shape, dtype=torch.int32 if integer else torch.float32)
-        found = np.empty((len(values), len(inputs)), np.float32)
-        rows = (each.numpy() for each in (factors, scale, zero, offsets, step))
-        for weight, each, s, z, offset, steps, energy in zip(weights, *rows, found):
-            fused.codes(inputs, each, s, z, top, codes.numpy())
-            (torch._int_mm if integer else torch.mm)(codes, weight.T, out=sums)
-            fused.energies(sums.numpy(), offset, steps, s, z, outputs, energy)
-        total += torch.from_numpy(found.sum(1, dtype=np.float64))
-    return total
+            fused.fake_quantized(inputs, factors[i], scale[i], zero[i], top, columns[i], quantized_)
+            torch.mm(quantized, weight.T.float(), out=products)
+            fused.energies(products_, zeros, step[i], ones, zeros, bias, outputs, found[i])
+    return torch.from_numpy(found.sum(1, dtype=np.float64))
 
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """How the grid search computes: ``candidates`` from weight, factors and spec, ``energies`` from inputs, outputs, candidates and spec."""
+    """How the grid search computes: ``candidates`` from weight, factors and spec, ``energies`` from inputs, outputs, bias, candidates and spec."""
 
     candidates: Callable[[Tensor, Tensor, QuantSpec], Candidates]
-    energies: Callable[[Tensor, Tensor, Candidates, QuantSpec], Tensor]
+    energies: Callable[[Tensor, Tensor, Tensor, Candidates, QuantSpec], Tensor]
 
 
 DEFINITION = Arithmetic(rounded, energies)

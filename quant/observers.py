@@ -24,7 +24,7 @@ class Samples:
     Args:
         picks: (P, 2), step and image, sorted.
         tokens: of every image, evenly spread; None for all.
-        of_output: its outputs instead, (P, T, O), without bias.
+        of_output: its outputs instead, (P, T, O).
     """
 
     def __init__(self, picks: Tensor, tokens: int | None = None, of_output: bool = False):

@@ -3,6 +3,10 @@
 A group's weights are ``step_o * k_og * (q - z_og)`` with integers k, q, z and ``|k (q - z)| <= 127``: a weight quantised in groups
 expands exactly to int8, and its product with int8 activations stays one integer product per layer.
 """
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +25,11 @@ def find_steps(weight: Tensor, spec: QuantSpec, importance: Tensor | None = None
         importance: (I,) weights of the squared errors, such as the second moment of the inputs; None for all the same.
     """
     groups, cost = _view(weight, importance, spec)
-    return torch.cat([_find_steps(rows, cost, spec) for rows in groups.split(_rows(weight))])
+    relative = groups.new_tensor([factor / LIMIT for factor in STEP_FACTORS])
+    steps = (relative[:, None] * groups.abs().amax((1, 2))).bfloat16().float()  # (F, O)
+    steps.masked_fill_(steps == 0, 1.0)
+    _, error = _search(groups)(groups, steps, cost, spec)
+    return steps.gather(0, error.sum(2).argmin(0, keepdim=True)).T
 
 
 def two_level_grid(groups: Tensor, step: Tensor, importance: Tensor | None, spec: QuantSpec) -> Grid:
@@ -30,9 +38,34 @@ def two_level_grid(groups: Tensor, step: Tensor, importance: Tensor | None, spec
     Args:
         importance: (G, g), or None, as in ``find_steps``.
     """
-    cost = groups.new_ones(1) if importance is None else importance
-    scale, _ = _find_scales(groups, step[:, None], cost, spec)
-    return _grid(groups.amin(-1, keepdim=True).clamp_(max=0), scale, step[:, None], spec)
+    cost = groups.new_ones(groups.shape[1:]) if importance is None else importance
+    scale, _ = _search(groups)(groups, step.T, cost, spec)
+    return _grid(groups.amin(-1, keepdim=True).clamp_(max=0), scale[0, ..., None], step[:, None], spec)
+
+
+def least_errors(groups: Tensor, steps: Tensor, cost: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Integer scales of least squared error, and these errors.
+
+    Args:
+        groups: (O, G, g); steps: (F, O), several for each output channel; cost: (G, g), weights of the errors.
+
+    Returns:
+        (F, O, G) float32 each.
+    """
+    rows = max(1, BLOCK // groups[0].numel())
+    parts = [torch.stack([torch.stack(_find_scales(some, step[:, None, None], cost, spec)) for step in of_some])
+             for some, of_some in zip(groups.split(rows), steps.split(rows, 1))]
+    return torch.cat(parts, 2)[..., 0].unbind(1)
+
+
+def fused_least_errors(groups: Tensor, steps: Tensor, cost: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """As ``least_errors``, on a CPU."""
+    from quant import fused
+    fused.use_threads(torch.get_num_threads())
+    scales, errors = torch.empty(2, *steps.shape, groups.shape[1])
+    values = (each.contiguous().numpy() for each in (groups, steps, cost))
+    fused.two_level_scales(*values, np.float32(spec.top), np.float32(SCALE_OFFSETS), scales.numpy(), errors.numpy())
+    return scales, errors
 
 
 def quantize_two_level(weight: Tensor, spec: QuantSpec, importance: Tensor | None, step: Tensor) -> Quantized:
@@ -44,8 +77,9 @@ def quantize_two_level(weight: Tensor, spec: QuantSpec, importance: Tensor | Non
     if not torch.isfinite(weight).all():
         raise ValueError("cannot quantise a tensor that holds NaN or infinity")
     groups, cost = _view(weight, importance, spec)
+    size = max(1, BLOCK // weight.shape[1])
     codes, scale, zero = [], [], []
-    for rows, steps in zip(groups.split(_rows(weight)), step.split(_rows(weight))):
+    for rows, steps in zip(groups.split(size), step.split(size)):
         grid = two_level_grid(rows, steps, cost, spec)
         codes.append(grid.signed(rows).add_(grid.zero[..., None]).to(torch.uint8))
         scale.append(grid.code_scale)
@@ -69,26 +103,13 @@ def round_to_int8(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 
 
 def _view(weight: Tensor, importance: Tensor | None, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Groups (O, G, g) and what their errors count, (G, g) or (1,)."""
+    """Groups (O, G, g) and what their errors count, (G, g)."""
     groups, _ = grouped(weight, spec)
-    return groups, groups.new_ones(1) if importance is None else importance.view_as(groups[0])
+    return groups, groups.new_ones(groups.shape[1:]) if importance is None else importance.view_as(groups[0])
 
 
-def _rows(weight: Tensor) -> int:
-    return max(1, BLOCK // weight.shape[1])
-
-
-def _find_steps(groups: Tensor, cost: Tensor, spec: QuantSpec) -> Tensor:
-    peak = groups.abs().amax((1, 2))[:, None, None]  # (O, 1, 1)
-    best = least = None
-    for factor in STEP_FACTORS:
-        step = (peak * (factor / LIMIT)).bfloat16().float()
-        step.masked_fill_(step == 0, 1.0)
-        error = _find_scales(groups, step, cost, spec)[1].sum(1, keepdim=True)  # (O, 1, 1)
-        better = error < least if least is not None else torch.ones_like(error, dtype=torch.bool)
-        best = step if best is None else torch.where(better, step, best)
-        least = error if least is None else torch.minimum(error, least)
-    return best[:, 0]
+def _search(groups: Tensor) -> Callable[[Tensor, Tensor, Tensor, QuantSpec], tuple[Tensor, Tensor]]:
+    return fused_least_errors if groups.device.type == "cpu" and find_spec("numba") is not None else least_errors
 
 
 def _find_scales(groups: Tensor, step: Tensor, cost: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:

@@ -59,8 +59,9 @@ def observe(model: nn.Module, layers: dict[str, QuantizedLayer], schedule: Sched
             quantised = QuantLinear(layers[name], layers[name].bias(None))
 
             def see(x, y):  # (1, 2N, T, I), (1, 2N, T, O)
-                error = quantised(x[0]) - y[0]
-                energies[name] += torch.stack([y.square().sum(dtype=torch.float64), error.square().sum(dtype=torch.float64)]).cpu()
+                product = y[0] - linears[name].bias
+                error = quantised(x[0]) - product
+                energies[name] += torch.stack([product.square().sum(dtype=torch.float64), error.square().sum(dtype=torch.float64)]).cpu()
                 if keep and name in wanted:
                     inputs[name] = x[0, 0].abs().cpu()
             return see

@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import random_model
 
 from config import RECIPES, UserError
@@ -108,9 +109,10 @@ def test_samples_are_the_inputs_and_outputs_at_the_picked_images(tokens):
         expected = expected if expected.dim() == 3 else expected.unsqueeze(1)
         assert torch.allclose(made[name].inputs.value, expected, atol=1e-5)
         assert torch.equal(made[name].few.value, made[name].inputs.value[:, ::4][:, :4] if expected.shape[1] > 1 else made[name].inputs.value)
-        assert torch.allclose(made[name].outputs.value, expected @ matrix(linears[name]).T, atol=1e-4)
-    patches = made["x_embedder.proj"]
-    assert patches.inputs.value.shape == (20, 16, 16) and torch.allclose(patches.outputs.value, patches.inputs.value @ matrix(linears["x_embedder.proj"]).T, atol=1e-5)
+        assert torch.allclose(made[name].outputs.value, F.linear(expected, matrix(linears[name]), linears[name].bias), atol=1e-4)
+    patches, embed = made["x_embedder.proj"], linears["x_embedder.proj"]
+    assert patches.inputs.value.shape == (20, 16, 16)
+    assert torch.allclose(patches.outputs.value, F.linear(patches.inputs.value, matrix(embed), embed.bias), atol=1e-5)
 
 
 def test_maxima_and_ranges_are_those_of_the_inputs():

@@ -52,9 +52,10 @@ def test_streamed_losses_are_the_papers(rows, columns, shared, granularity, conv
     a = x.abs().amax((0, 1, 2))
     factors = torch.stack([smoothing_factors(a, weight, alpha, 1e-4) for alpha in (0.0, 0.5, 0.85, 1.0)])
     base = fake_quantize(weight, weight_spec) if shared else None
-    search = AlphaSearch(weight, factors, weight_spec, act, base, arithmetic)
+    bias = torch.randn(rows)
+    search = AlphaSearch(weight, bias, factors, weight_spec, act, base, arithmetic)
     for chunk in (x[:3], x[3:]):
-        search(chunk, F.linear(chunk, weight))
+        search(chunk, F.linear(chunk, weight, bias))
     expected = brute_force(weight, factors, weight_spec, act, base, x)
     assert torch.allclose(search.loss, expected, rtol=2e-5)
     assert expected[search.best()] <= expected.min() * (1 + 2e-5)  # with nothing to smooth, all candidates are alike
@@ -82,7 +83,7 @@ def test_compiled_candidates_are_those_of_the_definition(rows, columns, group, b
     spec = QuantSpec(bits, "group", group, "two-level")
     ours, expected = fused_rounded(weight, factors, spec), rounded(weight, factors, spec)
     assert expected.values.unique().numel() >= min(2 ** bits, 200)
-    assert torch.equal(ours.values, expected.values) and torch.equal(ours.step, expected.step)
+    assert torch.equal(ours.values, expected.values) and torch.equal(ours.step, expected.step) and torch.equal(ours.sums, expected.sums)
 
 
 def test_compiled_kernels_leave_the_number_of_threads_as_it_was():
@@ -99,7 +100,7 @@ print(before, torch.get_num_threads())"""
 
 def test_the_first_of_equal_candidates_wins():
     weight, x = torch.randn(8, 8), torch.randn(1, 2, 3, 8)
-    search = AlphaSearch(weight, torch.ones(4, 8), QuantSpec(4, "channel"), QuantSpec(8, "token"), None)
+    search = AlphaSearch(weight, None, torch.ones(4, 8), QuantSpec(4, "channel"), QuantSpec(8, "token"), None)
     search(x, F.linear(x, weight))
     assert search.best() == 0
 
