@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quant.quantizer import Quantized, QuantSpec, fake_quantize, grouped, pack, quantize, unpack
+from quant.twolevel import fused_least_errors, least_errors
 
 specs = st.builds(QuantSpec, bits=st.integers(2, 8), granularity=st.sampled_from(["tensor", "image", "token", "channel"]), group=st.just(0))
 group_specs = st.builds(QuantSpec, bits=st.integers(2, 8), granularity=st.just("group"), group=st.sampled_from([1, 2, 4, 64]))
@@ -143,3 +146,37 @@ def test_scaling_columns_equals_scaling_the_weight():
     assert torch.allclose(q.scale_columns(s).dequantize(), q.dequantize() * s, rtol=1e-6)
     with pytest.raises(ValueError, match="across columns"):
         quantize(w, QuantSpec(4, "channel")).scale_columns(s)
+
+
+@pytest.mark.parametrize("search", [least_errors, fused_least_errors])
+@pytest.mark.parametrize("bits, rows, size", [(2, 3, 8), (4, 5, 24), (8, 2, 16)])
+def test_integer_group_scales_are_the_best_of_those_tried(search, bits, rows, size):
+    torch.manual_seed(bits)
+    groups, cost, spec = torch.randn(rows, 3, size), torch.rand(3, size), QuantSpec(bits, "group", size, "two-level")
+    groups[0, 0], groups[0, 1], groups[1, 2] = 0.0, groups[0, 1].abs(), -groups[1, 2].abs()
+    steps = groups.abs().amax((1, 2)) * torch.tensor([0.9, 1.1, 1.3])[:, None] / 127
+    scales, errors = search(groups, steps, cost, spec)
+    for f, o, g in itertools.product(range(3), range(rows), range(3)):
+        weight, step = groups[o, g].double(), steps[f, o].double()
+        low, high = weight.amin().clamp(max=0), weight.amax().clamp(min=0)
+        spanning, tried = int((high - low) / (step * spec.top)), {}
+        for k in (min(max(spanning + offset, 1), 127) for offset in (-1, 0, 1, 2)):
+            zero = min(round(float(-low / (k * step))), spec.top)
+            values = [k * v for v in range(-zero, spec.top - zero + 1) if k * abs(v) <= 127]
+            nearest = (weight[:, None] - step * torch.tensor(values, dtype=torch.float64)).square().amin(1)
+            tried[k] = float((nearest * cost[g]).sum())
+        assert float(errors[f, o, g]) == pytest.approx(min(tried.values()), rel=1e-4, abs=1e-12)
+        assert tried[int(scales[f, o, g])] == pytest.approx(min(tried.values()), rel=1e-4, abs=1e-12)
+
+
+@pytest.mark.parametrize("rows, columns, size", [(8, 64, 16), (5, 96, 96), (384, 128, 64)])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_compiled_group_scales_are_those_of_the_definition(rows, columns, size, bits):
+    torch.manual_seed(bits)
+    groups, cost = torch.randn(rows, columns // size, size), torch.rand(columns // size, size)
+    spec = QuantSpec(bits, "group", size, "two-level")
+    steps = (torch.rand(4, rows) * 0.5 + 0.1) / spec.top
+    ours, expected = fused_least_errors(groups, steps, cost, spec), least_errors(groups, steps, cost, spec)
+    assert torch.allclose(ours[1], expected[1], rtol=1e-5)
+    assert (ours[0] != expected[0]).float().mean() < 0.01  # where two scales do equally well
+    assert expected[0].unique().numel() > 2
