@@ -7,9 +7,12 @@ import torch
 from conftest import golden, golden_model, random_model, relative, replayed
 
 import config
+from benchmarks.calibration import alive_at_peak
 from config import RECIPES
 from diffusion import ImageNoise, guided_denoiser, make_schedule, sample
+from download import load_model
 from metrics import sqnr_db
+from models import DiT_models
 from quant.activation import Activation
 from quant.backend import install
 from quant.calibrate import record, replay
@@ -207,3 +210,11 @@ def test_the_quantised_layer_is_the_papers_equation(spec):
 def test_default_labels_are_the_papers():
     assert config.default_labels(1000)[:3] == [207, 360, 387] and len(config.default_labels(1000)) == 16
     assert config.default_labels(10) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1, 2, 3, 4, 5]
+
+
+def test_calibration_holds_no_more_than_25_activations_beside_the_model():
+    model, n = load_model("DiT-Digits", DiT_models["DiT-Digits"], 16, 10, None, torch.device("cpu")), 16
+    noise = ImageNoise(0, range(n), (4, 8, 8))
+    largest = max(linear.in_features for linear in block_linears(model).values()) * 2 * n * 16 * 4 / 1e6  # MB: 16 tokens
+    alive = alive_at_peak(lambda: quantize_model(model, RECIPES["ditas"], 4, 8, make_schedule("4"), Start(noise(), noise, torch.arange(n) % 10)))
+    assert largest < alive < 25 * largest
