@@ -1,9 +1,9 @@
 # make demo: quantise and sample the bundled digits model.  make test: run the tests.
-# make test-slow: the extras of a minute and more.  All set up .venv first.
+# make lint: how the code reads.  make test-slow: the extras of a minute and more.  All set up .venv first.
 PYTHON ?= python3
 READY := .venv/.ready
 
-.PHONY: demo test test-slow
+.PHONY: demo test test-slow lint
 demo: $(READY)
 	.venv/bin/python compare.py --model DiT-Digits-Outliers --recipes rtn smoothquant ditas-published ditas \
 	    --num-fid-samples 64 --num-fidelity-samples 32 --per-proc-batch-size 32 \
@@ -14,6 +14,9 @@ test: $(READY)
 
 test-slow: $(READY)
 	.venv/bin/python -m pytest -m slow
+
+lint: $(READY)
+	.venv/bin/ruff check .
 
 $(READY): requirements.txt
 	$(PYTHON) -m venv .venv

@@ -15,24 +15,26 @@ from PIL import Image
 from torch import nn
 
 import config
-from config import RECIPES, Recipe, UserError
+from architectures.dit import block_linears
+from cli.parser import Parser, add_model_flags, find_card, run
+from cli.recipe_flags import add_recipe_flags, build_recipe, recipe_label
+from cli.values import at_least, class_labels, one_of, user_value
+from config import RECIPES, Recipe
 from diffusion import ImageNoise, Schedule, ddpm_step, make_schedule
 from diffusion.generate import generate_images
-from diffusion.images import grid, side_by_side
-from download import Decoder, load_decoder, load_extractor, load_model, load_reference
-from evaluation.judge import fid_judge, sqnr_judge
+from download import Decoder, load_decoder, load_model
+from errors import UserError
+from evaluation.judge import Judge, fid_judge, sqnr_judge
+from evaluation.networks import load_extractor, load_reference
+from files.atomic import atomic, writable_folder
+from files.images import grid, side_by_side
 from models import ModelCard
 from quant import checkpoint
-from quant.cli import Parser, add_model_flags, at_least, class_labels, find_card, one_of, run, user_value
-from quant.evidence import Judge
-from quant.files import atomic, writable_folder
-from quant.flags import add_recipe_flags, build_recipe, recipe_label
-from quant.linear import block_linears
-from quant.lowrank import SOLVERS
+from quant.balancing.maxima import check_step
+from quant.numerics.uniform import ACT_BITS, WEIGHT_BITS
 from quant.pipeline import Start, quantize_model
-from quant.quantizer import ACT_BITS, WEIGHT_BITS
 from quant.recipe import check_recipe
-from quant.smoothing import check_step
+from quant.weights.low_rank import SOLVERS
 from report.figures import group_allocation
 from report.layers import IMAGES, default_layers, observe
 from report.page import Section, write_page

@@ -34,22 +34,26 @@ from torch import nn
 
 import config
 import QuantDiT
-from config import RECIPES, UserError
+from cli.parser import Parser, find_card, run
+from cli.recipe_flags import FLAGS, build_recipe
+from cli.values import at_least, class_labels, one_of, user_value
+from config import RECIPES
 from diffusion import ddpm_step, make_schedule
 from diffusion.generate import labels_for
-from diffusion.npz import read_arrays, read_images
-from download import load_decoder, load_extractor, load_lpips, load_model, load_reference
-from evaluate import HEADINGS, cells
+from download import load_decoder, load_model
+from errors import UserError
 from evaluation import fidelity
-from evaluation.features import ImageSet, Scores, load_set, score
+from evaluation.features import ImageSet, load_set
+from evaluation.networks import load_extractor, load_lpips, load_reference
+from evaluation.scores import HEADINGS, Scores, cells, score
+from files.atomic import atomic, file_stem, writable_folder
+from files.digests import sha256
+from files.npz import read_arrays, read_images
 from models import ModelCard
 from quant import checkpoint
-from quant.cli import Parser, at_least, class_labels, find_card, one_of, run, user_value
-from quant.files import atomic, file_stem, sha256, writable_folder
-from quant.flags import FLAGS, build_recipe
-from quant.quantizer import ACT_BITS, WEIGHT_BITS
+from quant.balancing.maxima import check_step
+from quant.numerics.uniform import ACT_BITS, WEIGHT_BITS
 from quant.recipe import check_recipe
-from quant.smoothing import check_step
 from report import figures
 from report.page import Figure, Section, html_table, write_page
 
@@ -235,14 +239,14 @@ class Comparison:
     def run(self, model: nn.Module) -> fidelity.Run:
         count = self.args.num_fidelity_samples
         labels = labels_for(range(count), self.args.global_seed, model.num_classes, None).tolist()
-        return fidelity.run(model, load_decoder(self.card, self.args.vae, self.device), self.schedule, labels, self.args.global_seed,
+        return fidelity.sample_run(model, load_decoder(self.card, self.args.vae, self.device), self.schedule, labels, self.args.global_seed,
                             self.args.cfg_scale, ddpm_step, self.args.decode_batch_size or self.args.per_proc_batch_size)
 
     def fidelity(self, path: Path) -> fidelity.Fidelity:
         """Against the float model, on the first images of the sample."""
         if self._float_run is None:
             self._float_run = self.run(self.load_float())
-        return fidelity.fidelity(self._float_run, self.run(checkpoint.load(path, self.device, folded=True)[1]), self.perceptual)
+        return fidelity.compare_runs(self._float_run, self.run(checkpoint.load(path, self.device, folded=True)[1]), self.perceptual)
 
     def describe(self) -> str:
         args = self.args

@@ -19,15 +19,6 @@ reconstruction_samples = 800  # images at some step, on which blocks are reconst
 replay_tokens = 1024  # tokens of several timesteps that the search sends through the model at once
 
 
-class UserError(Exception):
-    """A mistake of the person at the terminal: one line saying what was given, what was expected and what to do.
-
-    ``every_rank``: other processes of the run do not find the same one.
-    """
-
-    every_rank = False
-
-
 @dataclass(frozen=True)
 class Recipe:
     """A quantisation method as independent choices. Every one of them is a flag of QuantDiT.py.
@@ -40,7 +31,7 @@ class Recipe:
         alphas: migration strengths to try per layer, of ``smoothquant`` and ``tas``; the one of least loss is kept, a single one needs no search.
         weight: how weights are rounded: ``nearest``, ``gptq``, or ``adaround``: learned, block by block.
         weight_range: of the weights that share a scale: ``minmax``, or the best of several: ``shrink`` (Q-DiT), ``percentile`` (PTQ4DiT).
-        weight_granularity, weight_group: what shares a weight scale (see ``quant.quantizer.QuantSpec``).
+        weight_granularity, weight_group: what shares a weight scale (see ``quant.numerics.uniform.QuantSpec``).
         weight_scales: ``float``, or ``two-level``: integer group scales inside one floating scale per output channel.
         act_granularity: what shares an activation scale; groups are those of the weight.
         act_range: ``dynamic``, or ``static``: found once, one per layer, in the way that ``act_clip`` names (as ``weight_range``; it goes

@@ -11,17 +11,11 @@ from pathlib import Path
 
 import torch
 
-from download import FEATURES, load_extractor
-from evaluation.features import Scores, load_set, score
-from quant.cli import Parser, at_least, run, user_value
-
-HEADINGS = ("N", "FID", "sFID", "IS", "precision", "recall")
-
-
-def cells(scores: Scores) -> list[str]:
-    """The scores as text under ``HEADINGS``; n/a where a file does not hold what is needed."""
-    forms = ("d", ".3f", ".3f", ".2f", ".4f", ".4f")
-    return ["n/a" if value is None else format(value, form) for value, form in zip(dataclasses.astuple(scores), forms)]
+from cli.parser import Parser, run
+from cli.values import at_least, user_value
+from evaluation.features import load_set
+from evaluation.networks import FEATURES, load_extractor
+from evaluation.scores import HEADINGS, cells, score
 
 
 def main(args: argparse.Namespace) -> None:

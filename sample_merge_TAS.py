@@ -24,16 +24,18 @@ from accelerate import PartialState
 from torch import nn
 
 import config
-from config import UserError
+from architectures.dit import BLOCK_LINEARS
+from cli.parser import Parser, add_model_flags, find_card, run
+from cli.values import at_least, class_labels, user_value
 from diffusion import ddim_step, ddpm_step, make_schedule
 from diffusion.generate import batch_indices, generate_images, labels_for
 from download import load_decoder, load_model
+from errors import UserError
+from files.atomic import writable_folder
+from files.digests import sha256, weights_sha256
 from models import ModelCard
 from quant import checkpoint
 from quant.backend import BACKENDS, faster
-from quant.cli import Parser, add_model_flags, at_least, class_labels, find_card, run, user_value
-from quant.files import sha256, weights_sha256, writable_folder
-from quant.linear import BLOCK_LINEARS
 from sampling import manifest
 from sampling.folder import ImageFolder
 from sampling.job import Job, sample_all

@@ -25,22 +25,23 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 import config
+from architectures.dit import block_linears
 from benchmarks.sections import run_sections
 from config import RECIPES
 from diffusion import ImageNoise, guided_denoiser, make_schedule, sample
 from download import load_model
 from models import DiT, DiT_models
-from quant.activation import Activation
-from quant.backend import install
-from quant.calibrate import hooked, record
-from quant.linear import QuantizedLayer, block_linears
-from quant.lowrank import lowrank_quantize, plain
+from quant.activations.quantisers import Activation
+from quant.balancing.maxima import aggregate, smoothing_factors
+from quant.calibration.trajectory import hooked, record
+from quant.install import install
+from quant.layers.quantised import QuantizedLayer
+from quant.numerics.uniform import QuantSpec, fake_quantize
 from quant.pipeline import Start, quantize_model
-from quant.quantizer import QuantSpec, fake_quantize
 from quant.recipe import act_spec, weight_spec
-from quant.smoothing import aggregate, smoothing_factors
-from quant.twolevel import round_to_int8
-from quant.weights import gptq_quantizer, nearest_quantizer, quantize_weight
+from quant.weights.low_rank import lowrank_quantize, without_branch
+from quant.weights.rounding import gptq_quantizer, nearest_quantizer, quantize_weight
+from quant.weights.two_level import round_to_int8
 
 STEPS, LABELS = 50, 16
 
@@ -128,7 +129,7 @@ def forward() -> None:
         layers = {}
         for key, linear in block_linears(quantised).items():
             divides = recipe.balance != "none" and key.endswith("fc2")  # the others are folded when sampling
-            layers[key] = QuantizedLayer(plain(quantize_weight(linear.weight, weight_spec(recipe, 4))), Activation(act_spec(recipe, 8)),
+            layers[key] = QuantizedLayer(without_branch(quantize_weight(linear.weight, weight_spec(recipe, 4))), Activation(act_spec(recipe, 8)),
                                          torch.ones(linear.in_features) if divides else None)
         install(quantised, layers)
         pairs = []

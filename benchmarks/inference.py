@@ -24,16 +24,18 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from config import RECIPES, UserError
+from architectures.dit import block_linears, modulation_linears
+from cli.memory import keep_freed_memory
+from config import RECIPES
+from errors import UserError
 from models import DiT, DiT_models
 from quant import checkpoint
-from quant.activation import Activation
-from quant.cli import keep_freed_memory
-from quant.linear import QuantizedLayer, block_linears, modulation_linears
-from quant.lowrank import LowRankWeight, plain
+from quant.activations.quantisers import Activation
+from quant.layers.quantised import QuantizedLayer
 from quant.pipeline import Result
 from quant.recipe import act_spec, adaln_spec, weight_spec
-from quant.weights import quantize_weight
+from quant.weights.low_rank import LowRankWeight, without_branch
+from quant.weights.rounding import quantize_weight
 
 torch._dynamo.config.recompile_limit = 64  # all rows compile the same block's code, each with other modules and batch sizes
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -58,7 +60,7 @@ def prepare(folder: Path, name: str) -> None:
             if (header.recipe, header.format_version) == (RECIPE, checkpoint.FORMAT_VERSION):
                 continue
         model = random_float(name)
-        layers = {key: QuantizedLayer(plain(quantize_weight(linear.weight, adaln_spec(RECIPE.adaln_bits, linear.in_features))), None)
+        layers = {key: QuantizedLayer(without_branch(quantize_weight(linear.weight, adaln_spec(RECIPE.adaln_bits, linear.in_features))), None)
                   for key, linear in modulation_linears(model).items()}
         for key, linear in tqdm(block_linears(model).items(), desc=path.stem, unit="layer"):
             rows, columns = linear.weight.shape

@@ -19,7 +19,7 @@ import numpy as np
 import scipy.linalg
 
 from benchmarks.sections import run_sections
-from metrics import frechet_distance, precision_recall, statistics
+from evaluation.metrics import frechet_distance, precision_recall, statistics
 
 COUNT, WIDTH, FACTORS = 10_000, 2048, 64
 

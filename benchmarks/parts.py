@@ -19,24 +19,26 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from torch import Tensor, nn
 
+from architectures.dit import block_linears
 from benchmarks.sections import run_sections
 from config import RECIPES, Recipe, calibration_cfg_scale
 from diffusion import ImageNoise, Schedule, ddpm_step, make_schedule
 from diffusion.generate import generate_latents
 from download import load_model
+from evaluation.metrics import sqnr_db
 from examples.digits.outliers import add_outliers
-from metrics import sqnr_db
 from models import DiT, DiT_models
 from quant import evidence
-from quant.backend import install
-from quant.calibrate import record, replay
-from quant.candidates import Candidates
-from quant.linear import QuantizedLayer, QuantLinear, block_linears
-from quant.losses import FUSED
-from quant.merge import fold
+from quant.balancing.candidates import Candidates
+from quant.balancing.losses import FUSED
+from quant.calibration.trajectory import record, replay
+from quant.install import install
+from quant.layers.fold import fold
+from quant.layers.linear import QuantLinear
+from quant.layers.quantised import QuantizedLayer
+from quant.numerics.uniform import QuantSpec
 from quant.pipeline import Start, quantize_model
-from quant.quantizer import QuantSpec
-from quant.weights import quantize_weight
+from quant.weights.rounding import quantize_weight
 
 IMAGES, SEEDS = 64, (0,)  # of the twin's samples, and of its calibration noise
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from quant.cli import keep_freed_memory
+from cli.memory import keep_freed_memory
 
 
 def run_sections(description: str, sections: dict[str, Callable[[], None]]) -> None:

@@ -5,10 +5,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffusion.images import to_bytes
 from diffusion.noise import ImageNoise, image_labels
 from diffusion.sampler import Step, guided_denoiser, sample_loop
 from diffusion.schedule import Schedule
+from files.images import to_bytes
 
 
 def batch_indices(batch: int, size: int) -> range:

@@ -10,9 +10,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion.npz import read_arrays, read_images
-from metrics import Statistics, frechet_distance, inception_score, precision_recall, statistics
-from quant.files import atomic
+from evaluation.metrics import (
+    Statistics,
+    statistics,
+)
+from files.atomic import atomic
+from files.npz import read_arrays, read_images
 
 
 @dataclass(frozen=True)
@@ -53,18 +56,6 @@ class ImageSet:
     spatial: Statistics
     pool_features: NDArray | None
     logits: NDArray | None
-
-
-@dataclass(frozen=True)
-class Scores:
-    """ADM's five numbers for ``n`` samples; None where the files do not hold what is needed."""
-
-    n: int | None
-    fid: float
-    sfid: float
-    inception_score: float | None
-    precision: float | None
-    recall: float | None
 
 
 @torch.inference_mode()
@@ -162,19 +153,3 @@ def load_set(path: Path, extractor: Extractor, batch: int = 64, cache: bool = Fa
                     None if features is None else features["pool"], None if features is None else features["logits"])
 
 
-def score(reference: ImageSet, samples: ImageSet, half: bool = False, device: str | torch.device = "cpu") -> Scores:
-    """The five numbers of ``samples``.
-
-    Args:
-        half: compute the distances behind precision and recall in float16, as ADM's evaluator does.
-
-    Raises:
-        ValueError: the images are of different resolutions.
-    """
-    if reference.size is not None and samples.size is not None and reference.size != samples.size:
-        raise ValueError(f"images of '{reference.name}' are {'x'.join(map(str, reference.size))}, those of '{samples.name}' "
-                         f"{'x'.join(map(str, samples.size))}: expected one resolution")
-    both = reference.pool_features is not None and samples.pool_features is not None
-    precision, recall = precision_recall(reference.pool_features, samples.pool_features, half, device) if both else (None, None)
-    return Scores(samples.count, frechet_distance(reference.pool, samples.pool), frechet_distance(reference.spatial, samples.spatial),
-                  None if samples.logits is None else inception_score(samples.logits), precision, recall)

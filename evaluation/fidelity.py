@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from diffusion import Schedule
 from diffusion.generate import batch_indices, latents_by_step
-from diffusion.images import to_bytes
 from diffusion.sampler import Step
-from metrics import psnr_db, sqnr_db
+from evaluation.metrics import psnr_db, sqnr_db
+from files.images import to_bytes
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]  # images (N, 3, H, W) in [-1, 1], twice -> distances (N,)
 
@@ -45,7 +45,7 @@ class Fidelity:
 
 
 @torch.inference_mode()
-def run(model: nn.Module, decode: Callable[[Tensor], Tensor], schedule: Schedule, labels: Sequence[int], seed: int, cfg_scale: float,
+def sample_run(model: nn.Module, decode: Callable[[Tensor], Tensor], schedule: Schedule, labels: Sequence[int], seed: int, cfg_scale: float,
         step: Step, batch: int) -> Run:
     """Sample images 0 to ``len(labels) - 1``, ``batch`` at a time, and keep every step."""
     latents, images = [], []
@@ -58,7 +58,7 @@ def run(model: nn.Module, decode: Callable[[Tensor], Tensor], schedule: Schedule
     return Run(torch.cat(latents, dim=1), np.concatenate(images))
 
 
-def fidelity(reference: Run, test: Run, perceptual: Perceptual | None = None, batch: int = 32) -> Fidelity:
+def compare_runs(reference: Run, test: Run, perceptual: Perceptual | None = None, batch: int = 32) -> Fidelity:
     """Compare two runs of the same images."""
     distances = []
     if perceptual is not None:

@@ -1,5 +1,6 @@
 """What group sizes are chosen by (Q-DiT, equation 5): how near a quantised model's images are to the float model's, or to real ones."""
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,17 @@ import config
 from diffusion import Schedule, ddpm_step
 from diffusion.generate import generate_images, generate_latents
 from evaluation.features import Extractor, extract, load_set
-from metrics import frechet_distance, sqnr_db, statistics
-from quant.evidence import Judge
+from evaluation.metrics import frechet_distance, sqnr_db, statistics
 
 BATCH = 50  # images at a time
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The ``loss`` of a quantised model, with a description that changes whenever the loss would."""
+
+    loss: Callable[[nn.Module], float]
+    description: str
 
 
 def sqnr_judge(model: nn.Module, schedule: Schedule, seed: int) -> Judge:

@@ -6,13 +6,10 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
-from torch import nn
 
-from config import UserError
-from quant.activation import Clock
-from quant.attention import Operands, QuantAttention
-from quant.integer.weight import integer_weight, nibbles
-from quant.linear import PatchLinear, QuantizedLayer, QuantLinear, WeightOnlyLinear
+from errors import UserError
+from quant.install import _linear, _unnumbered
+from quant.layers.quantised import QuantizedLayer
 
 BACKENDS = ("fake", "integer", "auto")
 MARGIN = 2.0  # so much faster has the simulation to be: noise in close calls (0.9 to 1.5 on small models) must not choose the backend of a run
@@ -25,7 +22,7 @@ def resolve(backend: str, reason: str | None, device: torch.device, measure: Cal
     Warns on stderr where ``integer`` was asked for and the device has no integer instructions: there it is ``fake``.
 
     Args:
-        reason: why the checkpoint cannot run on integers, if it cannot (see ``quant.integer.weight.why_not``).
+        reason: why the checkpoint cannot run on integers, if it cannot (see ``quant.integer.weight.integer_obstacle``).
         measure: ``fake`` or ``integer``, whichever is faster (see ``faster``).
 
     Raises:
@@ -76,72 +73,3 @@ def faster(layers: list[QuantizedLayer], tokens: int, dtype: torch.dtype, device
 def _wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _unnumbered(device: torch.device) -> torch.device:
-    """accelerate says cpu:0, where oneDNN's packed weights cannot be copied to."""
-    return torch.device("cpu") if device.type == "cpu" else device
-
-
-def install(model: nn.Module, layers: dict[str, QuantizedLayer], backend: str = "fake", dtype: torch.dtype = torch.float32,
-            device: torch.device | str | None = None, packed: bool = False, operands: dict[str, Operands] | None = None) -> nn.Module:
-    """Replace the named linears of ``model``, in place; returns it in eval mode, on ``device`` (default: where it is).
-
-    Args:
-        layers: what they become.
-        backend: ``fake``, ``integer``, or ``reference`` (exact integers, slow).
-        dtype: of everything in floating point: float32 or bfloat16.
-        packed: on a CPU, keep integer weights at 4 bits and expand them in every call.
-        operands: by the name of the attention, how its operands are quantised; None: nowhere.
-    """
-    device = _unnumbered(model.pos_embed.device if device is None else torch.device(device))
-    clock = find_clock(layers)
-    modules = {}
-    for name, layer in layers.items():
-        old = model.get_submodule(name)
-        module = _linear(layer, layer.bias(old.bias), backend, dtype, device, packed, clock)
-        modules[name] = PatchLinear(module, old.kernel_size) if isinstance(old, nn.Conv2d) else module
-    for name in layers:
-        model.set_submodule(name, nn.Identity())
-    model = model.to(device, dtype)
-    for name, each in (operands or {}).items():
-        model.set_submodule(name, QuantAttention(model.get_submodule(name), each).to(device))
-    for name, module in modules.items():
-        model.set_submodule(name, module.to(device))
-    if clock is not None:
-        clock.to(device).watch(model.t_embedder)
-    return model.eval()
-
-
-def find_clock(layers: dict[str, QuantizedLayer]) -> Clock | None:
-    """For the layers whose ranges depend on the timestep; None if there are none."""
-    return next((Clock(layer.act.timesteps) for layer in layers.values() if layer.act is not None and layer.act.timesteps is not None), None)
-
-
-def _linear(layer: QuantizedLayer, bias: torch.Tensor | None, backend: str, dtype: torch.dtype, device: torch.device, packed: bool,
-            clock: Clock | None) -> nn.Module:
-    if layer.act is None and (backend != "fake" or dtype == torch.float32):
-        return _weight_only(layer, bias, backend, dtype, device)
-    if backend == "fake":
-        return QuantLinear(layer, bias, dtype, clock)
-    weight, half, act = integer_weight(layer), nibbles(layer), layer.act.spec
-    if backend == "reference":
-        from quant.integer.linear import ReferenceLinear
-        return ReferenceLinear(weight, bias, layer.smooth, act)
-    if device.type == "cuda":
-        from quant.integer.cuda import TritonLinear
-        return TritonLinear(weight, half, bias, layer.smooth, act)
-    from quant.integer.cpu import OneDNNLinear, OneDNNNibbleLinear
-    if packed and half is not None:
-        return OneDNNNibbleLinear(weight, half, bias, layer.smooth, act)
-    return OneDNNLinear(weight, bias, layer.smooth, act)
-
-
-def _weight_only(layer: QuantizedLayer, bias: torch.Tensor | None, backend: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    if backend == "integer" and device.type == "cpu":
-        from quant.integer.cpu import OneDNNWeightOnly
-        return OneDNNWeightOnly(integer_weight(layer), bias)
-    if backend == "integer":
-        from quant.integer.cuda import ExpandedWeightOnly, Int8WeightOnly
-        return (Int8WeightOnly if dtype == torch.float32 else ExpandedWeightOnly)(integer_weight(layer), bias)
-    return WeightOnlyLinear(layer, bias)

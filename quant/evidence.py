@@ -1,8 +1,7 @@
 """What a recipe learns from the calibration trajectory, and the quantised layers that follow from it."""
 import hashlib
-from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -10,34 +9,30 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import config
+from architectures.dit import block_linears, timed
 from config import Recipe
-from quant import allocate
-from quant.activation import Activation
-from quant.attention import Operands, softmax_of
-from quant.backend import install
-from quant.calibrate import Trajectory, replay
-from quant.linear import QuantizedLayer, block_linears, matrix, timed
-from quant.losses import fastest
-from quant.lowrank import LowRankWeight, lowrank_quantize
-from quant.observers import ImageMaxima, Samples, SecondMoment, StepRange, pick
-from quant.quantizer import OFF_BITS, scale_and_zero
-from quant.ranges import tensor_range
+from quant.activations.attention import Operands, softmax_of
+from quant.activations.quantisers import Activation
+from quant.activations.softmax import fit_powers
+from quant.balancing.losses import fastest
+from quant.balancing.maxima import aggregate, smoothing_factors
+from quant.balancing.reparameterise import Reparameterized, channel_ranges, reparameterize
+from quant.balancing.salience import salience_factors
+from quant.balancing.search import AlphaSearch
+from quant.calibration.observers import ImageMaxima, Samples, SecondMoment, StepRange, pick
+from quant.calibration.trajectory import Trajectory, replay
+from quant.install import install
+from quant.layers.quantised import QuantizedLayer
+from quant.numerics.ranges import tensor_range
+from quant.numerics.tokens import matrix
+from quant.numerics.uniform import OFF_BITS, scale_and_zero
 from quant.recipe import act_spec, weight_spec
-from quant.reconstruct import Inputs
-from quant.repq import Reparameterized, channel_ranges, reparameterize
-from quant.salience import salience_factors
-from quant.search import AlphaSearch
-from quant.smoothing import aggregate, smoothing_factors
-from quant.softmax import fit_powers
-from quant.weights import gptq_quantizer, nearest_quantizer
-
-
-@dataclass(frozen=True)
-class Judge:
-    """The ``loss`` of a quantised model, and what it depends on, in words that tell it from others."""
-
-    loss: Callable[[nn.Module], float]
-    about: str
+from quant.refinement import evolution as allocate
+from quant.refinement.adaround import Inputs
+from quant.refinement.evolution import Objective
+from quant.refinement.group_sizes import bit_ops, bit_ops_at_most, group_choices, mean_at_least
+from quant.weights.low_rank import LowRankWeight, lowrank_quantize
+from quant.weights.rounding import gptq_quantizer, nearest_quantizer
 
 
 class Evidence:
@@ -86,7 +81,7 @@ class Evidence:
         candidates, searches = {}, {}
         if recipe.balance in ("smoothquant", "tas"):
             for name, linear in balanced.items():
-                against = bases[name].weight.dequantize() if bases else linear.weight
+                against = bases[name].base.dequantize() if bases else linear.weight
                 act_max = aggregate(self.absmax[name], recipe.balance, recipe.timestep)
                 candidates[name] = torch.stack([smoothing_factors(act_max, against, a, config.factor_floor) for a in recipe.alphas])
             if len(recipe.alphas) > 1:
@@ -197,14 +192,14 @@ class Evidence:
         labels = torch.cat([self.trajectory.labels, torch.full_like(self.trajectory.labels, self.model.num_classes)])
         return Inputs(self.trajectory.latents[step, image % len(self.trajectory.labels)], self.trajectory.timesteps[step], labels[image])
 
-    def allocate(self, judge: Judge, history: Path | None) -> tuple[dict[str, int], tuple[allocate.Round, ...]]:
+    def allocate(self, judge: Objective, history: Path | None) -> tuple[dict[str, int], tuple[allocate.Round, ...]]:
         """Group sizes by evolution (Q-DiT): each candidate is rounded to the nearest, installed and judged."""
         recipe = self.recipe
         shapes = {name: tuple(matrix(linear).shape) for name, linear in self.linears.items()}
         widths = {columns for _, columns in shapes.values()}
         if not any(width % size == 0 for width in widths for size in recipe.group_sizes):
             raise ValueError(f"none of the group sizes {recipe.group_sizes} divides a layer's width: expected divisors of {sorted(widths)}")
-        choices = allocate.group_choices({name: columns for name, (_, columns) in shapes.items()}, recipe.group_sizes)
+        choices = group_choices({name: columns for name, (_, columns) in shapes.items()}, recipe.group_sizes)
 
         def loss(groups: dict[str, int]) -> float:
             made = self.layers(self.weights(self.smooth, groups, draft=True, desc=None), groups)
@@ -214,12 +209,12 @@ class Evidence:
         budget = allocate.Budget(share, max(1, round(config.evolution_parents * share)), int(config.evolution_crossovers * share),
                                  int(config.evolution_mutations * share), config.evolution_probability, recipe.generations, 0)
         mean = config.mean_group_share * sum(sum(sizes) / len(sizes) for sizes in choices.values()) / len(choices)
-        allowed = allocate.mean_at_least(mean)
+        allowed = mean_at_least(mean)
         if recipe.constraint == "bitops":
             uniform = {name: max([size for size in sizes if size <= mean] or [min(sizes)]) for name, sizes in choices.items()}
             bits = (shapes, self.weight_bits, self.act_bits)
-            allowed = allocate.bit_ops_at_most(allocate.bit_ops(uniform, *bits), *bits)
-        about = f"{asdict(recipe)} W{self.weight_bits}A{self.act_bits}, {judge.about}, {self._digest()}"
+            allowed = bit_ops_at_most(bit_ops(uniform, *bits), *bits)
+        about = f"{asdict(recipe)} W{self.weight_bits}A{self.act_bits}, {judge.description}, {self._digest()}"
         if history is not None:  # a file for each set of settings
             history = history.with_name(f"{history.stem}-{hashlib.sha256(about.encode()).hexdigest()[:8]}{history.suffix}")
         result = allocate.evolve(choices, loss, allowed, budget, history, about)

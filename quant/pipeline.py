@@ -7,19 +7,22 @@ import torch
 from torch import Tensor, nn
 
 import config
+from architectures.dit import modulation_linears, scope_linears
 from config import Recipe
 from diffusion import Schedule
-from quant import allocate
-from quant.attention import Operands
-from quant.calibrate import record
-from quant.evidence import Evidence, Judge
-from quant.linear import QuantizedLayer, matrix, modulation_linears, scope_linears
-from quant.lowrank import LowRankWeight, plain
-from quant.quantizer import OFF_BITS, grouped
+from quant.activations.attention import Operands
+from quant.balancing.maxima import check_step
+from quant.calibration.trajectory import record
+from quant.evidence import Evidence
+from quant.layers.quantised import QuantizedLayer
+from quant.numerics.tokens import matrix
+from quant.numerics.uniform import OFF_BITS, grouped
 from quant.recipe import adaln_spec, check_recipe, weight_spec
-from quant.reconstruct import reconstruct
-from quant.smoothing import check_step
-from quant.weights import quantize_weight
+from quant.refinement import evolution as allocate
+from quant.refinement.adaround import reconstruct
+from quant.refinement.evolution import Objective
+from quant.weights.low_rank import LowRankWeight, without_branch
+from quant.weights.rounding import quantize_weight
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,12 @@ class Result:
 
 @torch.no_grad()
 def quantize_model(model: nn.Module, recipe: Recipe, weight_bits: int, act_bits: int, schedule: Schedule, start: Start,
-                   svd: str = "fast", judge: Judge | None = None, history: Path | None = None) -> Result:
+                   svd: str = "fast", judge: Objective | None = None, history: Path | None = None) -> Result:
     """Quantise what the recipe's scope says, and the adaLN modulation if the recipe says so. The model is left as it was.
 
     Args:
         model: a float ``DiT`` in eval mode on any device.
-        svd: the low-rank solver, a key of ``quant.lowrank.SOLVERS``.
+        svd: the low-rank solver, a key of ``quant.weights.low_rank.SOLVERS``.
         judge: the loss of a quantised model, by which group sizes are chosen.
         history: a file that keeps what that search found, so that it can go on after an interruption.
 
@@ -85,10 +88,10 @@ def quantize_model(model: nn.Module, recipe: Recipe, weight_bits: int, act_bits:
     if recipe.weight == "adaround":
         layers, operands = reconstruct(model, layers, operands, found.inputs(), recipe.iterations, recipe.rounding_rate)
     if recipe.adaln_bits != OFF_BITS:
-        layers |= {name: QuantizedLayer(plain(quantize_weight(linear.weight, adaln_spec(recipe.adaln_bits, linear.in_features))), None)
+        layers |= {name: QuantizedLayer(without_branch(quantize_weight(linear.weight, adaln_spec(recipe.adaln_bits, linear.in_features))), None)
                    for name, linear in modulation_linears(model).items()}
     return Result(layers, operands, found.absmax, found.alphas, found.losses, groups, evolution)
 
 
 def _scale(base: LowRankWeight, factors: Tensor | None) -> LowRankWeight:
-    return base if factors is None else LowRankWeight(base.weight.scale_columns(factors), base.left, base.right * factors)
+    return base if factors is None else LowRankWeight(base.base.scale_columns(factors), base.left, base.right * factors)

@@ -1,7 +1,8 @@
 """What the parts of a recipe mean for each layer, and which of them go together."""
+
+from architectures.dit import timed
 from config import Recipe
-from quant.linear import timed
-from quant.quantizer import OFF_BITS, QuantSpec
+from quant.numerics.uniform import OFF_BITS, QuantSpec
 
 
 def weight_spec(recipe: Recipe, bits: int, group: int | None = None) -> QuantSpec:
@@ -61,3 +62,6 @@ def check_recipe(recipe: Recipe, act_bits: int) -> None:
     for reason, found in wrong.items():
         if found:
             raise ValueError(f"these parts do not go together: {reason}")
+
+
+ADALN_BITS = (4, 8, OFF_BITS)

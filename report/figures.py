@@ -6,7 +6,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from quant.linear import BLOCK_LINEARS
+from architectures.dit import BLOCK_LINEARS
 
 DPI = 110
 

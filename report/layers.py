@@ -5,9 +5,11 @@ import torch
 from torch import Tensor, nn
 
 import config
+from architectures.dit import block_linears
 from diffusion import Schedule
-from quant.calibrate import Trajectory, record, replay
-from quant.linear import QuantizedLayer, QuantLinear, block_linears
+from quant.calibration.trajectory import Trajectory, record, replay
+from quant.layers.linear import QuantLinear
+from quant.layers.quantised import QuantizedLayer
 from quant.pipeline import Start
 
 IMAGES = 4  # in the trajectory that a report looks at

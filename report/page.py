@@ -4,7 +4,7 @@ import html
 from dataclasses import dataclass
 from pathlib import Path
 
-from quant.files import atomic
+from files.atomic import atomic
 
 _STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
 figure{margin:2rem 0}img{max-width:100%;height:auto}figcaption{color:#444}table{border-collapse:collapse;font-size:.85rem;display:block;overflow-x:auto}

@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from diffusion.npz import write_npz
-from quant.files import atomic
+from files.atomic import atomic
+from files.npz import write_npz
 
 MARK = "ditas"  # keyword of the PNG text chunk
 _END = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk of a PNG

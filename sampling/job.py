@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config import UserError
 from diffusion.generate import batch_indices
-from diffusion.images import grid
-from quant.files import atomic
+from errors import UserError
+from files.atomic import atomic
+from files.images import grid
 from sampling import manifest
 from sampling.folder import ImageFolder
 from sampling.lock import locked

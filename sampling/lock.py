@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from config import UserError
+from errors import UserError
 
 NAME = ".lock"
 

@@ -5,8 +5,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from config import UserError
-from quant.files import atomic
+from errors import UserError
+from files.atomic import atomic
 
 NAME = "manifest.json"
 Settings = dict[str, str | int | float | bool | None]

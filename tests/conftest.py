@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from cli.memory import keep_freed_memory
+from cli.parser import run
 from models import DiT
-from quant.cli import keep_freed_memory, run
 
 GOLDEN = Path(__file__).parent / "golden"
 keep_freed_memory()  # as the scripts do

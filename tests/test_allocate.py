@@ -16,8 +16,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from quant.allocate import Budget, bit_ops, bit_ops_at_most, evolve, group_choices, mean_at_least, mean_group_size
-from quant.linear import BLOCK_LINEARS
+from architectures.dit import BLOCK_LINEARS
+from quant.refinement.evolution import Budget, evolve
+from quant.refinement.group_sizes import (
+    bit_ops,
+    bit_ops_at_most,
+    group_choices,
+    mean_at_least,
+    mean_group_size,
+)
 from report import figures
 
 SIZES = (32, 64, 128, 192, 288)
@@ -179,7 +186,7 @@ VICTIM = """
 import sys, time
 from pathlib import Path
 from test_allocate import SHORT, CHOICES, CONSTRAINTS, separable
-from quant.allocate import evolve
+from quant.refinement.evolution import evolve
 
 def objective(groups):
     with open(sys.argv[2], "a") as log:

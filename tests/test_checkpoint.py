@@ -10,17 +10,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import config
-from config import RECIPES, UserError
+from architectures.dit import block_linears
+from config import RECIPES
 from diffusion import ImageNoise, ddpm_step, make_schedule
 from diffusion.generate import generate_latents
+from errors import UserError
 from evaluation.judge import sqnr_judge
 from models import DiT_models
 from quant import checkpoint
-from quant.backend import install
-from quant.linear import block_linears
-from quant.merge import fold
+from quant.checkpoint.tensors import pack
+from quant.install import install
+from quant.layers.fold import fold
 from quant.pipeline import Result, Start, quantize_model
-from quant.quantizer import pack
 
 MODEL = "DiT-Digits"
 
@@ -169,7 +170,7 @@ def test_a_failed_write_leaves_nothing(saved, tmp_path, monkeypatch):
     def full_disk(tensors, path, metadata):
         path.write_bytes(b"half")
         raise OSError("no space left on device")
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    monkeypatch.setattr(checkpoint.store, "save_file", full_disk)
     with pytest.raises(OSError):
         checkpoint.save(tmp_path / "model.safetensors", digits_model(), Result({}), header("rtn", 4))
     assert os.listdir(tmp_path) == []
@@ -187,7 +188,7 @@ def test_an_older_format_is_still_read(saved, tmp_path):
     layers = quantize_model(digits_model(), recipe, 4, 8, make_schedule("2"), Start(noise(), noise, torch.arange(2))).layers
     tensors = {key: value for key, value in digits_model().state_dict().items() if key.removesuffix(".weight") not in layers}
     for key, layer in layers.items():
-        weight = layer.weight.weight
+        weight = layer.weight.base
         tensors |= {f"{key}.codes": pack(weight.codes, 4), f"{key}.scale": weight.scale, f"{key}.zero": weight.zero.to(torch.uint8),
                     f"{key}.left": layer.weight.left, f"{key}.right": layer.weight.right / 3, f"{key}.smooth": layer.smooth}
     fields = asdict(header("ditas", 4, recipe=recipe, format_version=1))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import QuantDiT
 import sample_merge_TAS
-from quant.cli import keep_freed_memory
+from cli.memory import keep_freed_memory
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {"quant": QuantDiT, "sample": sample_merge_TAS}

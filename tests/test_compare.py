@@ -13,10 +13,11 @@ import compare
 import evaluate
 from diffusion import ddpm_step, make_schedule
 from diffusion.generate import generate_latents, labels_for
-from diffusion.npz import read_arrays
-from download import build_lpips, load_decoder, load_model
+from download import load_decoder, load_model
 from evaluation import fidelity
-from metrics import sqnr_db
+from evaluation.metrics import sqnr_db
+from evaluation.networks import build_lpips
+from files.npz import read_arrays
 from models import DiT_models
 from quant import checkpoint
 
@@ -124,18 +125,18 @@ def test_a_model_without_bundled_data_needs_a_reference(tmp_path, capsys):
 
 def digits_run(model, count=5, batch=2):
     decode = load_decoder(DiT_models["DiT-Digits"], "ema", torch.device("cpu"))
-    return fidelity.run(model, decode, make_schedule("4"), [1, 2, 3, 4, 5][:count], 0, 1.5, ddpm_step, batch)
+    return fidelity.sample_run(model, decode, make_schedule("4"), [1, 2, 3, 4, 5][:count], 0, 1.5, ddpm_step, batch)
 
 
 def test_fidelity_of_a_model_to_itself_is_infinite_and_of_a_changed_one_per_step():
     model = load_model("DiT-Digits", DiT_models["DiT-Digits"], 16, 10, None, torch.device("cpu"))
     one = digits_run(model)
     assert one.latents.shape == (4, 5, 4, 8, 8) and one.images.shape == (5, 16, 16, 3)
-    same = fidelity.fidelity(one, digits_run(model))
+    same = fidelity.compare_runs(one, digits_run(model))
     assert same == fidelity.Fidelity([float("inf")] * 4, float("inf"), None)
     model.blocks[0].mlp.fc1.weight += 0.02 * torch.randn(model.blocks[0].mlp.fc1.weight.shape, generator=torch.Generator().manual_seed(0))
     other = digits_run(model)
-    near = fidelity.fidelity(one, other)
+    near = fidelity.compare_runs(one, other)
     a, b = one.latents.double().numpy(), other.latents.double().numpy()
     expected = [10 * np.log10((a[i] ** 2).sum() / ((a[i] - b[i]) ** 2).sum()) for i in range(4)]
     assert near.sqnr_db == pytest.approx(expected)
@@ -151,9 +152,9 @@ def test_lpips_runs_on_the_trunk_it_is_given():
     torch.testing.assert_close(model.net(x).relu5, trunk.features[:12](x))  # AlexNet's fifth ReLU
     images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
     runs = [fidelity.Run(torch.ones(1, 3, 1), pixels) for pixels in (images, images[::-1].copy())]
-    assert fidelity.fidelity(runs[0], runs[0], model).lpips == pytest.approx(0, abs=1e-7)
+    assert fidelity.compare_runs(runs[0], runs[0], model).lpips == pytest.approx(0, abs=1e-7)
     pair = [torch.tensor(run.images).permute(0, 3, 1, 2) / 127.5 - 1 for run in runs]
-    assert fidelity.fidelity(*runs, model, batch=2).lpips == pytest.approx(float(model(*pair).mean()), rel=1e-5)
+    assert fidelity.compare_runs(*runs, model, batch=2).lpips == pytest.approx(float(model(*pair).mean()), rel=1e-5)
 
 
 def test_npz_of_a_row_holds_its_images(compared):

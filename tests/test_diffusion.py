@@ -7,7 +7,15 @@ from conftest import golden, golden_model, relative, replayed
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion import ImageNoise, ddim_step, ddpm_step, guided_denoiser, image_labels, make_schedule, sample
+from diffusion import (
+    ImageNoise,
+    ddim_step,
+    ddpm_step,
+    guided_denoiser,
+    image_labels,
+    make_schedule,
+    sample,
+)
 from diffusion.loss import discretised_nll, gaussian_kl, training_loss
 from diffusion.schedule import space_timesteps
 

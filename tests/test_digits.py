@@ -10,15 +10,15 @@ from conftest import random_model, relative
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
+from architectures.dit import block_linears
 from diffusion import ddpm_step, make_schedule
 from diffusion.generate import generate_latents
 from download import load_model
+from evaluation.metrics import sqnr_db
 from examples.digits import classifier, outliers
 from examples.digits.data import decode, encode, load_images
-from metrics import sqnr_db
 from models import DiT_models
-from quant.calibrate import hooked
-from quant.linear import block_linears
+from quant.calibration.trajectory import hooked
 
 ROOT = Path(__file__).parents[1]
 

@@ -7,8 +7,10 @@ from conftest import random_model
 from safetensors.torch import save_file
 
 import download
-from config import UserError
-from download import convert_diffusers, find_state_dict, load_decoder, load_model, read_state_dict
+from architectures.dit import convert_diffusers
+from download import find_state_dict, load_decoder, load_model
+from errors import UserError
+from files.weights import read_state_dict
 from models import DiT_models, ModelCard
 
 CARD = ModelCard(2, 64, 4, 2, num_classes=10, image_sizes=(64,))

@@ -11,11 +11,11 @@ import torch
 from conftest import call
 
 import evaluate
-import evaluation.features
-from diffusion.npz import read_arrays
+import evaluation.scores
 from evaluation.features import Extractor
+from evaluation.metrics import frechet_distance, inception_score, precision_recall, statistics
 from examples.digits.classifier import load_classifier
-from metrics import frechet_distance, inception_score, precision_recall, statistics
+from files.npz import read_arrays
 
 ROOT = Path(__file__).parents[1]
 UNIT = {"mu": np.zeros(64), "sigma": np.eye(64), "mu_s": np.zeros(112), "sigma_s": np.eye(112)}
@@ -162,7 +162,7 @@ def test_scores_are_the_metrics_of_what_the_network_sees(capsys, half):
 
 
 def test_float16_is_handed_on(capsys, monkeypatch):
-    monkeypatch.setattr(evaluation.features, "precision_recall", lambda real, made, half, device: (float(half), 0.5))
+    monkeypatch.setattr(evaluation.scores, "precision_recall", lambda real, made, half, device: (float(half), 0.5))
     assert [table(capsys, "real.npz", "made.npz", *flags)[0][5] for flags in ([], ["--pr-dtype", "float16"])] == ["0.0000", "1.0000"]
 
 

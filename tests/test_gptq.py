@@ -4,15 +4,15 @@ import pytest
 import torch
 from conftest import golden, relative
 
+from architectures.dit import block_linears
 from diffusion import ImageNoise, make_schedule
 from download import load_model
 from models import DiT_models
-from quant.calibrate import record, replay
-from quant.gptq import inverse_factor
-from quant.linear import block_linears
-from quant.observers import SecondMoment
-from quant.quantizer import QuantSpec, quantize
-from quant.weights import gptq_quantizer, quantize_weight
+from quant.calibration.observers import SecondMoment
+from quant.calibration.trajectory import record, replay
+from quant.numerics.uniform import QuantSpec, quantize
+from quant.weights.gptq import inverse_factor
+from quant.weights.rounding import gptq_quantizer, quantize_weight
 
 GOLDEN = {key: torch.tensor(value) for key, value in golden("baselines").items()}
 

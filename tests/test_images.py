@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from diffusion.images import grid, side_by_side, to_bytes
-from diffusion.npz import write_npz
+from files.images import grid, side_by_side, to_bytes
+from files.npz import write_npz
 
 
 def test_bytes_are_the_published_formula():

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import evaluate
+from cli.parser import run
 from evaluation.inception import WIDTHS, build_network, inception_extractor
-from quant.cli import run
 
 
 @pytest.fixture(scope="module")

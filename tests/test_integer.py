@@ -10,18 +10,23 @@ from conftest import random_model, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import RECIPES, UserError
-from quant.activation import Activation
-from quant.backend import faster, install, resolve
+from architectures.dit import block_linears, modulation_linears
+from config import RECIPES
+from errors import UserError
+from quant.activations.quantisers import Activation
+from quant.backend import faster, resolve
+from quant.install import install
 from quant.integer.cpu import OneDNNLinear, OneDNNNibbleLinear, OneDNNWeightOnly
 from quant.integer.linear import ReferenceLinear
-from quant.integer.weight import integer_weight, nibbles, why_not
-from quant.linear import QuantizedLayer, QuantLinear, WeightOnlyLinear, block_linears, modulation_linears
-from quant.lowrank import lowrank_quantize, plain
-from quant.merge import fold
-from quant.quantizer import QuantSpec, fake_quantize, quantize
+from quant.integer.weight import integer_obstacle, integer_weight, nibbles
+from quant.layers.fold import fold
+from quant.layers.linear import QuantLinear
+from quant.layers.quantised import QuantizedLayer
+from quant.layers.weight_only import WeightOnlyLinear
+from quant.numerics.uniform import QuantSpec, fake_quantize, quantize
 from quant.recipe import act_spec, adaln_spec, weight_spec
-from quant.weights import nearest_quantizer, quantize_weight
+from quant.weights.low_rank import lowrank_quantize, without_branch
+from quant.weights.rounding import nearest_quantizer, quantize_weight
 
 READY = ("rtn", "smoothquant", "ditas", "ditas-plus")
 TOKEN = Activation(QuantSpec(8, "token"))
@@ -74,7 +79,7 @@ def test_codes_are_those_of_the_simulated_quantiser(granularity, bits):
     spec, x = QuantSpec(bits, granularity), torch.randn(3, 11, 50) * torch.exp(3 * torch.randn(3, 11, 1))
     x[0, 0], x[1, 1] = 0, 4.0
     seen = []
-    module = modules(QuantizedLayer(plain(quantize(torch.randn(4, 50), QuantSpec(4, "channel"))), Activation(spec), torch.full((50,), 1.5)), None)["onednn"]
+    module = modules(QuantizedLayer(without_branch(quantize(torch.randn(4, 50), QuantSpec(4, "channel"))), Activation(spec), torch.full((50,), 1.5)), None)["onednn"]
     product, module.product = module.product, lambda codes: seen.append(codes) or product(codes)
     module(x)
     expected = quantize(x / 1.5, spec)  # the quantiser that weights take
@@ -85,7 +90,7 @@ def test_codes_are_those_of_the_simulated_quantiser(granularity, bits):
 def test_sums_are_exact_even_where_they_are_largest():
     """All codes 255, all weights 127: 255 * 127 * 4608 = 149 million, beyond float32's integers, within int32's."""
     codes = torch.full((2, 4608), 255, dtype=torch.uint8)
-    ones = QuantizedLayer(plain(quantize(torch.ones(16, 4608), QuantSpec(7, "channel"))), TOKEN)
+    ones = QuantizedLayer(without_branch(quantize(torch.ones(16, 4608), QuantSpec(7, "channel"))), TOKEN)
     for module in modules(ones, None).values():
         assert torch.equal(module.product(codes), torch.full((2, 16), 255 * 127 * 4608, dtype=torch.float32))
 
@@ -95,7 +100,7 @@ def test_sums_are_exact_even_where_they_are_largest():
 def test_sums_are_those_of_numpy(tokens, rows, columns, seed):
     rng = np.random.default_rng(seed)
     weight = torch.from_numpy(rng.normal(size=(rows, columns)).astype(np.float32))
-    made = QuantizedLayer(plain(quantize(weight, QuantSpec(int(rng.integers(2, 9)), "channel"))), TOKEN)
+    made = QuantizedLayer(without_branch(quantize(weight, QuantSpec(int(rng.integers(2, 9)), "channel"))), TOKEN)
     codes = rng.integers(0, 256, (tokens, columns), dtype=np.uint8)
     integers = integer_weight(made)
     expected = codes.astype(np.int64) @ torch.cat([integers.codes, integers.right]).numpy().astype(np.int64).T
@@ -115,7 +120,7 @@ def test_two_level_weights_expand_to_int8(rows, groups, size, bits, seed):
     for whole, low, high in ((made.scale, 1, 127), (made.zero, 0, 2 ** bits - 1)):
         assert torch.equal(whole, whole.round()) and low <= whole.min() and whole.max() <= high
     assert torch.equal(made.step, made.step.bfloat16().float())
-    assert torch.equal(integer_weight(QuantizedLayer(plain(made), None)).codes.double(), integers.flatten(1))
+    assert torch.equal(integer_weight(QuantizedLayer(without_branch(made), None)).codes.double(), integers.flatten(1))
     assert torch.equal(made.dequantize(), (integers.flatten(1) * made.step).float())
 
 
@@ -138,7 +143,7 @@ def test_importance_moves_the_error_to_where_it_costs_less():
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_weight_only_layer_keeps_its_input(bits):
     weight = torch.randn(60, 40)
-    made = QuantizedLayer(plain(quantize_weight(weight, adaln_spec(bits, 40))), None, None, torch.rand(60) + 0.5)
+    made = QuantizedLayer(without_branch(quantize_weight(weight, adaln_spec(bits, 40))), None, None, torch.rand(60) + 0.5)
     bias, x = torch.randn(60), torch.randn(3, 40) * torch.tensor([[1.0], [100.0], [0.0]])
     x[2] = torch.tensor([0.0, 0.3])[bits // 8]  # constant
     expected = QuantLinear(made, bias)(x)
@@ -154,7 +159,7 @@ def quantised(recipe, bits, adaln_bits, model):
         found = lowrank_quantize(weight, nearest_quantizer(spec), 2 if recipe.rank is None else 0, 2, "best", "fast")
         layers[name] = QuantizedLayer(found.integer_branch(weight), Activation(act_spec(recipe, 8)), smooth)
     if adaln_bits < 16:
-        layers |= {name: QuantizedLayer(plain(quantize_weight(linear.weight, adaln_spec(adaln_bits, linear.in_features))), None)
+        layers |= {name: QuantizedLayer(without_branch(quantize_weight(linear.weight, adaln_spec(adaln_bits, linear.in_features))), None)
                    for name, linear in modulation_linears(model).items()}
     return layers
 
@@ -197,7 +202,7 @@ def test_folding_changes_no_code():
     after = fold(model, before)
     assert before.keys() == after.keys() and sum(each.rows is not None for each in after.values()) == 2  # adaLN and qkv
     for name, each in after.items():
-        assert torch.equal(each.weight.weight.codes, before[name].weight.weight.codes)
+        assert torch.equal(each.weight.base.codes, before[name].weight.base.codes)
         assert torch.equal(integer_weight(each).codes, integer_weight(before[name]).codes)
 
 
@@ -208,7 +213,7 @@ def test_folding_changes_no_code():
     *((RECIPES[name], 8, "use recipe ditas") for name in ("ptq4dm", "repq-vit", "tfmq-dm", "g4w-p4a", "ptq4dit", "qdit")),
 ])
 def test_what_cannot_run_on_integers_says_why(recipe, act_bits, message):
-    reason = why_not(recipe, weight_spec(recipe, 4), act_spec(recipe, act_bits))
+    reason = integer_obstacle(recipe, weight_spec(recipe, 4), act_spec(recipe, act_bits))
     assert message in reason
     for backend in ("auto", "fake"):
         assert resolve(backend, reason, torch.device("cpu"), pytest.fail) == "fake"

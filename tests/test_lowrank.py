@@ -6,12 +6,12 @@ from conftest import golden, golden_model, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from architectures.dit import BLOCK_LINEARS
 from config import RECIPES, lowrank_rank
 from download import find_state_dict
-from quant.linear import BLOCK_LINEARS
-from quant.lowrank import SOLVERS, exact_factors, lowrank_quantize
-from quant.quantizer import QuantSpec, quantize
-from quant.weights import nearest_quantizer
+from quant.numerics.uniform import QuantSpec, quantize
+from quant.weights.low_rank import SOLVERS, exact_factors, lowrank_quantize
+from quant.weights.rounding import nearest_quantizer
 
 PUBLISHED = QuantSpec(4, "strided", 32, "published")
 GROUPS = QuantSpec(4, "group", 64)

@@ -6,8 +6,16 @@ import pytest
 import scipy.linalg
 import torch
 
-import metrics
-from metrics import Statistics, frechet_distance, inception_score, precision_recall, psnr_db, sqnr_db, statistics
+import evaluation.metrics as metrics
+from evaluation.metrics import (
+    Statistics,
+    frechet_distance,
+    inception_score,
+    precision_recall,
+    psnr_db,
+    sqnr_db,
+    statistics,
+)
 
 
 @pytest.fixture

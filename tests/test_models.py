@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import golden, golden_model, random_model, relative
 
-from download import convert_diffusers
+from architectures.dit import convert_diffusers
 from models import DiT_models, TanhGELU, sincos_position_embedding
 
 

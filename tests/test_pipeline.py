@@ -7,22 +7,25 @@ import torch
 from conftest import golden, golden_model, random_model, relative, replayed
 
 import config
+from architectures.dit import block_linears, scope_linears, timed
 from benchmarks.calibration import alive_at_peak
 from config import RECIPES
 from diffusion import ImageNoise, guided_denoiser, make_schedule, sample
 from download import load_model
-from metrics import sqnr_db
+from evaluation.metrics import sqnr_db
 from models import DiT_models
-from quant.activation import Activation
-from quant.backend import install
-from quant.calibrate import record, replay
-from quant.linear import QuantizedLayer, QuantLinear, block_linears, matrix, scope_linears, timed
-from quant.lowrank import LowRankWeight
-from quant.merge import fold
+from quant.activations.quantisers import Activation
+from quant.calibration.trajectory import record, replay
+from quant.install import install
+from quant.layers.fold import fold
+from quant.layers.linear import QuantLinear
+from quant.layers.quantised import QuantizedLayer
+from quant.numerics.tokens import matrix
+from quant.numerics.uniform import QuantSpec, quantize
 from quant.pipeline import Start, quantize_model
-from quant.quantizer import QuantSpec, quantize
 from quant.recipe import act_spec, weight_spec
-from quant.weights import quantize_weight
+from quant.weights.low_rank import LowRankWeight
+from quant.weights.rounding import quantize_weight
 
 RECIPE = replace(RECIPES["ditas-published"], rank=4)
 

@@ -8,10 +8,10 @@ from config import RECIPES
 from diffusion import ImageNoise, ddpm_step, make_schedule
 from diffusion.generate import generate_latents
 from download import load_model
-from metrics import sqnr_db
+from evaluation.metrics import sqnr_db
 from models import DiT_models
-from quant.backend import install
-from quant.merge import fold
+from quant.install import install
+from quant.layers.fold import fold
 from quant.pipeline import Start, quantize_model
 
 STEPS, COUNT = 50, 32

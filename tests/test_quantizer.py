@@ -7,8 +7,9 @@ from conftest import golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quant.quantizer import Quantized, QuantSpec, fake_quantize, grouped, pack, quantize, unpack
-from quant.twolevel import fused_least_errors, least_errors
+from quant.checkpoint.tensors import pack, unpack
+from quant.numerics.uniform import Quantized, QuantSpec, fake_quantize, grouped, quantize
+from quant.weights.two_level import fused_least_errors, least_errors
 
 specs = st.builds(QuantSpec, bits=st.integers(2, 8), granularity=st.sampled_from(["tensor", "image", "token", "channel"]), group=st.just(0))
 group_specs = st.builds(QuantSpec, bits=st.integers(2, 8), granularity=st.just("group"), group=st.sampled_from([1, 2, 4, 64]))

@@ -5,8 +5,8 @@ from conftest import golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quant.quantizer import QuantSpec, fake_quantize, grouped, quantize
-from quant.ranges import Affine, best_range, quantize_range, static_codes, tensor_range
+from quant.numerics.ranges import Affine, best_range, quantize_range, static_codes, tensor_range
+from quant.numerics.uniform import QuantSpec, fake_quantize, grouped, quantize
 
 GOLDEN = {key: torch.tensor(value) for key, value in golden("baselines").items()}
 

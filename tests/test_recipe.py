@@ -7,13 +7,15 @@ import torch
 import torch.nn.functional as F
 from conftest import random_model
 
-from config import RECIPES, UserError
+from architectures.dit import scope_linears
+from cli.recipe_flags import FLAGS, build_recipe
+from config import RECIPES
 from diffusion import ImageNoise, make_schedule
-from quant.calibrate import record, replay
-from quant.evidence import Judge
-from quant.flags import FLAGS, build_recipe
-from quant.linear import matrix, scope_linears
-from quant.observers import ImageMaxima, Samples, StepRange, pick
+from errors import UserError
+from evaluation.judge import Judge
+from quant.calibration.observers import ImageMaxima, Samples, StepRange, pick
+from quant.calibration.trajectory import record, replay
+from quant.numerics.tokens import matrix
 from quant.pipeline import Start, quantize_model
 from quant.recipe import check_recipe
 from QuantDiT import make_parser
@@ -150,7 +152,7 @@ def test_group_sizes_are_chosen_by_the_judge(tmp_path):
     assert result.groups.keys() == result.layers.keys()
     assert all(result.groups[name] == (32 if name.endswith("fc2") else 128) for name in result.groups)
     for name, layer in result.layers.items():
-        assert layer.weight.weight.spec.group == layer.act.spec.group == result.groups[name]
+        assert layer.weight.base.spec.group == layer.act.spec.group == result.groups[name]
     assert [each.best for each in result.evolution] == sorted((each.best for each in result.evolution), reverse=True)
 
 

@@ -10,13 +10,14 @@ from config import RECIPES
 from diffusion import ImageNoise, make_schedule
 from download import load_model
 from models import DiT_models
-from quant.activation import Activation, Clock, Static
-from quant.attention import Operands, QuantAttention
-from quant.backend import install
+from quant.activations.attention import Operands, QuantAttention
+from quant.activations.quantisers import Activation, Static, TimestepIndex
+from quant.activations.softmax import PowersOfRootTwo
+from quant.install import install
+from quant.numerics.uniform import QuantSpec
 from quant.pipeline import Start, quantize_model
-from quant.quantizer import QuantSpec
-from quant.reconstruct import LearnedStep, SoftLinear, beta_at, rectified_sigmoid, rounding_loss
-from quant.softmax import PowersOfRootTwo
+from quant.refinement.adaround import beta_at, rounding_loss
+from quant.refinement.soft_layers import LearnedStep, SoftLinear, rectified_sigmoid
 
 
 def digits():
@@ -45,14 +46,14 @@ def test_every_weight_is_rounded_down_or_up_and_blocks_come_nearer(name):
     _, learned, _ = run(recipe)
     changed = 0
     for key, layer in learned.layers.items():
-        difference = layer.weight.weight.codes.int() - nearest.layers[key].weight.weight.codes.int()
+        difference = layer.weight.base.codes.int() - nearest.layers[key].weight.base.codes.int()
         assert difference.abs().max() <= 1
         changed += int((difference != 0).sum())
         if not key.startswith("blocks."):
             assert not difference.any()
             continue
         weight = model.get_submodule(key).weight if layer.smooth is None else model.get_submodule(key).weight * layer.smooth
-        quantised = layer.weight.weight
+        quantised = layer.weight.base
         exact = weight / quantised.scale + quantised.zero
         inside = (exact > 0) & (exact < quantised.spec.top)
         assert ((quantised.codes - exact)[inside].abs() < 1).all()
@@ -95,7 +96,7 @@ def test_a_soft_layer_starts_as_the_float_one():
     soft = SoftLinear(linear.weight * layer.smooth, replace(layer, act=None), linear.bias, None)
     weight = soft.down + soft.step * rectified_sigmoid(soft.v)
     inside = soft.gap == 1
-    scale = layer.weight.weight.scale
+    scale = layer.weight.base.scale
     assert inside.float().mean() > 0.9
     assert ((weight - linear.weight * layer.smooth).abs() / scale)[inside].max() < 0.011  # h starts at the fraction, cut to 0.01 to 0.99
     assert (soft(x) - linear(x)).norm() < 0.1 * linear(x).norm()
@@ -115,7 +116,7 @@ def test_steps_learn_with_the_gradient_of_lsq():
 
 def test_a_range_per_timestep_follows_the_clock():
     act = Activation(QuantSpec(8, "tensor"), torch.tensor([0.1, 1.0]), torch.tensor([0.0, 100.0]), torch.tensor([900, 10]))
-    clock = Clock(act.timesteps)
+    clock = TimestepIndex(act.timesteps)
     clock.see(torch.tensor([10, 899, 3]))
     assert clock.index.tolist() == [1, 0, 1]
     codes, scale = LearnedStep(act, clock)(torch.full((3, 2), 5.04))

@@ -13,9 +13,10 @@ from conftest import random_model
 from PIL import Image
 
 import config
+from architectures.dit import block_linears
 from config import RECIPES
 from diffusion import ImageNoise, guided_denoiser, make_schedule, sample_loop
-from quant.linear import QuantLinear, block_linears
+from quant.layers.linear import QuantLinear
 from quant.pipeline import Start, quantize_model
 from report import figures
 from report.layers import default_layers, observe

@@ -10,14 +10,15 @@ from hypothesis import strategies as st
 
 from config import RECIPES
 from diffusion import ImageNoise, make_schedule
-from quant.activation import Activation
-from quant.linear import QuantizedLayer, QuantLinear
-from quant.lowrank import plain
+from quant.activations.quantisers import Activation
+from quant.balancing.reparameterise import PerChannel, channel_ranges, reparameterize
+from quant.layers.linear import QuantLinear
+from quant.layers.quantised import QuantizedLayer
+from quant.numerics.ranges import static_codes
+from quant.numerics.uniform import QuantSpec
 from quant.pipeline import Start, quantize_model
-from quant.quantizer import QuantSpec
-from quant.ranges import static_codes
-from quant.repq import PerChannel, channel_ranges, reparameterize
-from quant.weights import quantize_weight
+from quant.weights.low_rank import without_branch
+from quant.weights.rounding import quantize_weight
 
 
 def activations(seed: int, rows: int = 64, channels: int = 24) -> torch.Tensor:
@@ -48,7 +49,7 @@ def test_the_linear_computes_the_same(seed):
     weight, bias = torch.randn(16, 24), torch.randn(16)
     found = reparameterize(*channel_ranges(x, spec, "minmax"), spec)
     rounded = quantize_weight(weight * found.smooth, QuantSpec(8, "channel"))
-    layer = QuantizedLayer(plain(rounded), Activation(QuantSpec(16, "tensor")), found.smooth, shift=found.shift)
+    layer = QuantizedLayer(without_branch(rounded), Activation(QuantSpec(16, "tensor")), found.smooth, shift=found.shift)
     expected = F.linear(x.double(), (rounded.dequantize() / found.smooth).double(), bias.double())
     assert relative(QuantLinear(layer, layer.bias(bias))(x), expected) < 1e-4
     assert relative(QuantLinear(layer, layer.bias(None))(x), expected - bias.double()) < 1e-4
@@ -66,10 +67,10 @@ def test_channel_ranges_are_used_to_the_full_even_off_zero():
 def test_constant_channels_take_the_others_mean_scale():
     low, high = torch.tensor([-1.0, 0.0, 3.0, -4.0]), torch.tensor([1.0, 0.0, 3.0, 0.0])
     spec = QuantSpec(8, "tensor")
-    scale, zero = PerChannel(spec).fit(low, high)
+    scale, zero = PerChannel(spec).parameters(low, high)
     assert np.allclose(scale, np.array([2, 3, 3, 4]) / 255, rtol=1e-6)
     assert np.allclose(reparameterize(scale, zero, spec).scale, 3 / 255)
-    scale, zero = PerChannel(spec).fit(torch.zeros(3), torch.zeros(3))
+    scale, zero = PerChannel(spec).parameters(torch.zeros(3), torch.zeros(3))
     assert torch.equal(scale, torch.ones(3)) and torch.equal(zero, torch.zeros(3))
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from quant.salience import salience_factors, spearman
+from quant.balancing.salience import salience_factors, spearman
 
 
 def test_factors_match_golden():

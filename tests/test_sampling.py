@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from config import UserError
 from diffusion.generate import batch_indices
+from errors import UserError
 from sampling import manifest
 from sampling.folder import MARK, ImageFolder
 from sampling.job import Job

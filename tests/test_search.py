@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from quant.candidates import fused_rounded, rounded
-from quant.losses import DEFINITION, FUSED
-from quant.quantizer import QuantSpec, fake_quantize
-from quant.search import AlphaSearch
-from quant.smoothing import aggregate, check_step, smoothing_factors
-from quant.twolevel import round_to_int8
+from quant.balancing.candidates import fused_rounded, rounded
+from quant.balancing.losses import DEFINITION, FUSED
+from quant.balancing.maxima import aggregate, check_step, smoothing_factors
+from quant.balancing.search import AlphaSearch
+from quant.numerics.uniform import QuantSpec, fake_quantize
+from quant.weights.two_level import round_to_int8
 
 ROOT = Path(__file__).parents[1]
 
@@ -88,8 +88,8 @@ def test_compiled_candidates_are_those_of_the_definition(rows, columns, group, b
 
 def test_compiled_kernels_leave_the_number_of_threads_as_it_was():
     code = """import torch
-from quant.candidates import fused_rounded
-from quant.quantizer import QuantSpec
+from quant.balancing.candidates import fused_rounded
+from quant.numerics.uniform import QuantSpec
 before = torch.get_num_threads()
 fused_rounded(torch.ones(8, 64), torch.ones(2, 64), QuantSpec(4, "group", 64, "two-level"))
 print(before, torch.get_num_threads())"""

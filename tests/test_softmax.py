@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from quant.softmax import fake_quantize_log_sqrt2, fit_powers
+from quant.activations.softmax import fake_quantize_log_sqrt2, fit_powers
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.3])

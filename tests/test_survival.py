@@ -216,7 +216,7 @@ NPZ_PROGRAM = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from diffusion.npz import read_arrays, write_npz
+from files.npz import read_arrays, write_npz
 path, count = Path(sys.argv[1]), int(sys.argv[2])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 base = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)

@@ -13,10 +13,10 @@ from test_integer import layer
 from config import RECIPES
 from quant.integer.linear import ReferenceLinear
 from quant.integer.weight import integer_weight, nibbles
-from quant.linear import QuantizedLayer
-from quant.lowrank import plain
-from quant.quantizer import QuantSpec, quantize, signed_codes
+from quant.layers.quantised import QuantizedLayer
+from quant.numerics.uniform import QuantSpec, quantize, signed_codes
 from quant.recipe import act_spec, weight_spec
+from quant.weights.low_rank import without_branch
 
 pytest.importorskip("triton", reason="Triton has no package for this platform")
 ROOT = Path(__file__).parents[1]
@@ -67,7 +67,7 @@ def test_codes_are_the_same_bit_for_bit(cuda, bits):
 
 
 def test_sums_are_exact_even_where_they_are_largest(cuda):
-    made = QuantizedLayer(plain(quantize(torch.ones(16, 4608), QuantSpec(7, "channel"))), None)
+    made = QuantizedLayer(without_branch(quantize(torch.ones(16, 4608), QuantSpec(7, "channel"))), None)
     weight = integer_weight(made)
     codes, ones = torch.full((2, 4608), 255, dtype=torch.uint8, device=DEVICE), torch.ones(16, device=DEVICE)
     out = cuda.integer_linear(codes, torch.ones(2, device=DEVICE), torch.zeros(2, device=DEVICE), weight.codes.to(DEVICE), None, None, 0, ones,
@@ -84,7 +84,7 @@ def test_a_value_that_is_not_finite_is_not_hidden(cuda):
 
 
 def test_a_weight_only_layer_gives_the_reference(cuda):
-    made = QuantizedLayer(plain(quantize(torch.randn(60, 40), QuantSpec(8, "channel"))), None, None, torch.rand(60) + 0.5)
+    made = QuantizedLayer(without_branch(quantize(torch.randn(60, 40), QuantSpec(8, "channel"))), None, None, torch.rand(60) + 0.5)
     weight, x = integer_weight(made), torch.randn(3, 40, device=DEVICE)
     dense = weight.codes.double() * weight.step[:, None] + weight.left.double() @ weight.right.double()
     assert relative(cuda.Int8WeightOnly(weight, None).to(DEVICE)(x).cpu(), x.cpu().double() @ dense.T) < 1e-6

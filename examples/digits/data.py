@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion.images import to_bytes
-from diffusion.npz import write_npz
-from quant.files import atomic
+from files.atomic import atomic
+from files.images import to_bytes
+from files.npz import write_npz
 
 IMAGE_SIZE = 16
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from quant.integer.linear import IntegerLinear
 from quant.integer.weight import IntegerWeight, Nibbles
-from quant.linear import WeightOnly
-from quant.quantizer import QuantSpec
+from quant.layers.weight_only import WeightOnly
+from quant.numerics.uniform import QuantSpec
 
 
 def supported() -> bool:

@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from quant.integer.weight import IntegerWeight, Nibbles
-from quant.linear import WeightOnly, own, parted, scaled
-from quant.quantizer import QuantSpec, signed_codes
+from quant.layers.linear import float32_copy, rescale, split_branch
+from quant.layers.weight_only import WeightOnly
+from quant.numerics.uniform import QuantSpec, signed_codes
 
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds a small float32 to the nearest integer, ties to even
 TILE_K = (64, 32)  # inputs per tile of 4-bit weights; a tile must not cross a group
@@ -171,7 +172,7 @@ class TritonLinear(nn.Module):
                 "group_scale": half.scale.squeeze(-1) if packed else None, "group_zero": half.zero.squeeze(-1) if packed else None,
                 "left": F.pad(weight.left, (0, fill)) if rank else None, "right": right if rank else None,
                 "right_sums": right.sum(1, dtype=torch.int32).float() if rank else None, "ones": torch.ones(len(right)) if rank else None,
-                "bias": own(bias), "smooth": smooth}.items():
+                "bias": float32_copy(bias), "smooth": smooth}.items():
             self.register_buffer(name, None if value is None else value.contiguous())
         self.act = act
 
@@ -211,8 +212,8 @@ class ExpandedWeightOnly(nn.Module):
 
     def __init__(self, weight: IntegerWeight, bias: Tensor | None):
         super().__init__()
-        for name, value in {"weight": torch.cat([weight.codes, weight.right]), "step": weight.step, "left": weight.left, "bias": own(bias)}.items():
+        for name, value in {"weight": torch.cat([weight.codes, weight.right]), "step": weight.step, "left": weight.left, "bias": float32_copy(bias)}.items():
             self.register_buffer(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
-        return scaled(*parted(F.linear(x, self.weight.to(x.dtype)), self.left), self.step, self.left, None, self.bias).to(x.dtype)
+        return rescale(*split_branch(F.linear(x, self.weight.to(x.dtype)), self.left), self.step, self.left, None, self.bias).to(x.dtype)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from quant.integer.weight import IntegerWeight
-from quant.linear import own, parted, scaled
-from quant.quantizer import QuantSpec, signed_codes
+from quant.layers.linear import float32_copy, rescale, split_branch
+from quant.numerics.uniform import QuantSpec, signed_codes
 
 
 class IntegerLinear(nn.Module):
@@ -22,7 +22,7 @@ class IntegerLinear(nn.Module):
     def __init__(self, weight: IntegerWeight, bias: Tensor | None, smooth: Tensor | None, act: QuantSpec):
         super().__init__()
         for name, value in {"smooth": smooth, "step": weight.step, "sums": weight.sums, "left": weight.left,
-                            "bias": own(bias)}.items():
+                            "bias": float32_copy(bias)}.items():
             self.register_buffer(name, value)
         self.act = act
 
@@ -34,9 +34,9 @@ class IntegerLinear(nn.Module):
         values = x.float() if self.smooth is None else x.float() / self.smooth
         signed, scale, zero = signed_codes(values, self.act)
         codes = (signed + zero).to(torch.uint8)
-        products = parted(self.product(codes.flatten(0, -2)).unflatten(0, x.shape[:-1]), self.left)
-        sums, low = (each - zero * offset for each, offset in zip(products, parted(self.sums, self.left)))  # apart, so that each fuses with what follows
-        return scaled(sums, low, self.step, self.left, scale, self.bias).to(x.dtype)
+        products = split_branch(self.product(codes.flatten(0, -2)).unflatten(0, x.shape[:-1]), self.left)
+        sums, low = (each - zero * offset for each, offset in zip(products, split_branch(self.sums, self.left)))  # apart, so that each fuses with what follows
+        return rescale(sums, low, self.step, self.left, scale, self.bias).to(x.dtype)
 
 
 class ReferenceLinear(IntegerLinear):

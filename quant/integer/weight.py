@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from config import Recipe
-from quant.linear import QuantizedLayer
-from quant.quantizer import OFF_BITS, QuantSpec
+from quant.layers.quantised import QuantizedLayer
+from quant.numerics.uniform import OFF_BITS, QuantSpec
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Nibbles:
         return ((codes.unflatten(1, (self.zero.shape[1], -1)) - self.zero) * self.scale).flatten(1)
 
 
-def why_not(recipe: Recipe, weight: QuantSpec, act: QuantSpec) -> str | None:
+def integer_obstacle(recipe: Recipe, weight: QuantSpec, act: QuantSpec) -> str | None:
     """Why layers quantised like this cannot run on integers, and what to use instead; None if they can."""
     if recipe.act_range == "static" or recipe.scope != "blocks":
         return "static ranges, and layers outside the blocks, are only simulated: use recipe ditas, ditas-plus, rtn or smoothquant"
@@ -66,13 +66,13 @@ def why_not(recipe: Recipe, weight: QuantSpec, act: QuantSpec) -> str | None:
 
 def integer_weight(layer: QuantizedLayer) -> IntegerWeight:
     """Raises:
-        ValueError: the layout has no integer form (see ``why_not``), or the low-rank branch no integer factor.
+        ValueError: the layout has no integer form (see ``integer_obstacle``), or the low-rank branch no integer factor.
     """
     values, step, left, right = layer.factored()
     if step is None or not torch.equal(right, right.round()):
-        raise ValueError("this weight has no integer form (see quant.integer.weight.why_not and LowRankWeight.integer_branch)")
+        raise ValueError("this weight has no integer form (see quant.integer.weight.integer_obstacle and LowRankWeight.integer_branch)")
     if values.max() > 127 or values.min() < -128:
-        quantized = layer.weight.weight
+        quantized = layer.weight.base
         values = quantized.codes.float() - 128
         left = torch.cat([left, (128 - quantized.zero.reshape(-1, 1)) * step[:, None]], 1)
         right = torch.cat([right, right.new_ones(1, right.shape[1])])
@@ -81,7 +81,7 @@ def integer_weight(layer: QuantizedLayer) -> IntegerWeight:
 
 def nibbles(layer: QuantizedLayer) -> Nibbles | None:
     """The codes of a layer packed at 4 bits; None where they are wider or a row cannot be halved."""
-    quantized = layer.weight.weight
+    quantized = layer.weight.base
     rows, columns = quantized.codes.shape
     if quantized.spec.bits > 4 or columns % 2:
         return None

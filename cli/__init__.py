@@ -1,0 +1,1 @@
+"""The command line: parsing, checking and one-line errors."""

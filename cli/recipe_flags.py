@@ -1,0 +1,150 @@
+"""Every part of a recipe as a flag of the command line."""
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from architectures.dit import SCOPES
+from cli.parser import Parser
+from cli.values import at_least, one_of
+from config import RECIPES, Recipe, alpha_grid
+from errors import UserError
+from quant.numerics.ranges import RANGES
+from quant.recipe import ADALN_BITS
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag ``--name`` for the field of ``Recipe``.
+
+    Attributes:
+        read: turns its text and name into a value, or raises a ``UserError``.
+        matters: whether the field has an effect in a recipe; ``where`` says when, in flags.
+    """
+
+    field: str
+    name: str
+    read: Callable[[str, str], object]
+    help: str
+    matters: Callable[[Recipe], bool] = lambda recipe: True
+    where: str = ""
+
+
+def _choice(*allowed: str) -> Callable[[str, str], str]:
+    return lambda text, flag: one_of(text, allowed, flag)
+
+
+def _number(minimum: int | None) -> Callable[[str, str], int]:
+    def read(text: str, flag: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise UserError(f"{flag} '{text}' is not a whole number") from None
+        return value if minimum is None else at_least(value, minimum, flag)
+    return read
+
+
+def _alphas(text: str, flag: str) -> tuple[float, ...]:
+    if text == "grid":
+        return alpha_grid
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise UserError(f"{flag} '{text}' is no migration strength: expected 'grid' or a number from 0 to 1")
+    return (value,)
+
+
+def _sizes(text: str, flag: str) -> tuple[int, ...]:
+    if text == "none":
+        return ()
+    parts = text.replace("/", ",").split(",")
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UserError(f"{flag} '{text}' is no list of group sizes: expected 'none' or numbers such as 32,64,128")
+    return tuple(map(int, parts))
+
+
+def _positive(text: str, flag: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise UserError(f"{flag} '{text}' is not a positive number")
+    return value
+
+
+def _adaln(text: str, flag: str) -> int:
+    return one_of(_number(None)(text, flag), ADALN_BITS, flag)
+
+
+def _rank(text: str, flag: str) -> int | None:
+    return None if text == "paper" else _number(0)(text, flag)
+
+
+_GROUPED = (lambda recipe: not recipe.group_sizes and not {"group", "strided"}.isdisjoint({recipe.weight_granularity, recipe.act_granularity}),
+            "--weight-granularity group or strided, and --group-sizes none")
+_STATIC = lambda recipe: recipe.act_range == "static", "--act-range static"
+_LEARNED = lambda recipe: recipe.weight == "adaround", "--weight adaround"
+_EVOLVED = lambda recipe: bool(recipe.group_sizes), "a list of --group-sizes"
+
+FLAGS = (
+    Flag("scope", "scope", _choice(*SCOPES), "which linears: of the blocks, these and adaLN modulation, or all and the patch embedding"),
+    Flag("balance", "balance", _choice("none", "smoothquant", "tas", "salience", "reparameterise"), "where smoothing factors come from"),
+    Flag("timestep", "smooth-timestep", _number(None), "index in sampling order that balance smoothquant looks at (0 is the noisiest)",
+         lambda recipe: recipe.balance == "smoothquant", "--balance smoothquant"),
+    Flag("alphas", "alpha", _alphas, "migration strength: 'grid' searches layer by layer, or one number",
+         lambda recipe: recipe.balance in ("smoothquant", "tas"), "--balance smoothquant or tas"),
+    Flag("weight", "weight", _choice("nearest", "gptq", "adaround"), "how weights are rounded"),
+    Flag("weight_range", "weight-range", _choice(*RANGES), "of floating weight scales: minmax, or the best of several"),
+    Flag("weight_granularity", "weight-granularity", _choice("channel", "group", "strided"), "what shares a weight scale"),
+    Flag("weight_group", "group-size", _number(1), "weights per scale, where granularity is group or strided", *_GROUPED),
+    Flag("weight_scales", "weight-scales", _choice("float", "two-level"),
+         "of groups: floating, which can only be simulated, or integers inside one scale per output channel"),
+    Flag("act_granularity", "act-granularity", _choice("tensor", "image", "token", "group"), "what shares an activation scale"),
+    Flag("act_range", "act-range", _choice("dynamic", "static"), "of activations: measured in every call, or found once"),
+    Flag("act_clip", "act-clip", _choice(*RANGES), "how static ranges are chosen", *_STATIC),
+    Flag("act_steps", "act-steps", _choice("uniform", "normal", "each"), "timesteps that static ranges are found on", *_STATIC),
+    Flag("attention", "attention", _choice("none", "uniform", "log-sqrt2"), "quantiser of queries, keys, values and the softmax output"),
+    Flag("rank", "lowrank", _rank, "rank of the low-rank branch; 0 for none, 'paper' for 32 at width 1152 and the same share elsewhere"),
+    Flag("metric", "lowrank-metric", _choice("weight", "output"), "errors that the low-rank branch makes small",
+         lambda recipe: recipe.rank != 0, "a --lowrank above 0"),
+    Flag("adaln_bits", "adaln-weight-bit", _adaln, "of the adaLN modulation, weight-only; 16 is none"),
+    Flag("iterations", "iterations", _number(1), "of AdaRound, per block", *_LEARNED),
+    Flag("rounding_rate", "rounding-rate", _positive, "learning rate of AdaRound; fewer iterations need a higher one", *_LEARNED),
+    Flag("group_sizes", "group-sizes", _sizes, "to choose from for every layer by evolution, such as 32,64,128; 'none' for one size"),
+    Flag("population", "population", _number(2), "of that evolution", *_EVOLVED),
+    Flag("generations", "generations", _number(1), "of that evolution", *_EVOLVED),
+    Flag("constraint", "constraint", _choice("mean", "bitops"), "on the group sizes", *_EVOLVED),
+    Flag("judge", "judge", _choice("sqnr", "fid"), "what evolution looks at: SQNR of latents, or FID of 500 images", *_EVOLVED),
+)
+
+
+def add_recipe_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("parts of the recipe (default: the recipe's own, see config.py)")
+    for flag in FLAGS:
+        group.add_argument(f"--{flag.name}", dest=f"part_{flag.field}", metavar="VALUE", help=flag.help)
+
+
+def build_recipe(args: argparse.Namespace) -> Recipe:
+    """The chosen row of ``config.RECIPES`` with the flags that were given on top.
+
+    Raises:
+        UserError: an unknown recipe or value, or a flag that has no effect on what the recipe is now.
+    """
+    recipe = RECIPES[one_of(args.recipe, RECIPES, "--recipe")]
+    given = {flag: flag.read(text, f"--{flag.name}") for flag, text in _given(args).items()}
+    recipe = replace(recipe, **{flag.field: value for flag, value in given.items()})
+    for flag in given:
+        if not flag.matters(recipe):
+            raise UserError(f"--{flag.name} has no effect on this recipe: it is for {flag.where}")
+    return recipe
+
+
+def recipe_label(args: argparse.Namespace) -> str:
+    """The recipe's name with the flags that were given, as compare.py takes it: ``ditas:lowrank=0,weight=gptq``."""
+    return ":".join(filter(None, [args.recipe, ",".join(f"{flag.name}={text}" for flag, text in _given(args).items())]))
+
+
+def _given(args: argparse.Namespace) -> dict[Flag, str]:
+    return {flag: text for flag in FLAGS if (text := getattr(args, f"part_{flag.field}")) is not None}

@@ -1,0 +1,69 @@
+"""Scale reparameterisation: one activation range per channel at the price of one per tensor (RepQ-ViT, Li et al., 2023).
+
+With scale and zero point (s, z) per channel and (t, y) for all, ``x / s + z = ((x + shift) / smooth) / t + y`` where
+``smooth = s / t`` and ``shift = s (z - y)``: the codes of ``(x + shift) / smooth`` under (t, y) are those of ``x`` under (s, z).
+"""
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quant.numerics.ranges import best_range, static_codes
+from quant.numerics.uniform import QuantSpec
+
+
+@dataclass(frozen=True)
+class Reparameterized:
+    """The input ``(x + shift) / smooth`` and its static quantiser (see ``quant.numerics.ranges.static_codes``).
+
+    Attributes:
+        smooth, shift: (I,) float32.
+        scale, zero: 0-dim float32; ``zero`` is one of the codes.
+    """
+
+    smooth: Tensor
+    shift: Tensor
+    scale: Tensor
+    zero: Tensor
+
+
+@dataclass(frozen=True)
+class PerChannel:
+    """The quantiser of channels that is then reparameterised (see ``quant.numerics.ranges``); parameters are scale and integer-valued zero point.
+
+    Ranges are not widened to include 0, and zero points need not be codes: what a channel is off 0 costs nothing here, it becomes
+    shift. A channel of one constant value gets the mean scale of the others, so as not to move it.
+    """
+
+    spec: QuantSpec
+
+    def parameters(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        scale = (high - low) / self.spec.top
+        live = scale > 0
+        scale = torch.where(live, scale, scale[live].mean() if live.any() else torch.ones_like(scale))
+        return scale, (low / scale).neg_().round_()
+
+    def round_trip(self, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        return static_codes(x, scale, zero, self.spec).mul_(scale)
+
+
+def channel_ranges(sample: Tensor, spec: QuantSpec, choice: str) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of every channel, (I,) each, for a sample of inputs (..., I).
+
+    ``minmax`` is the paper's formula, and recipe ``repq-vit``'s; its code takes the best of three ``percentile``s.
+
+    Raises:
+        ValueError: NaN or infinity, or an unknown choice (expected is a key of ``quant.numerics.ranges.RANGES``).
+    """
+    scale, zero = best_range(sample.flatten(0, -2).float(), (0,), PerChannel(spec), choice)
+    return scale.squeeze(0), zero.squeeze(0)
+
+
+def reparameterize(scale: Tensor, zero: Tensor, spec: QuantSpec) -> Reparameterized:
+    """One scale and zero point for all channels, the means of theirs (I,), and the factors that go with them.
+
+    Any integer serves as the zero point, so the mean is rounded and kept inside the codes; the published code does neither, and
+    a zero point that is not an integer moves the codes.
+    """
+    mean, centre = scale.mean(), zero.mean().round().clamp(0, spec.top)
+    return Reparameterized(scale / mean, scale * (zero - centre), mean, centre)

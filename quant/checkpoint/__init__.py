@@ -1,0 +1,17 @@
+"""Quantised models as files: one safetensors file per model, with a JSON header."""
+from quant.checkpoint.header import (
+    FORMAT_VERSION,
+    HEADER_KEY,
+    READABLE,
+    SUFFIX,
+    Header,
+    default_name,
+    find,
+    read_header,
+)
+from quant.checkpoint.store import Stored, backend_for, build, load, read, save
+
+__all__ = [
+    "FORMAT_VERSION", "HEADER_KEY", "READABLE", "SUFFIX", "Header", "Stored", "backend_for", "build", "default_name", "find",
+    "load", "read", "read_header", "save",
+]
