@@ -1,0 +1,75 @@
+"""diffusers' ``DiTTransformer2DModel``: the DiT of the hub, with queries, keys and values apart."""
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from architectures.sites import (
+    AttentionSite,
+    Call,
+    Modulation,
+    Rows,
+    Site,
+    inside,
+    single,
+)
+
+
+class DiffusersDiTArchitecture:
+    """Every block holds its own copy of the embedders, and a modulation of six chunks."""
+
+    name = "diffusers-dit"
+    batched = ("hidden_states", "timestep", "class_labels")
+
+    def sites(self, model: nn.Module, scope: str) -> list[Site]:
+        names = self.blocks(model)
+        blocks = [site for name in names for site in _block_sites(name)]
+        if scope == "blocks":
+            return blocks
+        modulation = [single(f"{name}.norm1.linear", "modulation", name, per_image=True)
+                      for name in names]
+        if scope == "adaln":
+            return modulation + blocks
+        embedders = [site for name in names for site in _embedder_sites(name)]
+        return [single("pos_embed.proj", "patches", None), *embedders, *modulation, *blocks,
+                single("proj_out_1", "output modulation", None, per_image=True),
+                single("proj_out_2", "output", None)]
+
+    def blocks(self, model: nn.Module) -> list[str]:
+        return [f"transformer_blocks.{i}" for i in range(len(model.transformer_blocks))]
+
+    def advance(self, call: Call, output: Tensor) -> Call:
+        return {**call, "hidden_states": output}
+
+    def attentions(self, model: nn.Module) -> list[AttentionSite]:
+        return [AttentionSite(f"{name}.attn1", f"{name}.attn1.to_out.0")
+                for name in self.blocks(model)]
+
+    def timesteps(self, call: Call) -> Tensor:
+        return call["timestep"]
+
+    def configuration(self, model: nn.Module) -> dict[str, Any]:
+        return {key: value for key, value in model.config.items() if not key.startswith("_")}
+
+    def build(self, configuration: dict[str, Any]) -> nn.Module:
+        from diffusers import DiTTransformer2DModel
+        try:
+            return DiTTransformer2DModel(**configuration)
+        except (TypeError, NotImplementedError) as error:
+            raise ValueError(
+                f"this is no configuration of DiTTransformer2DModel: {error}") from None
+
+
+def _block_sites(block: str) -> Iterator[Site]:
+    modulation = f"{block}.norm1.linear"
+    queries_keys_values = inside(f"{block}.attn1", "to_q", "to_k", "to_v")
+    yield Site(f"{block}.attn1.qkv", queries_keys_values, "qkv", block,
+               (Modulation(modulation, shift=0, scale=1),))
+    yield single(f"{block}.attn1.to_out.0", "proj", block, Rows(f"{block}.attn1.to_v"))
+    yield single(f"{block}.ff.net.0.proj", "fc1", block, Modulation(modulation, shift=3, scale=4))
+    yield single(f"{block}.ff.net.2", "fc2", block)
+
+
+def _embedder_sites(block: str) -> Iterator[Site]:
+    for linear in inside(f"{block}.norm1.emb.timestep_embedder", "linear_1", "linear_2"):
+        yield single(linear, "timestep", block, per_image=True)

@@ -1,0 +1,89 @@
+"""diffusers' ``PixArtTransformer2DModel``: text to image, one modulation linear for all blocks.
+
+A block adds a table T of its own to the shared vector t. ``x (1 + T_c + t_c) + T_h + t_h`` divided
+by s has the same form with ``T_h / s``, ``(1 + T_c) / s - 1`` and ``t / s``. So the factors of a
+block go into its table and into what enters the block. Cross attention reads an activation that no
+LayerNorm makes, and text that no linear of the block makes: both divide their inputs themselves.
+"""
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from architectures.sites import (
+    AttentionSite,
+    Call,
+    Rows,
+    SharedModulation,
+    Site,
+    inside,
+    single,
+)
+
+
+class PixArtArchitecture:
+    """Self attention, cross attention to text, and an MLP in every block."""
+
+    name = "pixart"
+    batched = ("hidden_states", "encoder_hidden_states", "timestep", "attention_mask",
+               "encoder_attention_mask")
+
+    def sites(self, model: nn.Module, scope: str) -> list[Site]:
+        blocks = [site for name in self.blocks(model) for site in _block_sites(name)]
+        if scope == "blocks":
+            return blocks
+        modulation = single("adaln_single.linear", "modulation", None, per_image=True)
+        if scope == "adaln":
+            return [modulation, *blocks]
+        return [single("pos_embed.proj", "patches", None), *_embedder_sites(model), modulation,
+                *blocks, single("proj_out", "output", None)]
+
+    def blocks(self, model: nn.Module) -> list[str]:
+        return [f"transformer_blocks.{i}" for i in range(len(model.transformer_blocks))]
+
+    def advance(self, call: Call, output: Tensor) -> Call:
+        return {**call, "hidden_states": output}
+
+    def attentions(self, model: nn.Module) -> list[AttentionSite]:
+        return [AttentionSite(f"{name}.{attention}", f"{name}.{attention}.to_out.0")
+                for name in self.blocks(model) for attention in ("attn1", "attn2")]
+
+    def timesteps(self, call: Call) -> Tensor:
+        return call["timestep"]
+
+    def configuration(self, model: nn.Module) -> dict[str, Any]:
+        return {key: value for key, value in model.config.items() if not key.startswith("_")}
+
+    def build(self, configuration: dict[str, Any]) -> nn.Module:
+        from diffusers import PixArtTransformer2DModel
+        try:
+            return PixArtTransformer2DModel(**configuration)
+        except (TypeError, NotImplementedError) as error:
+            raise ValueError(
+                f"this is no configuration of PixArtTransformer2DModel: {error}") from None
+
+
+def _block_sites(block: str) -> Iterator[Site]:
+    table = f"{block}.scale_shift_table"
+    before_attention = SharedModulation(table, shift=0, scale=1, block=block, argument="timestep")
+    before_mlp = SharedModulation(table, shift=3, scale=4, block=block, argument="timestep")
+    yield Site(f"{block}.attn1.qkv", inside(f"{block}.attn1", "to_q", "to_k", "to_v"), "qkv", block,
+               (before_attention,))
+    yield single(f"{block}.attn1.to_out.0", "proj", block, Rows(f"{block}.attn1.to_v"))
+    yield single(f"{block}.attn2.to_q", "cross q", block)
+    yield Site(f"{block}.attn2.kv", inside(f"{block}.attn2", "to_k", "to_v"), "cross kv", block)
+    yield single(f"{block}.attn2.to_out.0", "cross proj", block, Rows(f"{block}.attn2.to_v"))
+    yield single(f"{block}.ff.net.0.proj", "fc1", block, before_mlp)
+    yield single(f"{block}.ff.net.2", "fc2", block)
+
+
+def _embedder_sites(model: nn.Module) -> Iterator[Site]:
+    embedders = ["timestep_embedder"]
+    if model.adaln_single.emb.use_additional_conditions:
+        embedders += ["resolution_embedder", "aspect_ratio_embedder"]
+    for embedder in embedders:
+        for linear in inside(f"adaln_single.emb.{embedder}", "linear_1", "linear_2"):
+            yield single(linear, "timestep", None, per_image=True)
+    if model.caption_projection is not None:
+        for linear in inside("caption_projection", "linear_1", "linear_2"):
+            yield single(linear, "text", None)

@@ -1,0 +1,160 @@
+"""What quantisation has to know of a diffusion transformer.
+
+Only this folder names a model's modules. Everything else works on sites.
+"""
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+SCOPES = ("blocks", "adaln", "all")
+
+# The arguments of one call of a module, by name.
+Call = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A place that divides an activation: ``rows`` of a linear's output become its channels."""
+
+    linear: str
+    rows: slice = slice(None)
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """A place that divides an activation ``norm(x) (1 + scale) + shift``.
+
+    The output of ``linear`` consists of chunks as wide as the activation. ``shift`` and ``scale``
+    are the numbers of two of them.
+    """
+
+    linear: str
+    shift: int
+    scale: int
+
+
+@dataclass(frozen=True)
+class SharedModulation:
+    """A place that divides ``norm(x) (1 + scale) + shift`` where one linear serves all blocks.
+
+    Every block adds its own ``table`` (chunks, D) to the shared vector (N, chunks D). The table is
+    divided; the vector is divided on its way into ``block``, as its keyword ``argument``.
+    """
+
+    table: str
+    shift: int
+    scale: int
+    block: str
+    argument: str
+
+
+Fold = Rows | Modulation | SharedModulation
+
+
+@dataclass(frozen=True)
+class Site:
+    """Linears that read one activation, so that they share one smoothing factor.
+
+    Attributes:
+        name: unique; with a single linear, that linear's.
+        linears: by state-dict name.
+        role: what tables and figures call it: ``qkv``, ``proj``, ``fc1``, ``fc2``, …
+        block: the name of its block; None outside the blocks.
+        folds: every place where the factor has to be divided out; empty: the linears divide their
+            input themselves.
+        per_image: its input is a vector per image, computed from timestep and condition alone.
+    """
+
+    name: str
+    linears: tuple[str, ...]
+    role: str
+    block: str | None = None
+    folds: tuple[Fold, ...] = ()
+    per_image: bool = False
+
+    @property
+    def is_balanced(self) -> bool:
+        """Whether outliers can be moved from its activation into its weights."""
+        return self.block is not None and not self.per_image
+
+    @property
+    def follows_norm(self) -> bool:
+        """Whether its activation comes from a modulated LayerNorm."""
+        return any(isinstance(place, Modulation | SharedModulation) for place in self.folds)
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """An attention whose operands can be quantised.
+
+    Attributes:
+        name: of the module inside which ``scaled_dot_product_attention`` is called, once.
+        output: the name of the site that reads the averaged values.
+    """
+
+    name: str
+    output: str
+
+
+class Architecture(Protocol):
+    """A family of transformers.
+
+    Attributes:
+        name: in checkpoints.
+        batched: arguments of the model with an entry per image; others are the same for all.
+    """
+
+    name: str
+    batched: tuple[str, ...]
+
+    def sites(self, model: nn.Module, scope: str) -> list[Site]:
+        """List all that a scope quantises, in the order in which a forward pass meets it.
+
+        ``blocks`` holds the linears of attention and MLP, ``adaln`` the blocks' modulation too,
+        ``all`` every linear and the patch embedding.
+        """
+
+    def blocks(self, model: nn.Module) -> list[str]:
+        """Name the transformer blocks in forward order."""
+
+    def advance(self, call: Call, output: Tensor) -> Call:
+        """Return the next block's call, given a block's call and what it returned."""
+
+    def attentions(self, model: nn.Module) -> list[AttentionSite]:
+        """List the attentions of all blocks in forward order."""
+
+    def timesteps(self, call: Call) -> Tensor:
+        """Return the timestep (N,) of every image of a call of the model."""
+
+    def configuration(self, model: nn.Module) -> dict[str, Any]:
+        """Return what ``build`` needs to make a model of the same shape; JSON-able."""
+
+    def build(self, configuration: dict[str, Any]) -> nn.Module:
+        """Make a model with random weights.
+
+        Raises:
+            ValueError: the configuration is not one of this architecture.
+        """
+
+
+def single(
+    linear: str, role: str, block: str | None, *folds: Fold, per_image: bool = False
+) -> Site:
+    """Describe a linear that reads an activation of its own."""
+    return Site(linear, (linear,), role, block, folds, per_image)
+
+
+def inside(place: str, *ends: str) -> tuple[str, ...]:
+    """Name several modules of one place."""
+    return tuple(f"{place}.{end}" for end in ends)
+
+
+def linears_of(sites: list[Site]) -> list[str]:
+    """Name the linears of several sites, in their order."""
+    return [name for site in sites for name in site.linears]
+
+
+def modulations(sites: list[Site]) -> list[Site]:
+    """Pick the sites that give the blocks' LayerNorms their shift and scale."""
+    return [site for site in sites if site.role == "modulation"]
