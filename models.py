@@ -175,7 +175,8 @@ class DiT(nn.Module):
         channels are each half's own, as published.
         """
         half = x[: len(x) // 2]
-        out = self.forward(torch.cat([half, half]), t, y)  # (2N, 2C, H, W)
+        # Not self.forward(...): forward hooks have to see guided calls too.
+        out = self(torch.cat([half, half]), t, y)  # (2N, 2C, H, W)
         noise, rest = out[:, :GUIDED_CHANNELS], out[:, GUIDED_CHANNELS:]
         cond, uncond = noise.chunk(2)
         guided = uncond + cfg_scale * (cond - uncond)
