@@ -197,7 +197,7 @@ class ModelCard:
     decoder: str = "vae"  # what turns latents into images (see download.load_decoder)
     features: str = "inception"  # what judges the images (see download.load_extractor)
     origin: str = ""  # what a reader of its numbers has to know
-    budgets: tuple[tuple[str, str], ...] = ()  # recipe and flags that scale its search or training down to this model, as in compare.py
+    is_small: bool = False  # compare.py gives it config.small_model_budgets
 
     def build(self, image_size: int, num_classes: int | None = None) -> DiT:
         """A randomly initialised model for images of ``image_size`` pixels.
@@ -213,7 +213,7 @@ class ModelCard:
 
 _FAMILIES = {"XL": (28, 1152, 16), "L": (24, 1024, 16), "B": (12, 768, 12), "S": (12, 384, 6)}
 _DIGITS = ModelCard(10, 128, 4, 2, num_classes=10, image_sizes=(16,), downsample=2, decoder="digits", features="digits",
-                    budgets=(("ptq4dit", "iterations=150,rounding-rate=0.03"), ("tfmq-dm", "iterations=150,rounding-rate=0.03"), ("qdit", "population=10,generations=4")))
+                    is_small=True)
 
 DiT_models: dict[str, ModelCard] = {
     **{f"DiT-{name}/{patch}": ModelCard(*shape, patch) for name, shape in _FAMILIES.items() for patch in (2, 4, 8)},
