@@ -160,7 +160,8 @@ class Comparison:
                 print(f"LPIPS is n/a: {error}", file=sys.stderr)
 
     def jobs(self) -> list[Job]:
-        recipes = self.args.recipes or default_recipes(len(self.schedule), dict(self.card.budgets))
+        budgets = config.small_model_budgets if self.card.is_small else {}
+        recipes = self.args.recipes or default_recipes(len(self.schedule), budgets)
         return [Job("float", "32/32", None), *(parse_job(recipe, bits, len(self.schedule), self.card.num_classes) for bits in self.args.bits for recipe in recipes)]
 
     def row(self, job: Job) -> Row:

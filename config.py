@@ -1,137 +1,256 @@
-"""Bit widths, recipes and defaults: the only place where a constant of a method lives.
+"""Recipes, and what the command line may change; a constant of one formula stands beside it.
 
-Command-line flags override what stands here; a checkpoint stores what was used.
+A flag overrides what stands here; a checkpoint stores what was used.
 """
 from dataclasses import dataclass, replace
 
-weight_bit = 4  # 2 to 8
-act_bit = 8  # 4 to 8, or 16 to leave activations alone
-default_recipe = "ditas"
+# What is quantised, if the command line does not say.
 default_model = "DiT-XL/2"
+default_recipe = "ditas"
+weight_bit = 4                 # 2 to 8
+act_bit = 8                    # 4 to 8, or 16 to leave activations alone
 
-# The data-free calibration trajectory: the model's own sampling with classifier-free guidance.
-calibration_labels = (207, 360, 387, 974, 88, 979, 417, 279, 27, 336, 177, 594, 748, 718, 447, 613)  # ImageNet
-calibration_cfg_scale = 1.5
-factor_floor = 1e-4  # activation maxima, weight maxima and smoothing factors are at least this
-alpha_grid = tuple(0.05 * i for i in range(21))
-sample_images, sample_tokens = 256, 4096  # and tokens of them all, of every layer's input, on which static ranges are found
-reconstruction_samples = 800  # images at some step, on which blocks are reconstructed
-replay_tokens = 1024  # tokens of several timesteps that the search sends through the model at once
+# The calibration trajectory, which needs no data: the model's own guided sampling.
+calibration_labels = (         # ImageNet classes, the paper's
+    207, 360, 387, 974, 88, 979, 417, 279, 27, 336, 177, 594, 748, 718, 447, 613)
+calibration_cfg_scale = 1.5    # guidance scale
+replay_tokens = 1024           # tokens, of several timesteps, in one call of the replay
+
+# Smoothing factors.
+factor_floor = 1e-4            # least activation maximum, weight maximum and smoothing factor
+alpha_grid = tuple(0.05 * i for i in range(21))  # migration strengths that a search tries
+
+# Static ranges are found on a sample of every layer's input.
+sample_images = 256            # images, each at one of the timesteps
+sample_tokens = 4096           # tokens of all these images together
 
 
 @dataclass(frozen=True)
 class Recipe:
     """A quantisation method as independent choices. Every one of them is a flag of QuantDiT.py.
 
-    Attributes:
-        scope: ``blocks``: the four linears of every block; ``adaln``: its modulation too; ``all``: every linear and the patch embedding.
-        balance: where smoothing factors come from. ``none``; ``smoothquant``: maxima at one timestep; ``tas``: over all;
-            ``salience``: PTQ4DiT's; ``reparameterise``: RepQ-ViT's, factors and shifts that make a range per channel one per tensor.
-        timestep: the index, in sampling order (0 is the noisiest), that ``smoothquant`` looks at.
-        alphas: migration strengths to try per layer, of ``smoothquant`` and ``tas``; the one of least loss is kept, a single one needs no search.
-        weight: how weights are rounded: ``nearest``, ``gptq``, or ``adaround``: learned, block by block.
-        weight_range: of the weights that share a scale: ``minmax``, or the best of several: ``shrink`` (Q-DiT), ``percentile`` (PTQ4DiT).
-        weight_granularity, weight_group: what shares a weight scale (see ``quant.numerics.uniform.QuantSpec``).
-        weight_scales: ``float``, or ``two-level``: integer group scales inside one floating scale per output channel.
-        act_granularity: what shares an activation scale; groups are those of the weight.
-        act_range: ``dynamic``, or ``static``: found once, one per layer, in the way that ``act_clip`` names (as ``weight_range``; it goes
-            for attention's operands and for RepQ-ViT's channels too).
-        act_steps: what static ranges are found on: timesteps drawn ``uniform`` or ``normal`` (PTQ4DM); ``each``: uniform ones, but what
-            depends on the timestep embedding alone gets a range per timestep (TFMQ-DM).
-        attention: quantises the operands of attention: ``none``, ``uniform``, or ``log-sqrt2``, which differs for the softmax output (RepQ-ViT).
-        convention: rounding convention of both quantisers.
-        rank: of the low-rank branch; 0 is none, None is 32 at width 1152 and the same share elsewhere.
-        rounds: alternations of the low-rank branch.
-        keep: which of them is kept, ``best`` or ``last``.
-        metric: what the branch makes small: errors of the ``weight``, or of the ``output`` on calibration inputs.
-        order: ``smooth-first`` quantises ``W diag(s)``; ``lowrank-first`` quantises W and scales what came out.
-        adaln_bits: of the adaLN modulation weights (weight-only, per output channel); 16 leaves them in floating point (float16 in the file).
-        iterations, rounding_rate: of ``adaround`` for each block, and its learning rate.
-        group_sizes: to choose from for every layer by evolution (Q-DiT); empty: ``weight_group`` for all.
-        population, generations: of that evolution.
-        constraint: on the sizes: ``mean``: their mean, as the published code has it, or ``bitops``, of the paper: no more than with one size
-            as large as that mean.
-        judge: what evolution makes small: ``sqnr``, minus that of the latents in dB, or ``fid`` of 500 images, as published.
+    Checkpoints store these names, so they stay as they are.
     """
 
+    # "blocks": the four linears of every block; "adaln": its modulation too;
+    # "all": every linear and the patch embedding.
     scope: str = "blocks"
+
+    # Balancing: factors that move outliers from activations into weights.
+    # "smoothquant": from maxima at one timestep; "tas": from maxima over all timesteps;
+    # "salience": PTQ4DiT's; "reparameterise": RepQ-ViT's, factors and shifts that make a range
+    # per channel one per tensor.
     balance: str = "none"
+    # The timestep of "smoothquant", in sampling order: 0 is the noisiest.
     timestep: int = 0
+    # Migration strengths that "smoothquant" and "tas" try in each layer. The one of least loss is
+    # kept; a single one needs no search.
     alphas: tuple[float, ...] = ()
-    weight: str = "nearest"
-    weight_range: str = "minmax"
-    weight_granularity: str = "channel"
-    weight_group: int = 0
-    weight_scales: str = "float"
-    act_granularity: str = "image"
-    act_range: str = "dynamic"
+
+    # Weights.
+    weight: str = "nearest"              # "gptq"; "adaround": rounding learned block by block
+    weight_range: str = "minmax"         # "shrink" (Q-DiT), "percentile" (PTQ4DiT): best of several
+    weight_granularity: str = "channel"  # what shares a scale (quant.numerics.uniform.QuantSpec)
+    weight_group: int = 0                # inputs that share a scale, where groups do
+    weight_scales: str = "float"         # "two-level": integers inside one float per output
+
+    # Activations.
+    act_granularity: str = "image"       # what shares a scale; groups are those of the weights
+    act_range: str = "dynamic"           # measured in every call; "static": found once per layer
+    # How static ranges are chosen, as weight_range says for weights. It goes for attention's
+    # operands and for RepQ-ViT's channels too.
     act_clip: str = "minmax"
+    # Timesteps on which static ranges are found: drawn "uniform" or "normal" (PTQ4DM). "each" is
+    # uniform, but what depends on the timestep embedding alone gets a range per timestep (TFMQ-DM).
     act_steps: str = "uniform"
+    # Operands of attention's products: "none", "uniform", or "log-sqrt2", which differs from
+    # "uniform" for the softmax output (RepQ-ViT).
     attention: str = "none"
-    convention: str = "affine"
-    rank: int | None = 0
-    rounds: int = 10
-    keep: str = "best"
-    metric: str = "weight"
-    order: str = "smooth-first"
+
+    convention: str = "affine"           # how values are rounded, of weights and activations
+
+    # Low-rank branch: runs beside the quantised weight and takes up its error.
+    rank: int | None = 0                 # 0: none; None: 32 at width 1152, the same share elsewhere
+    rounds: int = 10                     # alternations of quantising and decomposing
+    keep: str = "best"                   # the round that is kept; "last"
+    metric: str = "weight"               # whose error is small: the weight's; the "output"'s
+    order: str = "smooth-first"          # "lowrank-first": W is quantised before it is smoothed
+
+    # Modulation weights of adaLN, weight-only and per output; 16: float16 in the file.
     adaln_bits: int = 16
-    iterations: int = 20_000
-    rounding_rate: float = 1e-3
-    group_sizes: tuple[int, ...] = ()
-    population: int = 50
+
+    # Training of "adaround".
+    iterations: int = 20_000             # for each block
+    rounding_rate: float = 1e-3          # learning rate
+
+    # Evolution of a group size per layer (Q-DiT).
+    group_sizes: tuple[int, ...] = ()    # to choose from; empty: weight_group for all layers
+    population: int = 50                 # configurations in a generation
     generations: int = 10
+    # What the sizes must keep to. "mean": their mean, as the published code has it; "bitops", of
+    # the paper: no more bit operations than one size as large as that mean.
     constraint: str = "mean"
+    # What evolution makes small: "sqnr": minus the latents' SQNR in dB; "fid": FID of 500 images,
+    # as published.
     judge: str = "sqnr"
 
+    @property
+    def is_static(self) -> bool:
+        """Whether activation ranges are found once, before sampling."""
+        return self.act_range == "static"
 
-_STATIC = Recipe(scope="all", act_granularity="tensor", act_range="static", act_clip="percentile", weight_range="percentile")
-_GROUPS = dict(weight_granularity="group", weight_group=64, weight_scales="two-level", act_granularity="token", adaln_bits=8)
 
-RECIPES: dict[str, Recipe] = {
-    # Round to nearest: the baseline every paper starts from.
-    "rtn": Recipe(),
-    # Xiao et al., 2023, at a single timestep, as the DiTAS paper compares against (appendix, figures 10 to 12).
-    "smoothquant": Recipe(balance="smoothquant", alphas=(0.5,)),
-    # Shang et al., 2023: static ranges from timesteps drawn by a normal distribution.
-    "ptq4dm": replace(_STATIC, act_steps="normal"),
-    # Li et al., 2023: ranges per channel made one per tensor; softmax in powers of the square root of 2. The published code has act_clip="percentile".
-    "repq-vit": replace(_STATIC, balance="reparameterise", attention="log-sqrt2", act_clip="minmax"),
-    # Huang et al., 2024: what depends on the timestep alone, adaLN included, has ranges per timestep.
-    "tfmq-dm": replace(_STATIC, act_steps="each", weight="adaround"),
-    # GPTQ weights (Frantar et al., 2023) with PTQ4DM's activations, as Q-DiT compares against.
-    "g4w-p4a": replace(_STATIC, weight="gptq", weight_range="minmax", act_steps="normal"),
-    # Wu et al., 2024: salience balancing, then block reconstruction.
-    "ptq4dit": replace(_STATIC, balance="salience", attention="uniform", weight="adaround"),
-    # Chen et al., 2025: groups along the inputs of weights and activations, a size per layer.
-    "qdit": Recipe(scope="adaln", weight="gptq", weight_granularity="group", weight_group=128, act_granularity="group",
-                   group_sizes=(32, 64, 128, 192, 288)),
-    # Dong & Zhang, 2025, as its published code computes it, which can only be simulated.
-    "ditas-published": Recipe(balance="tas", alphas=alpha_grid, weight_granularity="strided", weight_group=32,
-                              act_granularity="tensor", convention="published", rank=32, keep="last", order="lowrank-first"),
-    # The same method on a layout that integer kernels can run.
-    "ditas": Recipe(balance="tas", alphas=alpha_grid, rank=None, **_GROUPS),
-    # Ours: GPTQ inside the alternation, which fits the branch to the layer's output, smaller groups, and no search, which gains nothing then.
-    "ditas-plus": replace(Recipe(balance="tas", alphas=(0.5,), rank=None, weight="gptq", metric="output", **_GROUPS), weight_group=32),
+# Static ranges of every linear's input: what the baselines below share.
+_STATIC = Recipe(
+    scope="all",
+    weight_range="percentile",
+    act_granularity="tensor",
+    act_range="static",
+    act_clip="percentile",
+)
+
+# A layout that integer kernels can run: groups of weights, tokens of activations.
+_GROUPS = {
+    "weight_granularity": "group",
+    "weight_group": 64,
+    "weight_scales": "two-level",
+    "act_granularity": "token",
+    "adaln_bits": 8,
 }
 
-# Evolution of group sizes (Q-DiT, section 5.1): shares of the population, and the chance that a mutation draws a layer's size anew.
-evolution_parents, evolution_crossovers, evolution_mutations, evolution_probability = 0.2, 0.5, 0.5, 0.1
-mean_group_share = 128 / 140.8  # the published code wants a mean group size of 128, where 140.8 is the mean of all it chooses from
+RECIPES: dict[str, Recipe] = {
+    # The baseline that every paper starts from: round to nearest.
+    "rtn": Recipe(),
 
-judge_images = 8  # by whose latents group sizes are judged
-judge_fid_images = 500  # and by FID, as published
+    # Xiao et al., 2023: outliers move from activations into weights. At a single timestep, as the
+    # DiTAS paper compares against it (appendix, figures 10 to 12).
+    "smoothquant": Recipe(
+        balance="smoothquant",
+        alphas=(0.5,),
+    ),
+
+    # Shang et al., 2023: static ranges from timesteps that are drawn by a normal distribution.
+    "ptq4dm": replace(
+        _STATIC,
+        act_steps="normal",
+    ),
+
+    # Li et al., 2023: ranges per channel made one per tensor; softmax outputs in powers of the
+    # square root of 2. The published code has act_clip="percentile".
+    "repq-vit": replace(
+        _STATIC,
+        balance="reparameterise",
+        act_clip="minmax",
+        attention="log-sqrt2",
+    ),
+
+    # Huang et al., 2024: what depends on the timestep alone, adaLN included, has a range for each.
+    "tfmq-dm": replace(
+        _STATIC,
+        weight="adaround",
+        act_steps="each",
+    ),
+
+    # Frantar et al., 2023: GPTQ corrects later weights for the rounding of earlier ones. With the
+    # activations of PTQ4DM, as Q-DiT compares against it.
+    "g4w-p4a": replace(
+        _STATIC,
+        weight="gptq",
+        weight_range="minmax",
+        act_steps="normal",
+    ),
+
+    # Wu et al., 2024 (PTQ4DiT): channels balanced by their salience, then block reconstruction.
+    "ptq4dit": replace(
+        _STATIC,
+        balance="salience",
+        weight="adaround",
+        attention="uniform",
+    ),
+
+    # Chen et al., 2025 (Q-DiT): groups along the inputs of weights and activations, whose size is
+    # searched for in every layer.
+    "qdit": Recipe(
+        scope="adaln",
+        weight="gptq",
+        weight_granularity="group",
+        weight_group=128,
+        act_granularity="group",
+        group_sizes=(32, 64, 128, 192, 288),
+    ),
+
+    # Dong & Zhang, 2025 (DiTAS): outliers smoothed over all timesteps by factors from a search,
+    # low-rank branches for what is left. As the published code computes it, which can only be
+    # simulated.
+    "ditas-published": Recipe(
+        balance="tas",
+        alphas=alpha_grid,
+        weight_granularity="strided",
+        weight_group=32,
+        act_granularity="tensor",
+        convention="published",
+        rank=32,
+        keep="last",
+        order="lowrank-first",
+    ),
+
+    # Dong & Zhang, 2025: the method of DiTAS on a layout that integer kernels can run.
+    "ditas": Recipe(
+        balance="tas",
+        alphas=alpha_grid,
+        rank=None,
+        **_GROUPS,
+    ),
+
+    # Ours: GPTQ inside the alternation that fits the branch to the layer's output, and smaller
+    # groups. Without a search, which gains nothing then.
+    "ditas-plus": Recipe(
+        balance="tas",
+        alphas=(0.5,),
+        weight="gptq",
+        rank=None,
+        metric="output",
+        **(_GROUPS | {"weight_group": 32}),
+    ),
+}
+
+# Flags that scale a published search or training down to a model of ten blocks, as in compare.py.
+small_model_budgets = {
+    "ptq4dit": "iterations=150,rounding-rate=0.03",
+    "tfmq-dm": "iterations=150,rounding-rate=0.03",
+    "qdit": "population=10,generations=4",
+}
+
+# Evolution of group sizes (Q-DiT, section 5.1): shares of the population, and mutations.
+evolution_parents = 0.2            # the best so far, from which the next generation descends
+evolution_crossovers = 0.5         # children that mix two parents
+evolution_mutations = 0.5          # children that change one parent
+evolution_probability = 0.1        # that a mutation draws a layer's size anew
+# The published code wants a mean size of 128, where all sizes it chooses from have a mean of 140.8.
+mean_group_share = 128 / 140.8
+
+# What group sizes are judged by.
+judge_images = 8                   # whose latents' SQNR is measured
+judge_fid_images = 500             # whose FID is measured, as published
 
 # AdaRound with learned activation steps (PTQ4DiT, appendix, and the code it builds on).
-step_rate, rounding_weight, rounding_beta, rounding_warmup, reconstruction_batch = 4e-5, 0.01, (20.0, 2.0), 0.2, 32
+step_rate = 4e-5                   # learning rate of the activation steps
+rounding_weight = 0.01             # weight of the regulariser
+rounding_beta = (20.0, 2.0)        # its exponent, after warm-up and at the end
+rounding_warmup = 0.2              # share of the iterations before it sets in
+reconstruction_batch = 32          # samples per iteration
+reconstruction_samples = 800       # images, each at one of the timesteps, to reconstruct blocks on
 
 
 def lowrank_rank(recipe: Recipe, width: int) -> int:
-    """The branch's rank for a layer whose smaller dimension is ``width``."""
-    return max(1, round(width * 32 / 1152)) if recipe.rank is None else recipe.rank
+    """Return the branch's rank for a layer whose smaller dimension is ``width``."""
+    if recipe.rank is None:
+        return max(1, round(width * 32 / 1152))
+    return recipe.rank
 
 
 def default_labels(num_classes: int, count: int = len(calibration_labels)) -> list[int]:
-    """Labels of the calibration trajectory: the paper's for ImageNet, ``i mod num_classes`` for other models."""
+    """Return labels to calibrate with: the paper's for ImageNet, else the classes in turn."""
     if num_classes == 1000:
         return list(calibration_labels[:count])
     return [i % num_classes for i in range(count)]

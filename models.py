@@ -1,4 +1,4 @@
-"""Diffusion Transformers (Peebles & Xie, 2023), state-dict compatible with the published checkpoints.
+"""Diffusion Transformers (Peebles & Xie, 2023), compatible with the published checkpoints.
 
 Shapes: N images, C latent channels, H = W latent side, T tokens, D width, p patch side.
 """
@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
 from torch import Tensor, nn
 
-GUIDED_CHANNELS = 3  # the published model guides only the first three latent channels
+MLP_RATIO = 4          # channels inside an MLP for each of its inputs
+CLASS_DROPOUT = 0.1    # share of labels that training replaces by the null label
+GUIDED_CHANNELS = 3    # the published model guides only the first three latent channels
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -20,35 +22,42 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
-    """Sinusoids of timesteps ``t`` (N,): ``dim/2`` cosines, then as many sines, (N, dim) float32.
+    """Embed timesteps ``t`` (N,) as ``dim/2`` cosines, then as many sines, (N, dim) float32.
 
-    The frequencies are spread over ``dim/2`` steps, as in the published model (diffusers spreads them over ``dim/2 - 1``).
+    The frequencies are spread over ``dim/2`` steps, as in the published model. (diffusers spreads
+    them over ``dim/2 - 1``.)
     """
     half = dim // 2
-    freqs = torch.exp(-np.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)  # (dim/2,)
+    exponents = torch.arange(half, dtype=torch.float32, device=t.device)  # (dim/2,)
+    freqs = torch.exp(-np.log(max_period) * exponents / half)  # (dim/2,)
     angles = t[:, None].float() * freqs[None]  # (N, dim/2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (N, dim)
 
 
 def sincos_position_embedding(dim: int, side: int) -> Tensor:
-    """Fixed 2-D sine-cosine embedding of a ``side`` x ``side`` token grid, (side*side, dim) float32.
+    """Embed the places of a ``side`` x ``side`` token grid in sines and cosines, (T, dim) float32.
 
     The first half of the channels encodes the column, the second half the row.
     """
     omega = 1.0 / 10000 ** (np.arange(dim // 4, dtype=np.float64) / (dim / 4))  # (dim/4,)
     angles = np.arange(side, dtype=np.float64)[:, None] * omega[None]  # (side, dim/4)
     axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # (side, dim/2)
-    columns = np.tile(axis, (side, 1))  # (side*side, dim/2)
-    rows = np.repeat(axis, side, axis=0)  # (side*side, dim/2)
+    columns = np.tile(axis, (side, 1))  # (T, dim/2)
+    rows = np.repeat(axis, side, axis=0)  # (T, dim/2)
     return torch.from_numpy(np.concatenate([columns, rows], axis=1)).float()
 
 
 class TimestepEmbedder(nn.Module):
+    """Timesteps (N,) to vectors (N, D): an MLP on their sinusoids."""
+
     def __init__(self, hidden_size: int, frequency_embedding_size: int = 256):
         super().__init__()
         self.frequency_embedding_size = frequency_embedding_size
         self.mlp = nn.Sequential(
-            nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+            nn.Linear(frequency_embedding_size, hidden_size),
+            nn.SiLU(),
+            nn.Linear(hidden_size, hidden_size),
+        )
 
     def forward(self, t: Tensor) -> Tensor:
         embedding = timestep_embedding(t, self.frequency_embedding_size)
@@ -56,25 +65,28 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Class labels to vectors; index ``num_classes`` is the null label of classifier-free guidance."""
+    """Class labels (N,) to vectors (N, D).
 
-    def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float):
+    Index ``num_classes`` is the null label of classifier-free guidance.
+    """
+
+    def __init__(self, num_classes: int, hidden_size: int):
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
         self.num_classes = num_classes
-        self.dropout_prob = dropout_prob
 
     def forward(self, y: Tensor) -> Tensor:
-        if self.training and self.dropout_prob > 0:
-            drop = torch.rand(y.shape[0], device=y.device) < self.dropout_prob
+        if self.training:
+            drop = torch.rand(y.shape[0], device=y.device) < CLASS_DROPOUT
             y = torch.where(drop, self.num_classes, y)
         return self.embedding_table(y)  # (N, D)
 
 
 class TanhGELU(nn.Module):
-    """``x (1 + tanh u) / 2`` with u = sqrt(2 / pi) (x + 0.044715 x^3), computed as ``x sigmoid(2 u)`` where a compiler fuses that.
+    """``x (1 + tanh u) / 2`` with u = sqrt(2 / pi) (x + 0.044715 x^3).
 
-    The two are equal, and compiled code takes a third of the time with a sigmoid.
+    Where a compiler fuses it, it is computed as ``x sigmoid(2 u)``. The two are equal, and compiled
+    code takes a third of the time with a sigmoid.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -84,23 +96,26 @@ class TanhGELU(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """Attention and MLP, each preceded by an adaptive LayerNorm and followed by a gate (adaLN-Zero)."""
+    """Attention and MLP: an adaptive LayerNorm before each, a gate behind it (adaLN-Zero)."""
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
+    def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=TanhGELU)
+        self.mlp = Mlp(hidden_size, MLP_RATIO * hidden_size, act_layer=TanhGELU)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)  # each (N, D)
+        modulation = self.adaLN_modulation(c)  # (N, 6D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)  # each (N, D)
         x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1))  # (N, T, D)
-        return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))  # (N, T, D)
+        return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
 class FinalLayer(nn.Module):
+    """Tokens to the values of their patches, behind an adaptive LayerNorm."""
+
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
         super().__init__()
         self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
@@ -108,20 +123,28 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)  # each (N, D)
         return self.linear(modulate(self.norm_final(x), shift, scale))  # (N, T, p*p*2C)
 
 
 class DiT(nn.Module):
-    """Noise and variance prediction from noisy latents, a timestep and a class label.
+    """Predicts noise and variance from noisy latents, a timestep and a class label.
 
-    ``forward(x (N, C, H, W), t (N,) in 0..999, y (N,) in 0..num_classes) -> (N, 2C, H, W)``: noise, then the
-    interpolation coefficient of the log variance (see ``diffusion.schedule``). Weights may be bfloat16; the output has the type of ``x``.
+    ``forward(x, t, y)`` takes x (N, C, H, W), t (N,) in 0..999 and y (N,) in 0..num_classes. It
+    gives (N, 2C, H, W): the noise, then the interpolation coefficient of the log variance (see
+    ``diffusion.schedule``). Weights may be bfloat16; the output has the type of ``x``.
     """
 
-    def __init__(self, input_size: int = 32, patch_size: int = 2, in_channels: int = 4, hidden_size: int = 1152,
-                 depth: int = 28, num_heads: int = 16, mlp_ratio: float = 4.0, class_dropout_prob: float = 0.1,
-                 num_classes: int = 1000):
+    def __init__(
+        self,
+        input_size: int = 32,       # latent cells per side
+        patch_size: int = 2,        # latent cells per token and side
+        in_channels: int = 4,       # of the latents
+        hidden_size: int = 1152,    # channels of a token
+        depth: int = 28,            # blocks
+        num_heads: int = 16,        # of attention
+        num_classes: int = 1000,
+    ):
         super().__init__()
         self.in_channels = in_channels
         self.out_channels = 2 * in_channels
@@ -130,51 +153,65 @@ class DiT(nn.Module):
         self.num_classes = num_classes
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, bias=True)
         self.t_embedder = TimestepEmbedder(hidden_size)
-        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
         grid = sincos_position_embedding(hidden_size, input_size // patch_size)
         self.pos_embed = nn.Parameter(grid.unsqueeze(0), requires_grad=False)  # (1, T, D)
-        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
 
     def initialize_weights(self) -> None:
-        """The training-time initialisation of the DiT paper: Xavier linears, zero modulation and output (adaLN-Zero)."""
+        """Initialise for training: Xavier linears, zero modulation and output (adaLN-Zero)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)
-        for weight in (self.y_embedder.embedding_table.weight, self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight):
-            nn.init.normal_(weight, std=0.02)
+
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+
         zeroed = [block.adaLN_modulation[1] for block in self.blocks]
         zeroed += [self.final_layer.adaLN_modulation[1], self.final_layer.linear]
         for linear in zeroed:
             nn.init.zeros_(linear.weight)
 
     def unpatchify(self, x: Tensor) -> Tensor:
-        """Tokens (N, T, p*p*2C) to an image (N, 2C, H, W)."""
-        side, p = self.input_size // self.patch_size, self.patch_size
-        x = x.reshape(x.shape[0], side, side, p, p, self.out_channels)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], self.out_channels, self.input_size, self.input_size)
+        """Arrange tokens (N, T, p*p*2C) as an image (N, 2C, H, W)."""
+        n, p = len(x), self.patch_size
+        side = self.input_size // p
+        x = x.reshape(n, side, side, p, p, self.out_channels)
+        x = x.permute(0, 5, 1, 3, 2, 4)  # (N, 2C, side, p, side, p)
+        return x.reshape(n, self.out_channels, self.input_size, self.input_size)
 
     def embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """What enters the first block: tokens (N, T, D) and the conditioning (N, D)."""
-        return self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y)
+        """Make what enters the first block: tokens (N, T, D) and the conditioning (N, D)."""
+        tokens = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed
+        return tokens, self.t_embedder(t) + self.y_embedder(y)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        wanted = x.dtype
+        dtype = x.dtype
         x, c = self.embed(x, t, y)
         for block in self.blocks:
             x = block(x, c)  # (N, T, D)
-        return self.unpatchify(self.final_layer(x, c)).to(wanted)  # (N, 2C, H, W)
+        return self.unpatchify(self.final_layer(x, c)).to(dtype)  # (N, 2C, H, W)
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -> Tensor:
-        """Classifier-free guidance; ``x`` (2N, C, H, W) whose second half is ignored, ``y`` labels then null labels.
+        """Predict with classifier-free guidance.
 
-        Returns (2N, 2C, H, W): both halves carry the guided noise in the first three latent channels; the remaining
-        channels are each half's own, as published.
+        Args:
+            x: (2N, C, H, W), whose second half is ignored.
+            t: (2N,).
+            y: (2N,): the labels, then as many null labels.
+            cfg_scale: guidance scale.
+
+        Returns:
+            (2N, 2C, H, W). Both halves carry the guided noise in the first three latent channels;
+            the remaining channels are each half's own, as published.
         """
         half = x[: len(x) // 2]
+        # Not self.forward(...): forward hooks have to see guided calls too.
         out = self(torch.cat([half, half]), t, y)  # (2N, 2C, H, W)
         noise, rest = out[:, :GUIDED_CHANNELS], out[:, GUIDED_CHANNELS:]
         cond, uncond = noise.chunk(2)
@@ -184,39 +221,72 @@ class DiT(nn.Module):
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What the command line needs to know of a model: its shape, its classes and the images it makes."""
+    """What the command line has to know of a model: its shape, its classes, its images."""
 
-    depth: int
-    hidden_size: int
-    num_heads: int
-    patch_size: int
+    depth: int                               # blocks
+    hidden_size: int                         # channels of a token
+    num_heads: int                           # of attention
+    patch_size: int                          # latent cells per token and side
     num_classes: int = 1000
     image_sizes: tuple[int, ...] = (256, 512)  # pixels per side; the first is the default
-    downsample: int = 8  # pixels per latent cell and side
-    decoder: str = "vae"  # what turns latents into images (see download.load_decoder)
-    features: str = "inception"  # what judges the images (see download.load_extractor)
-    origin: str = ""  # what a reader of its numbers has to know
-    budgets: tuple[tuple[str, str], ...] = ()  # recipe and flags that scale its search or training down to this model, as in compare.py
+    downsample: int = 8                      # pixels per latent cell and side
+    decoder: str = "vae"                     # turns latents into images, see download.load_decoder
+    features: str = "inception"              # judges the images, see download.load_extractor
+    origin: str = ""                         # what a reader of its numbers has to know
+    is_small: bool = False                   # compare.py gives it config.small_model_budgets
 
     def build(self, image_size: int, num_classes: int | None = None) -> DiT:
-        """A randomly initialised model for images of ``image_size`` pixels.
+        """Make a randomly initialised model for images of ``image_size`` pixels.
+
+        Args:
+            num_classes: labels that the model knows; None for the card's.
 
         Raises:
             ValueError: the model has no such image size.
         """
         if image_size not in self.image_sizes:
-            raise ValueError(f"image size {image_size} does not fit this model: expected {' or '.join(map(str, self.image_sizes))}")
-        return DiT(input_size=image_size // self.downsample, patch_size=self.patch_size, hidden_size=self.hidden_size,
-                   depth=self.depth, num_heads=self.num_heads, num_classes=num_classes or self.num_classes)
+            expected = " or ".join(str(size) for size in self.image_sizes)
+            raise ValueError(
+                f"image size {image_size} does not fit this model: expected {expected}")
+        return DiT(
+            input_size=image_size // self.downsample,
+            patch_size=self.patch_size,
+            hidden_size=self.hidden_size,
+            depth=self.depth,
+            num_heads=self.num_heads,
+            num_classes=num_classes or self.num_classes,
+        )
 
 
-_FAMILIES = {"XL": (28, 1152, 16), "L": (24, 1024, 16), "B": (12, 768, 12), "S": (12, 384, 6)}
-_DIGITS = ModelCard(10, 128, 4, 2, num_classes=10, image_sizes=(16,), downsample=2, decoder="digits", features="digits",
-                    budgets=(("ptq4dit", "iterations=150,rounding-rate=0.03"), ("tfmq-dm", "iterations=150,rounding-rate=0.03"), ("qdit", "population=10,generations=4")))
+_SIZES = {
+    "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
+    "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
+    "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
+    "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
+}
+_DIGITS = ModelCard(
+    depth=10,
+    hidden_size=128,
+    num_heads=4,
+    patch_size=2,
+    num_classes=10,
+    image_sizes=(16,),
+    downsample=2,
+    decoder="digits",
+    features="digits",
+    is_small=True,
+)
 
 DiT_models: dict[str, ModelCard] = {
-    **{f"DiT-{name}/{patch}": ModelCard(*shape, patch) for name, shape in _FAMILIES.items() for patch in (2, 4, 8)},
+    **{
+        f"DiT-{name}/{patch}": ModelCard(**size, patch_size=patch)
+        for name, size in _SIZES.items()
+        for patch in (2, 4, 8)
+    },
     "DiT-Digits": _DIGITS,
-    "DiT-Digits-Outliers": replace(_DIGITS, origin="Its activation outliers were put in by construction (examples/digits/outliers.py); the "
-                                                   "model it was made from has none."),
+    "DiT-Digits-Outliers": replace(
+        _DIGITS,
+        origin="Its activation outliers were put in by construction (examples/digits/outliers.py); "
+               "the model it was made from has none.",
+    ),
 }

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from diffusion.noise import ImageNoise, image_labels
 from diffusion.sampler import Step, guided_denoiser, sample_loop
@@ -21,6 +22,32 @@ def labels_for(indices: Sequence[int], seed: int, num_classes: int, listed: Sequ
     if listed is None:
         return image_labels(seed, indices, num_classes)
     return torch.tensor([listed[i % len(listed)] for i in indices])
+
+
+def guided_drive(
+    schedule: Schedule,
+    x: Tensor,
+    draw: Callable[[], Tensor],
+    labels: Tensor,
+    cfg_scale: float,
+) -> Callable[[nn.Module], None]:
+    """Make a function that lets a model sample once with guidance, for what hooks see of it.
+
+    Args:
+        schedule: its steps, shown in a progress bar.
+        x: (N, C, H, W) pure noise to start from, on the model's device.
+        draw: fresh noise like ``x`` for every step; a stream goes on where it stopped, so a second
+            run of the function sees other noise.
+        labels: (N,) int64, on the model's device.
+        cfg_scale: guidance scale; 1 runs the labelled half alone.
+    """
+
+    def drive(model: nn.Module) -> None:
+        latents = sample_loop(guided_denoiser(model, labels, cfg_scale), schedule, x, draw)
+        for _ in tqdm(latents, total=len(schedule), desc="trajectory", unit="step"):
+            pass
+
+    return drive
 
 
 def latents_by_step(model: nn.Module, schedule: Schedule, indices: Sequence[int], labels: Tensor, seed: int, cfg_scale: float,

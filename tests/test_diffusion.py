@@ -16,6 +16,7 @@ from diffusion import (
     make_schedule,
     sample,
 )
+from diffusion.generate import guided_drive
 from diffusion.loss import discretised_nll, gaussian_kl, training_loss
 from diffusion.schedule import space_timesteps
 
@@ -53,6 +54,25 @@ def test_guided_loops_match_the_published_samplers(key, step):
     denoise = guided_denoiser(golden_model(), torch.tensor(values["labels"]), float(values["cfg_scale"]))
     out = sample(denoise, make_schedule("50"), torch.tensor(values["z"]), replayed(values["noise"][:, :4]), step)
     assert relative(out, values[f"{key}_latents"]) < 1e-4
+
+
+def test_a_guided_drive_runs_every_step_of_the_published_sampler():
+    values, model, calls = golden("diffusion"), golden_model(), []
+    draw = replayed(values["noise"][:, :4])
+    x, labels = torch.tensor(values["z"]), torch.tensor(values["labels"])
+    drive = guided_drive(make_schedule("50"), x, draw, labels, float(values["cfg_scale"]))
+    handle = model.register_forward_hook(lambda module, inputs, output: calls.append(inputs))
+    assert drive(model) is None
+    handle.remove()
+
+    assert len(calls) == 50
+    assert torch.equal(calls[0][0], torch.cat([x, x]))
+    assert [int(t[0]) for _, t, _ in calls] == make_schedule("50").timestep_map[::-1].tolist()
+    last_x, last_t, _ = calls[-1]  # at index 0 the step is the mean of x_0 given x_1
+    denoise = guided_denoiser(model, labels, float(values["cfg_scale"]))
+    half = last_x[: len(x)]
+    latents = ddpm_step(make_schedule("50"), 0, half, denoise(half, last_t[: len(x)]), draw)
+    assert relative(latents, values["ddpm_latents"]) < 1e-4
 
 
 class FakeModel:

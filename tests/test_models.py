@@ -28,6 +28,19 @@ def test_guidance_touches_the_first_three_channels_only():
     assert torch.allclose(guided[:2, :3], expected, atol=1e-6) and torch.equal(guided[:2, :3], guided[2:, :3])
 
 
+def test_forward_hooks_see_guided_calls():
+    """Calibration and fidelity watch a model from outside, also while it samples with guidance."""
+    model, calls = random_model(), []
+    handle = model.register_forward_hook(lambda module, inputs, output: calls.append(inputs))
+    x, t, y = torch.randn(4, 4, 8, 8), torch.full((4,), 300), torch.tensor([1, 2, 10, 10])
+    model.forward_with_cfg(x, t, y, 1.5)
+    handle.remove()
+    assert len(calls) == 1
+    seen_x, seen_t, seen_y = calls[0]
+    assert torch.equal(seen_x, torch.cat([x[:2], x[:2]]))
+    assert torch.equal(seen_t, t) and torch.equal(seen_y, y)
+
+
 def diffusers_twin(shift: float | None):
     """A random diffusers DiT; ``shift`` sets the frequency spread of its timestep embedding."""
     from diffusers import DiTTransformer2DModel
