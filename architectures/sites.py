@@ -2,6 +2,7 @@
 
 Only this folder names a model's modules. Everything else works on sites.
 """
+import inspect
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -143,6 +144,11 @@ def single(
 ) -> Site:
     """Describe a linear that reads an activation of its own."""
     return Site(linear, (linear,), role, block, folds, per_image)
+
+
+def call_of(module: nn.Module, args: tuple, kwargs: dict) -> Call:
+    """Give the arguments of a module's ``forward`` their names."""
+    return dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
 
 
 def inside(place: str, *ends: str) -> tuple[str, ...]:

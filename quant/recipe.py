@@ -1,67 +1,179 @@
-"""What the parts of a recipe mean for each layer, and which of them go together."""
+"""What the parts of a recipe mean in numbers, and which of them do not go together."""
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from architectures.dit import timed
 from config import Recipe
 from quant.numerics.uniform import OFF_BITS, QuantSpec
 
+# Widths of the adaLN modulation's weights that a checkpoint can hold.
+ADALN_BITS = (4, 8, OFF_BITS)
+
+
+@dataclass(frozen=True)
+class BitWidths:
+    """Bits per weight and per activation; 16 leaves activations alone."""
+
+    weights: int
+    activations: int
+
+    @property
+    def leave_activations(self) -> bool:
+        return self.activations == OFF_BITS
+
 
 def weight_spec(recipe: Recipe, bits: int, group: int | None = None) -> QuantSpec:
-    """``group`` is that of one layer, where sizes differ."""
+    """Say how weights are quantised; ``group`` is the size of one layer, where sizes differ."""
     convention = "two-level" if recipe.weight_scales == "two-level" else recipe.convention
     return QuantSpec(bits, recipe.weight_granularity, group or recipe.weight_group, convention)
 
 
 def adaln_spec(bits: int, columns: int) -> QuantSpec:
-    """Of a weight-only modulation with ``columns`` inputs: one group per output channel, integers of at most 127."""
+    """Say how a weight-only modulation with ``columns`` inputs is quantised.
+
+    One group per output channel, whose weights are integers of at most 127.
+    """
     return QuantSpec(bits, "group", columns, "two-level")
 
 
-def act_spec(recipe: Recipe, bits: int, name: str = "", group: int | None = None) -> QuantSpec:
-    """Of the layer ``name``; a vector per image is a token."""
-    granularity = "token" if recipe.act_granularity == "image" and timed(name) else recipe.act_granularity
-    return QuantSpec(bits, granularity, (group or recipe.weight_group) if granularity == "group" else 0, recipe.convention)
+def act_spec(
+    recipe: Recipe, bits: int, per_image: bool = False, group: int | None = None
+) -> QuantSpec:
+    """Say how the input of a layer is quantised.
+
+    Args:
+        per_image: the input is a vector per image, which is one token.
+        group: the size of this layer, where sizes differ.
+    """
+    granularity = recipe.act_granularity
+    if granularity == "image" and per_image:
+        granularity = "token"
+    size = (group or recipe.weight_group) if granularity == "group" else 0
+    return QuantSpec(bits, granularity, size, recipe.convention)
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Parts of a recipe that do not go together.
+
+    Attributes:
+        when: whether a recipe has it, at a bit width of the activations.
+        because: the reason, for the person at the terminal.
+        instead: flags that avoid it; empty where the reason says it all.
+    """
+
+    when: Callable[[Recipe, int], bool]
+    because: str
+    instead: str = ""
+
+
+def _has_floating_scales(recipe: Recipe) -> bool:
+    return recipe.weight_scales == "float" and recipe.weight_granularity != "strided"
+
+
+def _uses_maxima(recipe: Recipe) -> bool:
+    return recipe.balance in ("smoothquant", "tas")
+
+
+def _has_groups(recipe: Recipe) -> bool:
+    granularities = {recipe.weight_granularity, recipe.act_granularity}
+    return not granularities.isdisjoint({"group", "strided"})
+
+
+CONFLICTS = (
+    Conflict(
+        when=lambda recipe, _: (
+            recipe.weight_scales == "two-level" and recipe.weight_granularity != "group"),
+        because="two-level weight scales are for groups along the inputs",
+        instead="--weight-granularity group, or --weight-scales float"),
+    Conflict(
+        when=lambda recipe, _: _has_groups(recipe) and recipe.weight_group < 1,
+        because="groups need a size",
+        instead="--group-size"),
+    Conflict(
+        when=lambda recipe, _: (
+            recipe.act_granularity == "group" and recipe.weight_granularity != "group"),
+        because="activations are grouped as weights are",
+        instead="--weight-granularity group too"),
+    Conflict(
+        when=lambda recipe, _: recipe.is_static and recipe.act_granularity != "tensor",
+        because="static ranges are one per layer",
+        instead="--act-granularity tensor, or --act-range dynamic"),
+    Conflict(
+        when=lambda recipe, _: recipe.attention != "none" and not recipe.is_static,
+        because="quantised attention operands have static ranges",
+        instead="--act-range static too, or --attention none"),
+    Conflict(
+        when=lambda recipe, _: recipe.act_steps != "uniform" and not recipe.is_static,
+        because="--act-steps normal and each are for static ranges",
+        instead="--act-range static"),
+    Conflict(
+        when=lambda recipe, _: recipe.balance == "reparameterise" and not recipe.is_static,
+        because="balancing by RepQ-ViT's reparameterisation is for static ranges",
+        instead="--act-range static"),
+    Conflict(
+        when=lambda recipe, act_bits: (
+            recipe.balance == "reparameterise" and act_bits == OFF_BITS),
+        because="without quantised activations (--act-bit 16) there are no ranges to "
+                "reparameterise"),
+    Conflict(
+        when=lambda recipe, _: (
+            _uses_maxima(recipe) and len(recipe.alphas) > 1
+            and (recipe.is_static or recipe.act_granularity == "group")),
+        because="the grid search scores dynamic ranges per token, image or tensor",
+        instead="one --alpha, or other activations"),
+    Conflict(
+        when=lambda recipe, _: _uses_maxima(recipe) and not recipe.alphas,
+        because="balancing by activation maxima needs a migration strength",
+        instead="--alpha"),
+    Conflict(
+        when=lambda recipe, _: recipe.weight != "nearest" and recipe.order == "lowrank-first",
+        because="GPTQ and AdaRound need the calibration trajectory, which comes after the weights "
+                "in the order lowrank-first",
+        instead="--weight nearest"),
+    Conflict(
+        when=lambda recipe, _: recipe.weight == "gptq" and recipe.weight_granularity == "strided",
+        because="GPTQ works on whole rows or groups of consecutive inputs",
+        instead="another --weight-granularity, or --weight nearest"),
+    Conflict(
+        when=lambda recipe, _: (
+            recipe.weight == "adaround"
+            and (not _has_floating_scales(recipe) or recipe.rank != 0)),
+        because="AdaRound learns the rounding of floating scales without a low-rank branch",
+        instead="--weight-scales float --lowrank 0, or --weight nearest"),
+    Conflict(
+        when=lambda recipe, _: (
+            recipe.weight_range != "minmax" and not _has_floating_scales(recipe)),
+        because="weight ranges other than minmax are for floating scales",
+        instead="--weight-scales float, or --weight-range minmax"),
+    Conflict(
+        when=lambda recipe, _: recipe.metric == "output" and recipe.order == "lowrank-first",
+        because="the low-rank branch cannot look at outputs in the order lowrank-first",
+        instead="--lowrank-metric weight"),
+    Conflict(
+        when=lambda recipe, _: (
+            bool(recipe.group_sizes) and recipe.weight_granularity != "group"),
+        because="a choice of group sizes is for weights in groups",
+        instead="--weight-granularity group, or --group-sizes none"),
+    Conflict(
+        when=lambda recipe, _: recipe.scope != "blocks" and recipe.adaln_bits != OFF_BITS,
+        because="scope adaln and all quantise adaLN modulation already",
+        instead="--adaln-weight-bit 16"),
+    Conflict(
+        when=lambda recipe, _: (
+            recipe.order == "lowrank-first" and recipe.weight_granularity != "strided"),
+        because="the order lowrank-first is for strided groups, whose scales follow the input "
+                "channels",
+        instead="--weight-granularity strided"),
+)
 
 
 def check_recipe(recipe: Recipe, act_bits: int) -> None:
-    """Raises:
-        ValueError: parts of the recipe do not go together.
+    """Make sure that the parts of a recipe go together.
+
+    Raises:
+        ValueError: some do not; the message says why and what to give instead.
     """
-    floating = recipe.weight_scales == "float" and recipe.weight_granularity != "strided"
-    searched = recipe.balance in ("smoothquant", "tas") and len(recipe.alphas) > 1
-    static = recipe.act_range == "static"
-    wrong = {
-        "two-level weight scales are for groups along the inputs: give --weight-granularity group, or --weight-scales float":
-            recipe.weight_scales == "two-level" and recipe.weight_granularity != "group",
-        "groups need a size: give --group-size": {"group", "strided"} & {recipe.weight_granularity, recipe.act_granularity} and recipe.weight_group < 1,
-        "activations are grouped as weights are: give --weight-granularity group too":
-            recipe.act_granularity == "group" and recipe.weight_granularity != "group",
-        "static ranges are one per layer: give --act-granularity tensor, or --act-range dynamic": static and recipe.act_granularity != "tensor",
-        "quantised attention operands have static ranges: give --act-range static too, or --attention none": recipe.attention != "none" and not static,
-        "--act-steps normal and each are for static ranges: give --act-range static": recipe.act_steps != "uniform" and not static,
-        "balancing by RepQ-ViT's reparameterisation is for static ranges: give --act-range static": recipe.balance == "reparameterise" and not static,
-        "without quantised activations (--act-bit 16) there are no ranges to reparameterise": recipe.balance == "reparameterise" and act_bits == OFF_BITS,
-        "the grid search scores dynamic ranges per token, image or tensor: give one --alpha, or other activations":
-            searched and (static or recipe.act_granularity == "group"),
-        "balancing by activation maxima needs a migration strength: give --alpha": recipe.balance in ("smoothquant", "tas") and not recipe.alphas,
-        "GPTQ and AdaRound need the calibration trajectory, which comes after the weights in the order lowrank-first: give --weight nearest":
-            recipe.weight != "nearest" and recipe.order == "lowrank-first",
-        "GPTQ works on whole rows or groups of consecutive inputs: give another --weight-granularity, or --weight nearest":
-            recipe.weight == "gptq" and recipe.weight_granularity == "strided",
-        "AdaRound learns the rounding of floating scales without a low-rank branch: give --weight-scales float --lowrank 0, or --weight nearest":
-            recipe.weight == "adaround" and (not floating or recipe.rank != 0),
-        "weight ranges other than minmax are for floating scales: give --weight-scales float, or --weight-range minmax":
-            recipe.weight_range != "minmax" and not floating,
-        "the low-rank branch cannot look at outputs in the order lowrank-first: give --lowrank-metric weight":
-            recipe.metric == "output" and recipe.order == "lowrank-first",
-        "a choice of group sizes is for weights in groups: give --weight-granularity group, or --group-sizes none":
-            bool(recipe.group_sizes) and recipe.weight_granularity != "group",
-        "scope adaln and all quantise adaLN modulation already: give --adaln-weight-bit 16": recipe.scope != "blocks" and recipe.adaln_bits != OFF_BITS,
-        "the order lowrank-first is for strided groups, whose scales follow the input channels: give --weight-granularity strided":
-            recipe.order == "lowrank-first" and recipe.weight_granularity != "strided",
-    }
-    for reason, found in wrong.items():
-        if found:
-            raise ValueError(f"these parts do not go together: {reason}")
-
-
-ADALN_BITS = (4, 8, OFF_BITS)
+    for conflict in CONFLICTS:
+        if conflict.when(recipe, act_bits):
+            advice = f": give {conflict.instead}" if conflict.instead else ""
+            raise ValueError(f"these parts do not go together: {conflict.because}{advice}")

@@ -1,8 +1,16 @@
-"""Attention whose operands are quantised too: queries, keys, values and the softmax output (PTQ4DiT, section 3; RepQ-ViT, section 3)."""
+"""Quantising the operands of attention: queries, keys, values and the softmax output.
+
+PTQ4DiT (section 3) and RepQ-ViT (section 3) quantise what enters attention's two products. They are
+reached by intercepting ``scaled_dot_product_attention`` while a block's attention runs, so that any
+library's attention class will do.
+"""
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from timm.models.vision_transformer import Attention
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from quant.activations.quantisers import Activation, activation_module
 from quant.activations.softmax import LogSqrt2, PowersOfRootTwo
@@ -15,50 +23,148 @@ class Operands:
     Attributes:
         query, key, value: static, one range per tensor.
         probabilities: of the softmax output, static.
-        smooth: (D,) float32 divides the value before it is quantised and multiplies it after, where the next linear divides its input
-            by it; None for all ones, and after folding.
+        factors: (D,) float32, divide the value before it is quantised and multiply it afterwards,
+            where the next linear divides its input by them; None for ones, and after folding.
     """
 
     query: Activation
     key: Activation
     value: Activation
     probabilities: Activation | PowersOfRootTwo
-    smooth: Tensor | None = None
+    factors: Tensor | None = None
 
     def fold(self) -> "Operands":
-        """The same for values that come already divided."""
-        return replace(self, smooth=None)
+        """Return the quantisers for values that come already divided."""
+        return replace(self, factors=None)
 
 
-class QuantAttention(nn.Module):
-    """Attention on tokens (N, T, D), with simulated quantisation of what enters its two products; its linears stay as they are."""
+class Interception(TorchFunctionMode):
+    """Lets ``compute`` stand in for ``scaled_dot_product_attention``."""
 
-    def __init__(self, attention: Attention, operands: Operands):
+    def __init__(self, compute: Callable[..., Tensor]):
         super().__init__()
-        self.num_heads, self.scale = attention.num_heads, attention.scale
-        self.qkv, self.proj = attention.qkv, attention.proj
-        self.query, self.key, self.value = (activation_module(each) for each in (operands.query, operands.key, operands.value))
-        powers = isinstance(operands.probabilities, PowersOfRootTwo)
-        self.probabilities = LogSqrt2(operands.probabilities) if powers else activation_module(operands.probabilities)
-        self.register_buffer("smooth", operands.smooth)
+        self._compute = compute
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).chunk(3, -1)  # (N, T, D) each
-        q, k = self._seen(self.query, q), self._seen(self.key, k)
-        v = self._seen(self.value, v) if self.smooth is None else (self._seen(self.value, v / self.smooth) * self.smooth).to(x.dtype)
-        q, k, v = (each.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for each in (q, k, v))  # (N, heads, T, D / heads)
-        probabilities = (q * self.scale @ k.transpose(-2, -1)).softmax(-1)
-        mixed = self._seen(self.probabilities, probabilities) @ v
-        return self.proj(mixed.transpose(1, 2).flatten(2))
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            return self._compute(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+def attention_probabilities(
+    query: Tensor, key: Tensor, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """Compute ``softmax(q k^T scale + mask)`` from queries and keys (N, heads, T, D / heads)."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    logits = query * scale @ key.transpose(-2, -1)  # (N, heads, T, T)
+    return (logits if mask is None else logits + mask).softmax(-1)
+
+
+class QuantOperands(nn.Module):
+    """Simulates quantised operands inside an attention, whose linears stay as they are."""
+
+    def __init__(self, operands: Operands):
+        super().__init__()
+        self.query = activation_module(operands.query)
+        self.key = activation_module(operands.key)
+        self.value = activation_module(operands.value)
+        if isinstance(operands.probabilities, PowersOfRootTwo):
+            self.probabilities = LogSqrt2(operands.probabilities)
+        else:
+            self.probabilities = activation_module(operands.probabilities)
+        self.register_buffer("factors", operands.factors)
+        self._open: Interception | None = None
+
+    def forward(
+        self,
+        query: Tensor,                   # (N, heads, T, D / heads)
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None, # added to the logits
+        dropout_p: float = 0.0,          # of training, which does not happen here
+        is_causal: bool = False,         # not met in diffusion transformers
+        scale: float | None = None,
+    ) -> Tensor:
+        """Compute attention as ``scaled_dot_product_attention`` does, (N, heads, T, D / heads)."""
+        if is_causal:
+            raise ValueError("causal attention cannot have quantised operands")
+        query, key = self._seen(self.query, query), self._seen(self.key, key)
+        value = self._seen_value(value)
+        probabilities = attention_probabilities(query, key, attn_mask, scale)
+        return self._seen(self.probabilities, probabilities) @ value
+
+    def _seen_value(self, value: Tensor) -> Tensor:
+        if self.factors is None:
+            return self._seen(self.value, value)
+        factors = self.factors.view(value.shape[1], 1, -1)  # (heads, 1, D / heads)
+        return (self._seen(self.value, value / factors) * factors).to(value.dtype)
 
     @staticmethod
     def _seen(module: nn.Module, values: Tensor) -> Tensor:
-        """What a product sees of its operand."""
+        """Compute what a product sees of its operand."""
         codes, scale = module(values.float())
         return (codes if scale is None else codes * scale).to(values.dtype)
 
+    def open(self) -> None:
+        """Begin to stand in for ``scaled_dot_product_attention``."""
+        self._open = Interception(self)
+        self._open.__enter__()
 
-def softmax_of(attention: Attention, qkv: Tensor) -> Tensor:
-    """Attention probabilities (N, heads, T, T) from the output of its qkv (N, T, 3D)."""
-    q, k, _ = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    return (q * attention.scale @ k.transpose(-2, -1)).softmax(-1)
+    def close(self) -> None:
+        """End what ``open`` began."""
+        self._open.__exit__(None, None, None)
+        self._open = None
+
+
+def quantize_operands(attention: nn.Module, operands: Operands) -> None:
+    """Quantise what enters the two products of an attention module, in place.
+
+    Its submodule ``operands`` does it; a second call replaces that.
+    """
+    is_hooked = hasattr(attention, "operands")
+    attention.operands = QuantOperands(operands)
+    if not is_hooked:
+        attention.register_forward_pre_hook(_open_operands)
+        attention.register_forward_hook(_close_operands, always_call=True)
+
+
+# Hooks reach the operands through the module they are called for: a copy of the model has its own.
+
+def _open_operands(attention: nn.Module, inputs: tuple) -> None:
+    attention.operands.open()
+
+
+def _close_operands(attention: nn.Module, inputs: tuple, output: Tensor) -> None:
+    attention.operands.close()
+
+
+@contextmanager
+def intercepted_attention(
+    model: nn.Module, names: Sequence[str], see: Callable[[str, Tensor, Tensor, Tensor], None]
+) -> Iterator[None]:
+    """Call ``see(name, query, key, value)`` whenever a named attention multiplies, while open."""
+    modes: dict[str, Interception] = {}
+
+    def open_mode(name):
+        def compute(query, key, value, *args, **kwargs):
+            see(name, query, key, value)
+            return F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
+
+        def hook(module, inputs):
+            modes[name] = Interception(compute)
+            modes[name].__enter__()
+        return hook
+
+    def close_mode(name):
+        return lambda module, inputs, output: modes.pop(name).__exit__(None, None, None)
+
+    handles = []
+    for name in names:
+        module = model.get_submodule(name)
+        handles.append(module.register_forward_pre_hook(open_mode(name)))
+        handles.append(module.register_forward_hook(close_mode(name), always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,20 +1,28 @@
-"""How the input of a linear becomes codes: ranges measured in every call, or found once on calibration data."""
+"""How an activation becomes codes: in ranges measured in every call, or found once.
+
+Every module here maps values (..., T, I) float32 to a pair: what enters the product, and the scale
+to multiply the product by (None: 1).
+"""
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from architectures.registry import architecture_of
+from architectures.sites import call_of
 from quant.numerics.uniform import OFF_BITS, QuantSpec, signed_codes
 
 
 @dataclass(frozen=True)
 class Activation:
-    """A quantiser of activations.
+    """How an activation is quantised.
 
     Attributes:
         spec: bits and what shares a range. A static range holds for the whole tensor.
-        scale, zero: float32 static range, () for all timesteps or (S,) for each of ``timesteps``; None: dynamic.
-        timesteps: (S,) int64, what the model is called with at each step, where the range depends on it.
+        scale, zero: float32 static range, () for all steps or (S,) for each of ``timesteps``;
+            None: measured in every call.
+        timesteps: (S,) int64, what the model is called with at each step, where the range depends
+            on it.
     """
 
     spec: QuantSpec
@@ -23,39 +31,50 @@ class Activation:
     timesteps: Tensor | None = None
 
     @property
-    def static(self) -> bool:
+    def is_static(self) -> bool:
         return self.scale is not None
 
 
 class TimestepIndex(nn.Module):
-    """Tells which timestep the model was called with; a part of its timestep embedder, so that a copy of the model has its own.
+    """Tells which step a model was called for, to the quantisers whose ranges depend on it.
 
-    Buffers: ``timesteps`` (S,) int64. Attribute ``index`` (N,): the nearest of them for every image of the call.
+    It is a part of the model that it watches, so that a copy of the model has its own.
+
+    Attributes:
+        timesteps: (S,) int64 buffer.
+        index: (N,), the nearest of them for every image of the latest call.
     """
 
     def __init__(self, timesteps: Tensor):
         super().__init__()
         self.register_buffer("timesteps", timesteps)
-        self.index = None
+        self.index: Tensor | None = None
 
-    def watch(self, embedder: nn.Module) -> None:
-        """Look at the timesteps (N,) that the embedder gets."""
-        embedder.clock = self
-        embedder.register_forward_pre_hook(lambda module, inputs: module.clock.see(inputs[0]))
-
-    def see(self, t: Tensor) -> None:
+    def update(self, t: Tensor) -> None:
+        """Find the nearest step for every timestep (N,)."""
         self.index = (t[:, None] - self.timesteps).abs().argmin(1)
 
 
+def watch_timesteps(model: nn.Module, timestep_index: TimestepIndex) -> None:
+    """Keep the index up to date whenever the model is called."""
+    model.timestep_index = timestep_index
+    model.register_forward_pre_hook(_update_index, with_kwargs=True)
+
+
+def _update_index(model: nn.Module, args: tuple, kwargs: dict) -> None:
+    timesteps = architecture_of(model).timesteps(call_of(model, args, kwargs))
+    model.timestep_index.update(timesteps)
+
+
 class Float(nn.Module):
-    """Leaves activations alone. Like the others: values (..., T, I) float32 to what enters the product, and what multiplies it after, or None."""
+    """Leaves activations alone."""
 
     def forward(self, values: Tensor) -> tuple[Tensor, Tensor | None]:
         return values, None
 
 
 class Dynamic(nn.Module):
-    """Codes in ranges of their own: integer-valued, with scales (..., T, 1)."""
+    """Quantises in ranges of the values' own: integer-valued codes, and scales (..., T, 1)."""
 
     def __init__(self, spec: QuantSpec):
         super().__init__()
@@ -67,7 +86,7 @@ class Dynamic(nn.Module):
 
 
 class DynamicGroups(Dynamic):
-    """The same in groups of input channels, whose scales cannot leave the product: dequantised values."""
+    """Quantises groups of input channels, whose scales cannot leave the product: values again."""
 
     def forward(self, values: Tensor) -> tuple[Tensor, Tensor | None]:
         codes, scale, _ = signed_codes(values, self.spec)
@@ -75,36 +94,48 @@ class DynamicGroups(Dynamic):
 
 
 class Static(nn.Module):
-    """Codes in one range for all; buffers ``scale``, ``zero`` ()."""
+    """Quantises in one range for all; buffers ``scale`` and ``zero`` ()."""
 
     def __init__(self, act: Activation):
         super().__init__()
         self.register_buffer("scale", act.scale)
         self.register_buffer("zero", act.zero)
-        self.top = act.spec.top
+        self.top_code = act.spec.top
 
     def forward(self, values: Tensor) -> tuple[Tensor, Tensor | None]:
-        return (values / self.scale).round().clamp(-self.zero, self.top - self.zero), self.scale
+        codes = (values / self.scale).round().clamp(-self.zero, self.top_code - self.zero)
+        return codes, self.scale
 
 
 class PerTimestep(nn.Module):
-    """Codes in a range per timestep, for inputs (N, I) that depend on nothing else much; buffers ``scale``, ``zero`` (S, 1)."""
+    """Quantises inputs (N, I), computed from the timestep embedding alone, in a range per step.
 
-    def __init__(self, act: Activation, clock: TimestepIndex):
+    Buffers ``scale`` and ``zero`` (S, 1).
+    """
+
+    def __init__(self, act: Activation, timestep_index: TimestepIndex):
         super().__init__()
         self.register_buffer("scale", act.scale[:, None])
         self.register_buffer("zero", act.zero[:, None])
-        self.top, self.clock = act.spec.top, clock
+        self.top_code = act.spec.top
+        self.timestep_index = timestep_index
 
     def forward(self, values: Tensor) -> tuple[Tensor, Tensor | None]:
-        scale, zero = self.scale[self.clock.index], self.zero[self.clock.index]  # (N, 1)
-        return torch.minimum(torch.maximum((values / scale).round(), -zero), self.top - zero), scale
+        scale = self.scale[self.timestep_index.index]  # (N, 1)
+        zero = self.zero[self.timestep_index.index]    # (N, 1)
+        codes = (values / scale).round()
+        return torch.minimum(torch.maximum(codes, -zero), self.top_code - zero), scale
 
 
-def activation_module(act: Activation | None, clock: TimestepIndex | None = None) -> nn.Module:
-    """The module for an activation quantiser; None leaves activations alone."""
+def activation_module(
+    act: Activation | None, timestep_index: TimestepIndex | None = None
+) -> nn.Module:
+    """Make the module of an activation quantiser; None leaves activations alone."""
     if act is None or act.spec.bits == OFF_BITS:
         return Float()
-    if not act.static:
-        return (DynamicGroups if act.spec.granularity == "group" else Dynamic)(act.spec)
-    return Static(act) if act.timesteps is None else PerTimestep(act, clock)
+    if not act.is_static:
+        grouped = act.spec.granularity == "group"
+        return DynamicGroups(act.spec) if grouped else Dynamic(act.spec)
+    if act.timesteps is None:
+        return Static(act)
+    return PerTimestep(act, timestep_index)

@@ -30,3 +30,58 @@ def check_step(timestep: int, steps: int) -> None:
     """
     if not -steps <= timestep < steps:
         raise ValueError(f"timestep index {timestep} is outside a trajectory of {steps} steps: expected 0 to {steps - 1}")
+
+
+class ChannelMaxima:
+    """The balance of TAS and SmoothQuant: factors from channel maxima.
+
+    Of several migration strengths the one of least loss is taken; a single one needs no search.
+
+    Args:
+        magnitudes: per site, ``a`` (I,): over all steps (TAS), or at one (SmoothQuant).
+        alphas: migration strengths to try.
+        weight_of: the weight (O, I) whose magnitudes count; the published order measures the
+            quantised weight, ours the float one.
+        new_search: makes the search of one of a site's linears, given factors (A, I).
+    """
+
+    def __init__(
+        self,
+        magnitudes: dict[str, Tensor],
+        alphas: tuple[float, ...],
+        weight_of: Callable[[Site], Tensor],
+        new_search: Callable[[str, Tensor], AlphaSearch],
+    ):
+        self._magnitudes = magnitudes
+        self._alphas = alphas
+        self._weight_of = weight_of
+        self._new_search = new_search
+        self._candidates: dict[str, Tensor] = {}
+        self._searches: dict[str, list[AlphaSearch]] = {}
+
+    def observe(self, site: Site, watch: Watch) -> None:
+        """Prepare every candidate, and a search of their losses on each linear of the site."""
+        if not site.is_balanced:
+            return
+        magnitude, weight = self._magnitudes[site.name], self._weight_of(site)
+        candidates = torch.stack([
+            smoothing_factors(magnitude, weight, alpha, config.factor_floor)
+            for alpha in self._alphas
+        ])
+        self._candidates[site.name] = candidates
+        if len(self._alphas) > 1:
+            self._searches[site.name] = [
+                watch.add(name, AlphaSearch, partial(self._new_search, name, candidates))
+                for name in site.linears
+            ]
+
+    def finish(self, site: Site) -> Smoothing:
+        """Return the factors of least loss, summed over the linears of the site."""
+        if site.name not in self._candidates:
+            return NO_SMOOTHING
+        candidates = self._candidates[site.name]
+        if site.name not in self._searches:
+            return Smoothing(candidates[0], alpha=self._alphas[0])
+        losses = torch.stack([search.loss for search in self._searches[site.name]]).sum(0)
+        best = int(losses.argmin())
+        return Smoothing(candidates[best], alpha=self._alphas[best], losses=losses)

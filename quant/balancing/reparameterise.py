@@ -67,3 +67,33 @@ def reparameterize(scale: Tensor, zero: Tensor, spec: QuantSpec) -> Reparameteri
     """
     mean, centre = scale.mean(), zero.mean().round().clamp(0, spec.top)
     return Reparameterized(scale / mean, scale * (zero - centre), mean, centre)
+
+
+class Reparameterisation:
+    """The balance of RepQ-ViT, for sites that follow a LayerNorm. It finds their ranges as well.
+
+    Args:
+        spec: of the activations.
+        clip: how the channels' ranges are chosen, a key of ``quant.numerics.ranges.RANGES``.
+        samples_of: the observer of a site's inputs, which static ranges share.
+    """
+
+    def __init__(self, spec: QuantSpec, clip: str, samples_of: Callable[[Site, Watch], Samples]):
+        self._spec = spec
+        self._clip = clip
+        self._samples_of = samples_of
+        self._samples: dict[str, Samples] = {}
+        self.found: dict[str, Reparameterized] = {}
+
+    def observe(self, site: Site, watch: Watch) -> None:
+        """Ask for samples of the inputs."""
+        if site.is_balanced and site.follows_norm:
+            self._samples[site.name] = self._samples_of(site, watch)
+
+    def finish(self, site: Site) -> Smoothing:
+        """Return factors and shift of a site; ``found`` then holds its range."""
+        if site.name not in self._samples:
+            return NO_SMOOTHING
+        ranges = channel_ranges(self._samples[site.name].value, self._spec, self._clip)
+        self.found[site.name] = reparameterize(*ranges, self._spec)
+        return Smoothing(self.found[site.name].smooth, self.found[site.name].shift)

@@ -31,3 +31,27 @@ def _centred_ranks(values: Tensor) -> Tensor:
     below = torch.searchsorted(ordered, values)
     up_to = torch.searchsorted(ordered, values, right=True)
     return (below + up_to - values.shape[-1]).double() / 2
+
+
+class Salience:
+    """The balance of PTQ4DiT. It leaves sites alone whose factor cannot be folded away (fc2).
+
+    Args:
+        weight_of: the float weight (O, I) of a site.
+    """
+
+    def __init__(self, weight_of: Callable[[Site], Tensor]):
+        self._weight_of = weight_of
+        self._maxima: dict[str, ImageMaxima] = {}
+
+    def observe(self, site: Site, watch: Watch) -> None:
+        """Ask for the maxima of every image."""
+        if site.is_balanced and site.folds:
+            self._maxima[site.name] = watch.add(site.linears[0], ImageMaxima, ImageMaxima)
+
+    def finish(self, site: Site) -> Smoothing:
+        """Return the factors of a site."""
+        if site.name not in self._maxima:
+            return NO_SMOOTHING
+        maxima = self._maxima[site.name].value  # (steps * N, I)
+        return Smoothing(salience_factors(maxima, self._weight_of(site), config.factor_floor))

@@ -1,10 +1,13 @@
 """The calibration trajectory, and the observers that ride on it (DiTAS, section 4.1).
 
-The data is the model's own guided sampling. The first pass samples, records the maxima of every quantised linear's input
-and keeps the latents, which are small. The second pass replays these latents, several timesteps at a time, so that observers
-which need the maxima first (the grid search) see every input once, as it passes by.
+The data is the model's own sampling. While it samples once, the first pass keeps the arguments of
+every call of the model, which are small, and the largest magnitudes of every site's input. The
+second pass makes these calls again, several at a time. Observers that need the maxima first, such
+as the grid search, see every input once, as it passes by.
+
+A step is one call of the model; step 0 is the noisiest.
 """
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,33 +15,61 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from diffusion import Schedule, guided_denoiser, sample_loop
+from architectures.registry import architecture_of
+from architectures.sites import Call, Site
+from quant.activations.attention import intercepted_attention
+from quant.calibration.calls import batch_size, can_stack, recorded_calls, stack, take
+from quant.calibration.watch import Watch
 from quant.numerics.tokens import as_tokens, matrix
 
-Observer = Callable[[Tensor, Tensor], None]
+# Lets a model sample once.
+Drive = Callable[[nn.Module], None]
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Model inputs of a guided sampling run.
+    """The calls of a sampling run.
 
     Attributes:
-        latents: (steps, N, C, H, W), noisiest first.
-        timesteps: (steps,) int64, what the model was called with.
-        labels: (N,) int64; every image also ran with the null label.
+        calls: noisiest first.
+        batched: the arguments with an entry per image.
+        timesteps: (steps,), what the first image of each call was called with.
+        tokens: rows of the largest activation in a call, over all images.
     """
 
-    latents: Tensor
+    calls: tuple[Call, ...]
+    batched: tuple[str, ...]
     timesteps: Tensor
-    labels: Tensor
+    tokens: int
+
+    def __len__(self) -> int:
+        return len(self.calls)
+
+    @property
+    def images(self) -> int:
+        """Images in a call; with guidance each one counts twice."""
+        return batch_size(self.calls[0], self.batched)
+
+    def take(self, picks: Tensor) -> Call:
+        """Make a call of single images; ``picks`` (P, 2) are their steps and numbers there."""
+        return take(self.calls, picks, self.batched)
+
+    def at(self, step: int) -> "Trajectory":
+        """Cut out a single step."""
+        return Trajectory(
+            self.calls[step:step + 1], self.batched, self.timesteps[step:step + 1], self.tokens)
 
 
 @contextmanager
-def hooked(layers: dict[str, nn.Module], see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-    """While open, ``see(name, input, output)`` is called whenever one of the layers runs."""
-    def watch(name):
+def hooked(
+    model: nn.Module, names: Sequence[str], see: Callable[[str, Tensor, Tensor], None]
+) -> Iterator[None]:
+    """Call ``see(name, input, output)`` whenever one of the named linears runs, while open."""
+
+    def hook_of(name):
         return lambda module, inputs, output: see(name, inputs[0], output)
-    handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
+
+    handles = [model.get_submodule(name).register_forward_hook(hook_of(name)) for name in names]
     try:
         yield
     finally:
@@ -47,61 +78,114 @@ def hooked(layers: dict[str, nn.Module], see: Callable[[str, Tensor, Tensor], No
 
 
 @torch.inference_mode()
-def record(model: nn.Module, layers: dict[str, nn.Module], schedule: Schedule, labels: Tensor, cfg_scale: float,
-           x: Tensor, draw: Callable[[], Tensor], desc: str = "trajectory") -> tuple[Trajectory, dict[str, Tensor]]:
-    """Sample once and observe the maxima.
-
-    Args:
-        labels: (N,); x: (N, C, H, W) pure noise; draw: as in ``sample_loop``.
+def record(
+    model: nn.Module, sites: Sequence[Site], drive: Drive
+) -> tuple[Trajectory, dict[str, Tensor]]:
+    """Let ``drive`` sample once; keep every call of the model, and the maxima of each site's input.
 
     Returns:
-        The trajectory and, per layer, ``max |input_j|`` over images and tokens at every step, (steps, I) float32.
+        The trajectory and, per site, ``max |input_j|`` over images and tokens at every step,
+        (steps, I) float32.
 
     Raises:
-        ValueError: an input was not finite.
+        ValueError: an input was not finite, or the model was not called.
     """
-    absmax = {name: torch.zeros(len(schedule), matrix(layer).shape[1], device=x.device) for name, layer in layers.items()}
-    step = 0
+    architecture = architecture_of(model)
+    readers = {site.linears[0]: site.name for site in sites}
+    maxima: dict[str, list[Tensor]] = {site.name: [] for site in sites}
+    rows = [0]
 
-    def see(name, inputs, _):
-        absmax[name][step] = as_tokens(layers[name], inputs).abs().amax((0, 1))
+    with recorded_calls(model) as calls:
 
-    latents = [x]
-    with hooked(layers, see):
-        loop = sample_loop(guided_denoiser(model, labels, cfg_scale), schedule, x, draw)
-        for x in tqdm(loop, total=len(schedule), desc=desc, unit="step"):
-            latents.append(x)
-            step += 1
+        def see(name, inputs, _):
+            tokens = as_tokens(model.get_submodule(name), inputs)
+            rows.append(tokens.shape[0] * tokens.shape[1])
+            found, values = tokens.abs().amax((0, 1)), maxima[readers[name]]
+            if len(values) == len(calls):  # the linear runs several times in a call
+                values[-1] = torch.maximum(values[-1], found)
+            else:
+                values.append(found)
+
+        with hooked(model, list(readers), see):
+            drive(model)
+    if not calls:
+        raise ValueError("the calibration run never called the model")
+    absmax = {name: torch.stack(values) for name, values in maxima.items()}
+    _check_finite(absmax)
+    timesteps = torch.stack([architecture.timesteps(call).flatten()[0] for call in calls])
+    return Trajectory(tuple(calls), architecture.batched, timesteps, max(rows)), absmax
+
+
+def _check_finite(absmax: dict[str, Tensor]) -> None:
+    """Name the first input, in the order of sampling, that holds NaN or infinity."""
     bad = {name: ~torch.isfinite(values).all(1) for name, values in absmax.items()}  # (steps,) each
-    if any(steps.any() for steps in bad.values()):
-        first = min((int(steps.nonzero()[0]), i, name) for i, (name, steps) in enumerate(bad.items()) if steps.any())
-        raise ValueError(f"the input of {first[2]} is not finite at step {first[0]} of the calibration trajectory: the weights are damaged")
-    timesteps = torch.from_numpy(schedule.timestep_map[::-1].copy()).to(x.device)
-    return Trajectory(torch.stack(latents[:-1]), timesteps, labels), absmax
+    firsts = [(int(steps.nonzero()[0]), i, name)
+              for i, (name, steps) in enumerate(bad.items()) if steps.any()]
+    if firsts:
+        step, _, name = min(firsts)
+        raise ValueError(f"the input of {name} is not finite at step {step} of the calibration "
+                         "trajectory: the weights are damaged")
 
 
 @torch.inference_mode()
-def replay(model: nn.Module, layers: dict[str, nn.Module], trajectory: Trajectory, observers: dict[str, list[Observer]],
-           tokens: int, desc: str) -> None:
-    """Run the recorded latents through the model once more, with and without label.
+def replay(
+    model: nn.Module, trajectory: Trajectory, watch: Watch, tokens: int, desc: str
+) -> None:
+    """Make the recorded calls once more, and show every observer what it asked for.
 
-    Each of a layer's observers gets its input (K, 2N, T, I) and output (K, 2N, T, O) for K timesteps at a time, where
-    K is as many as fit ``tokens`` tokens, at least one. ``desc`` names the progress bar.
+    Observers of a linear get its input (K, N, T, I) and output (K, N, T, O) for K steps at a time.
+    K is as many as fit ``tokens`` tokens, at least one, and one where calls differ in shape. Of a
+    linear that runs several times in a call they see the first. ``desc`` names the progress bar.
     """
-    steps, n = trajectory.latents.shape[:2]
-    per_step = 2 * n * (model.input_size // model.patch_size) ** 2
-    both = torch.cat([trajectory.labels, torch.full_like(trajectory.labels, model.num_classes)])
-    with tqdm(total=steps, desc=desc, unit="step") as bar:
-        for chunk in torch.arange(steps, device=both.device).split(max(1, tokens // per_step)):
-            k = len(chunk)
+    architecture = architecture_of(model)
+    attentions = [site.name for site in architecture.attentions(model)]
+    linears = [name for name in watch.modules if name not in attentions]
+    together = max(1, tokens // trajectory.tokens)
+    together = together if can_stack(trajectory.calls, trajectory.batched) else 1
+    watched = [name for name in attentions if watch.of(name)]
+    with tqdm(total=len(trajectory), desc=desc, unit="step") as bar:
+        for start in range(0, len(trajectory), together):
+            calls = trajectory.calls[start:start + together]
+            show = _Show(model, watch, len(calls))
+            with (hooked(model, linears, show.linear),
+                  intercepted_attention(model, watched, show.attention)):
+                model(**stack(calls, trajectory.batched))
+            bar.update(len(calls))
 
-            def see(name, inputs, output):
-                output = output.flatten(2).transpose(1, 2) if output.dim() == 4 else as_tokens(layers[name], output)
-                inputs = as_tokens(layers[name], inputs).unflatten(0, (k, -1))
-                for observer in observers[name]:
-                    observer(inputs, output.unflatten(0, (k, -1)))
 
-            x = torch.cat([trajectory.latents[chunk]] * 2, dim=1).flatten(0, 1)  # (K * 2N, C, H, W)
-            with hooked(layers, see):
-                model(x, trajectory.timesteps[chunk].repeat_interleave(2 * n), both.repeat(k))
-            bar.update(k)
+class _Show:
+    """Shows observers what modules see while the calls of K steps run as one."""
+
+    def __init__(self, model: nn.Module, watch: Watch, steps: int):
+        self._model = model
+        self._watch = watch
+        self._steps = steps
+        self._shown: set[str] = set()
+
+    def linear(self, name: str, inputs: Tensor, output: Tensor) -> None:
+        if name in self._shown:
+            return
+        self._shown.add(name)
+        module = self._model.get_submodule(name)
+        inputs = as_tokens(module, inputs).unflatten(0, (self._steps, -1))
+        output = _output_tokens(module, output).unflatten(0, (self._steps, -1))
+        for observer in self._watch.of(name):
+            observer(inputs, output)
+
+    def attention(self, name: str, *operands: Tensor) -> None:
+        operands = [operand.unflatten(0, (self._steps, -1)) for operand in operands]
+        for observer in self._watch.of(name):
+            observer(*operands)
+
+
+def _output_tokens(module: nn.Module, output: Tensor) -> Tensor:
+    """View the output of a linear or patch convolution as (N, T, O)."""
+    if output.dim() == 4 and isinstance(module, nn.Conv2d):
+        return output.flatten(2).transpose(1, 2)
+    return output if output.dim() == 3 else output.unsqueeze(1)
+
+
+def joint_weight(model: nn.Module, site: Site) -> Tensor:
+    """Stack the weights of a site's linears, (O, I); that of a single one is not copied."""
+    weights = [matrix(model.get_submodule(name)) for name in site.linears]
+    return weights[0] if len(weights) == 1 else torch.cat(weights)

@@ -1,55 +1,69 @@
-"""What quantisation found for one linear."""
+"""What quantisation found for one linear, and what that means for a product with it."""
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from quant.activations.quantisers import Activation
+from quant.numerics.smoothing import NO_SMOOTHING, Smoothing
 from quant.weights.low_rank import LowRankWeight
 
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """What quantisation found for one linear: ``W diag(smooth) ~ weight``.
+    """A quantised linear: ``W diag(smoothing.factors) ~ weight``.
 
     Attributes:
+        weight: (O, I).
         act: how its input is quantised; None leaves it in floating point.
-        smooth: (I,) float32, divides the input; None for all ones.
-        rows: (O,) float32, multiplies the output channels (what folding put there); None for all ones.
-        shift: (I,) float32, is added to the input before it is divided, and its effect taken from the output; None for zeros.
+        smoothing: what happens to its input before that. The effect of a shift is taken out of the
+            output again, by ``bias``.
+        rows: (O,) float32 output scales, set when the smoothing of a later layer is folded into
+            this one; None for ones.
     """
 
     weight: LowRankWeight
     act: Activation | None
-    smooth: Tensor | None = None
+    smoothing: Smoothing = NO_SMOOTHING
     rows: Tensor | None = None
-    shift: Tensor | None = None
 
     def factored(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """V (O, I), step (O,), L (O, r) and R (r, I) such that the weight is ``diag(step) V + L R``.
+        """Split the weight into ``diag(step) V + L R``.
 
-        V holds integers where the layout allows it; elsewhere it is the whole weight, step is None and the rank 0.
+        Returns:
+            V (O, I), step (O,), L (O, r) and R (r, I). V holds integers where the layout allows it;
+            elsewhere it is the whole weight, step is None and the rank 0.
         """
-        found = self.weight.base.integers()
-        if found is None:
+        integers = self.weight.base.integers()
+        if integers is None:
             dense = self.weight.dense()
-            empty = dense.new_zeros(len(dense), 0), dense.new_zeros(0, dense.shape[1])
-            return (dense if self.rows is None else dense * self.rows[:, None]), None, *empty
-        values, step = found
+            left, right = dense.new_zeros(len(dense), 0), dense.new_zeros(0, dense.shape[1])
+            return self._scale_rows(dense), None, left, right
+        values, step = integers
         rows = torch.ones_like(step) if self.rows is None else self.rows
         return values, step * rows, self.weight.left * rows[:, None], self.weight.right
 
     def bias(self, bias: Tensor | None) -> Tensor | None:
-        """What to add to the product in place of the linear's bias (O,): the effect of the shift is taken out."""
-        if self.shift is None:
+        """Compute what to add to the product, (O,), from the linear's own bias.
+
+        The shift's effect on the product is taken out.
+        """
+        shift, factors = self.smoothing.shift, self.smoothing.factors
+        if shift is None:
             return bias
-        offset = self.weight.dense() @ (self.shift if self.smooth is None else self.shift / self.smooth)
+        offset = self.weight.dense() @ (shift if factors is None else shift / factors)
         if self.rows is not None:
             offset = offset * self.rows
         return -offset if bias is None else bias - offset
 
     def divide_rows(self, rows: slice, factors: Tensor) -> "QuantizedLayer":
-        """The same with these output channels divided by ``factors``."""
-        every = torch.ones(len(self.weight.left), device=factors.device) if self.rows is None else self.rows.clone()
-        every[rows] /= factors
-        return replace(self, rows=every)
+        """Return the layer with these output channels divided by ``factors``."""
+        if self.rows is None:
+            scales = torch.ones(len(self.weight.left), device=factors.device)
+        else:
+            scales = self.rows.clone()
+        scales[rows] /= factors
+        return replace(self, rows=scales)
+
+    def _scale_rows(self, dense: Tensor) -> Tensor:
+        return dense if self.rows is None else dense * self.rows[:, None]

@@ -1,0 +1,103 @@
+"""Calls of a model: its arguments by name, recorded while it runs and put together again."""
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from architectures.sites import Call, call_of
+
+
+class CallRecorder:
+    """Copies the arguments of every call of a module; attribute ``calls`` lists them.
+
+    A tensor that is the same object as in the call before, and unchanged, is kept once.
+    """
+
+    def __init__(self):
+        self.calls: list[Call] = []
+        self._last: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        call = call_of(module, args, kwargs)
+        self.calls.append({name: self._copy(name, value) for name, value in call.items()})
+
+    def _copy(self, path: str, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._copy_tensor(path, value)
+        if isinstance(value, dict):
+            return {key: self._copy(f"{path}.{key}", item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self._copy(f"{path}.{i}", item) for i, item in enumerate(value))
+        return value
+
+    def _copy_tensor(self, path: str, value: Tensor) -> Tensor:
+        original, copy = self._last.get(path, (None, None))
+        if original is not value or not torch.equal(copy, value):
+            copy = value.detach().clone()
+            self._last[path] = value, copy
+        return copy
+
+
+@contextmanager
+def recorded_calls(module: nn.Module) -> Iterator[list[Call]]:
+    """Record the calls of a module while open."""
+    recorder = CallRecorder()
+    handle = module.register_forward_pre_hook(recorder, with_kwargs=True)
+    try:
+        yield recorder.calls
+    finally:
+        handle.remove()
+
+
+def batch_size(call: Call, batched: Sequence[str]) -> int:
+    """Count the images of a call."""
+    return next(len(call[name]) for name in batched if isinstance(call.get(name), Tensor))
+
+
+def can_stack(calls: Sequence[Call], batched: Sequence[str]) -> bool:
+    """Tell whether calls differ in arguments with an entry per image alone, and these in values."""
+    first, images = calls[0], batch_size(calls[0], batched)
+    return all(call.keys() == first.keys() for call in calls) and all(
+        _stacks([call[name] for call in calls], name in batched, images) for name in first)
+
+
+def _stacks(values: list[Any], is_batched: bool, images: int) -> bool:
+    if is_batched and isinstance(values[0], Tensor):
+        return values[0].dim() > 0 and all(
+            len(value) == images and value.shape == values[0].shape for value in values)
+    return all(_same(value, values[0]) for value in values)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        both = isinstance(a, Tensor) and isinstance(b, Tensor)
+        return a is b or both and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return a is b or a == b
+
+
+def stack(calls: Sequence[Call], batched: Sequence[str]) -> Call:
+    """Make one call of several (see ``can_stack``), image after image."""
+    stacked = dict(calls[0])
+    for name in batched:
+        if isinstance(stacked.get(name), Tensor):
+            stacked[name] = torch.cat([call[name] for call in calls])
+    return stacked
+
+
+def take(calls: Sequence[Call], picks: Tensor, batched: Sequence[str]) -> Call:
+    """Make a call of single images: ``picks`` (P, 2) names each one's call and its number there.
+
+    Raises:
+        ValueError: the calls have other shapes or other arguments than one another.
+    """
+    if not can_stack(calls, batched):
+        raise ValueError("block reconstruction needs calls that differ in their images only")
+    taken = dict(calls[0])
+    for name in batched:
+        if isinstance(taken.get(name), Tensor):
+            taken[name] = torch.stack([calls[call][name][image] for call, image in picks.tolist()])
+    return taken

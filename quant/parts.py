@@ -1,0 +1,197 @@
+"""Which part does which job, for every choice that a recipe can make.
+
+A new method is one file with a formula and a part, and a line here.
+"""
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import config
+from architectures.registry import architecture_of
+from architectures.sites import Site
+from config import Recipe
+from quant.activations.static import (
+    DynamicRanges,
+    FloatOperands,
+    ReparameterisedRanges,
+    StaticOperands,
+    StaticRanges,
+    TimestepRanges,
+)
+from quant.balancing.losses import fastest
+from quant.balancing.maxima import ChannelMaxima, aggregate
+from quant.balancing.none import NoBalance
+from quant.balancing.reparameterise import Reparameterisation
+from quant.balancing.salience import Salience
+from quant.balancing.search import AlphaSearch
+from quant.calibration.observers import OperandSamples, Samples, pick
+from quant.calibration.trajectory import Trajectory, joint_weight
+from quant.calibration.watch import Balance, Watch
+from quant.numerics.uniform import QuantSpec
+from quant.recipe import BitWidths, act_spec, weight_spec
+from quant.weights.parts import LowRankFirst, SmoothFirst
+
+# Samples of attention's operands hold whole images, at least so many.
+LEAST_OPERAND_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be quantised, and how.
+
+    Attributes:
+        model: float; stays as it is.
+        sites: of the recipe's scope.
+        svd: the low-rank solver, a key of ``quant.weights.low_rank.SOLVERS``.
+    """
+
+    model: nn.Module
+    sites: list[Site]
+    recipe: Recipe
+    bits: BitWidths
+    svd: str
+
+    @property
+    def has_static_ranges(self) -> bool:
+        return self.recipe.is_static and not self.bits.leave_activations
+
+    @property
+    def needs_trajectory(self) -> bool:
+        """Whether any part has to see the model sample."""
+        recipe = self.recipe
+        return (recipe.balance != "none" or self.has_static_ranges
+                or recipe.weight != "nearest" or recipe.metric == "output")
+
+    def act_spec(self, site: Site, group: int | None = None) -> QuantSpec:
+        """Say how the input of a site is quantised."""
+        return act_spec(self.recipe, self.bits.activations, site.per_image, group)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the first pass over the trajectory gave: the calls, and per site maxima (steps, I)."""
+
+    trajectory: Trajectory
+    maxima: dict[str, Tensor]
+
+    def pick(self, count: int, recipe: Recipe) -> Tensor:
+        """Draw images and steps (count, 2), as the recipe spreads them."""
+        spread = "normal" if recipe.act_steps == "normal" else "uniform"
+        return pick(len(self.trajectory), self.trajectory.images, count, spread)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a recipe, one for each job."""
+
+    balance: Balance
+    weights: SmoothFirst | LowRankFirst
+    activations: DynamicRanges | StaticRanges
+    operands: FloatOperands | StaticOperands
+
+    def __iter__(self):
+        return iter((self.balance, self.weights, self.activations, self.operands))
+
+
+def build_weights(task: Task, maxima: dict[str, Tensor]) -> SmoothFirst:
+    """Build the part that quantises weights once their factors are known."""
+    return SmoothFirst(task.model, task.recipe, task.bits.weights, maxima, task.svd)
+
+
+def quantize_first(task: Task) -> LowRankFirst:
+    """Quantise the weights before anything else, as the published code does."""
+    return LowRankFirst(task.model, task.sites, task.recipe, task.bits.weights, task.svd, progress)
+
+
+def progress(sites: list[Site]) -> tqdm:
+    """Show a bar around sites whose weights are quantised."""
+    return tqdm(sites, desc="weights", unit="layer")
+
+
+def build_parts(task: Task, weights: SmoothFirst | LowRankFirst, evidence: Evidence) -> Parts:
+    """Build the parts of a recipe that has a trajectory to look at."""
+    samples_of = _shared_samples(task, evidence)
+    balance = _balance(task, weights, evidence, samples_of)
+    activations = _activations(task, evidence, samples_of, balance)
+    return Parts(balance, weights, activations, _operands(task, evidence))
+
+
+def parts_without_trajectory(task: Task, weights: SmoothFirst | LowRankFirst) -> Parts:
+    """Build the parts of a recipe that looks at nothing."""
+    return Parts(NoBalance(), weights, DynamicRanges(task.act_spec), FloatOperands())
+
+
+def _shared_samples(task: Task, evidence: Evidence):
+    """Make a function that observes a site's inputs, once for all parts that ask."""
+    picks = evidence.pick(config.sample_images, task.recipe)
+    tokens = config.sample_tokens // config.sample_images
+
+    def samples_of(site: Site, watch: Watch) -> Samples:
+        return watch.add(site.linears[0], Samples, lambda: Samples(picks, tokens))
+
+    return samples_of
+
+
+def _balance(
+    task: Task, weights: SmoothFirst | LowRankFirst, evidence: Evidence, samples_of
+) -> Balance:
+    recipe = task.recipe
+    if recipe.balance == "salience":
+        return Salience(partial(joint_weight, task.model))
+    if recipe.balance == "reparameterise":
+        spec = act_spec(recipe, task.bits.activations)
+        return Reparameterisation(spec, recipe.act_clip, samples_of)
+    if recipe.balance == "none":
+        return NoBalance()
+    magnitudes = {name: aggregate(values, recipe.balance, recipe.timestep)
+                  for name, values in evidence.maxima.items()}
+    new_search = partial(_new_search, task, weights)
+    return ChannelMaxima(magnitudes, recipe.alphas, weights.weight_of, new_search)
+
+
+def _new_search(
+    task: Task, weights: SmoothFirst | LowRankFirst, name: str, factors: Tensor
+) -> AlphaSearch:
+    linear = task.model.get_submodule(name)
+    spec = act_spec(task.recipe, task.bits.activations)
+    return AlphaSearch(
+        linear.weight, linear.bias, factors, weight_spec(task.recipe, task.bits.weights), spec,
+        weights.shared(name), fastest(linear.weight.device, spec))
+
+
+def _activations(
+    task: Task, evidence: Evidence, samples_of, balance: Balance
+) -> DynamicRanges | StaticRanges:
+    recipe = task.recipe
+    if not task.has_static_ranges:
+        return DynamicRanges(task.act_spec)
+    arguments = task.act_spec, recipe.act_clip, samples_of
+    if isinstance(balance, Reparameterisation):
+        return ReparameterisedRanges(*arguments, balance)
+    if recipe.act_steps == "each":
+        return TimestepRanges(*arguments, evidence.trajectory.timesteps)
+    return StaticRanges(*arguments)
+
+
+def _operands(task: Task, evidence: Evidence) -> FloatOperands | StaticOperands:
+    recipe = task.recipe
+    if recipe.attention == "none" or not task.has_static_ranges:
+        return FloatOperands()
+    attentions = architecture_of(task.model).attentions(task.model)
+    tokens = evidence.trajectory.tokens // evidence.trajectory.images
+    images = max(LEAST_OPERAND_IMAGES, config.sample_tokens // tokens)
+    picks = evidence.pick(images, recipe)
+    return StaticOperands(
+        attentions, act_spec(recipe, task.bits.activations), recipe.act_clip, recipe.attention,
+        lambda: OperandSamples(picks))
+
+
+def observe(parts: Parts, sites: list[Site]) -> Watch:
+    """Let every part ask for what it has to see of the replay."""
+    watch = Watch()
+    for site in sites:
+        for part in parts:
+            part.observe(site, watch)
+    return watch
