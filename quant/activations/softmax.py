@@ -8,24 +8,30 @@ from quant.numerics.ranges import best_range
 
 
 def fake_quantize_log_sqrt2(p: Tensor, bits: int, scale: Tensor) -> Tensor:
-    """The nearest ``scale * 2^(-q/2)`` in the log domain: ``q = round(-2 log2(p / scale))``, at least 0.
+    """Round to the nearest ``scale * 2^(-q/2)`` in the log domain, and back.
 
-    What needs a code above ``2^bits - 1`` becomes 0, as in the published code; so there are ``2^bits + 1`` values, and 0 is not a code.
+    The codes are ``q = round(-2 log2(p / scale))``, at least 0. What needs a code above
+    ``2^bits - 1`` becomes 0, as in the published code. So there are ``2^bits + 1`` values, and 0 is
+    not a code.
 
     Args:
-        p: probabilities of any shape and floating type, which the result shares; 0 stays 0, NaN stays NaN.
+        p: probabilities of any shape and floating type; 0 stays 0, NaN stays NaN.
         scale: float32, the largest value there is.
+
+    Returns:
+        The values, in the shape and type of ``p``.
     """
     codes = (p.float() / scale).log2().mul_(-2).round_().clamp_(min=0)
-    return torch.where(codes >= 2 ** bits, 0.0, torch.exp2(codes / -2) * scale).to(p.dtype)
+    values = torch.exp2(codes / -2) * scale
+    return torch.where(codes >= 2 ** bits, 0.0, values).to(p.dtype)
 
 
 @dataclass(frozen=True)
 class PowersOfRootTwo:
-    """That quantiser, static.
+    """Parameters of the log-sqrt2 quantiser, found once.
 
     Attributes:
-        bits: of a code.
+        bits: code width.
         scale: () float32.
     """
 
@@ -34,8 +40,8 @@ class PowersOfRootTwo:
 
 
 @dataclass(frozen=True)
-class _Unfitted:
-    """The same as ``quant.numerics.ranges`` wants it: the upper end of the range is the scale."""
+class _ScaleSearch:
+    """Adapter to ``RangedQuantizer``: the scale is searched as the upper end of a range."""
 
     bits: int
 
@@ -47,17 +53,25 @@ class _Unfitted:
 
 
 def fit_powers(sample: Tensor, bits: int, choice: str) -> PowersOfRootTwo:
-    """For a sample of probabilities of any shape; ``choice`` of the scale is a key of ``quant.numerics.ranges.RANGES``, in the published code ``percentile``.
+    """Choose the scale for a sample of probabilities of any shape.
+
+    Args:
+        choice: how the scale is chosen, a key of ``quant.numerics.ranges.RANGES``; in the
+            published code ``percentile``.
 
     Raises:
         ValueError: NaN or infinity, or an unknown choice.
     """
-    scale, = best_range(sample.flatten().float(), (0,), _Unfitted(bits), choice)
-    return PowersOfRootTwo(bits, scale.squeeze())
+    parameters = best_range(sample.flatten().float(), (0,), _ScaleSearch(bits), choice)
+    scale = parameters[0].squeeze()
+    return PowersOfRootTwo(bits, scale)
 
 
 class LogSqrt2(nn.Module):
-    """Simulates it; takes and gives what the modules of ``quant.activations.quantisers`` do. Buffer ``scale`` ()."""
+    """Simulates the log-sqrt2 quantiser, with the signature of ``quant.activations.quantisers``.
+
+    Buffer ``scale`` ().
+    """
 
     def __init__(self, powers: PowersOfRootTwo):
         super().__init__()

@@ -1,24 +1,31 @@
-"""Scale reparameterisation: one activation range per channel at the price of one per tensor (RepQ-ViT, Li et al., 2023).
+"""Scale reparameterisation (RepQ-ViT, Li et al., 2023): a range per channel, run as one per tensor.
 
-With scale and zero point (s, z) per channel and (t, y) for all, ``x / s + z = ((x + shift) / smooth) / t + y`` where
-``smooth = s / t`` and ``shift = s (z - y)``: the codes of ``(x + shift) / smooth`` under (t, y) are those of ``x`` under (s, z).
+With scale and zero point (s, z) per channel and (t, y) for all,
+``x / s + z = ((x + shift) / smooth) / t + y`` where ``smooth = s / t`` and ``shift = s (z - y)``:
+the codes of ``(x + shift) / smooth`` under (t, y) are those of ``x`` under (s, z).
 """
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from architectures.sites import Site
+from quant.calibration.observers import Samples
+from quant.calibration.watch import Watch
 from quant.numerics.ranges import best_range, static_codes
+from quant.numerics.smoothing import NO_SMOOTHING, Smoothing
 from quant.numerics.uniform import QuantSpec
 
 
 @dataclass(frozen=True)
 class Reparameterized:
-    """The input ``(x + shift) / smooth`` and its static quantiser (see ``quant.numerics.ranges.static_codes``).
+    """The change ``(x + shift) / smooth`` of an input, and its static quantiser afterwards.
 
     Attributes:
         smooth, shift: (I,) float32.
-        scale, zero: 0-dim float32; ``zero`` is one of the codes.
+        scale, zero: 0-dim float32, as ``quant.numerics.ranges.static_codes`` takes them; ``zero``
+            is one of the codes.
     """
 
     smooth: Tensor
@@ -29,10 +36,11 @@ class Reparameterized:
 
 @dataclass(frozen=True)
 class PerChannel:
-    """The quantiser of channels that is then reparameterised (see ``quant.numerics.ranges``); parameters are scale and integer-valued zero point.
+    """The quantiser of channels that is then reparameterised, as a ``RangedQuantizer``.
 
-    Ranges are not widened to include 0, and zero points need not be codes: what a channel is off 0 costs nothing here, it becomes
-    shift. A channel of one constant value gets the mean scale of the others, so as not to move it.
+    Parameters are scale and integer-valued zero point. Ranges are not widened to include 0, and
+    zero points need not be codes: an offset of a channel is free, it becomes part of the shift. A
+    channel of one constant value gets the mean scale of the others, so as not to move it.
     """
 
     spec: QuantSpec
@@ -40,7 +48,8 @@ class PerChannel:
     def parameters(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         scale = (high - low) / self.spec.top
         live = scale > 0
-        scale = torch.where(live, scale, scale[live].mean() if live.any() else torch.ones_like(scale))
+        mean = scale[live].mean() if live.any() else torch.ones_like(scale)
+        scale = torch.where(live, scale, mean)
         return scale, (low / scale).neg_().round_()
 
     def round_trip(self, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -48,25 +57,34 @@ class PerChannel:
 
 
 def channel_ranges(sample: Tensor, spec: QuantSpec, choice: str) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of every channel, (I,) each, for a sample of inputs (..., I).
+    """Choose scale and zero point of every channel, (I,) each, for a sample of inputs (..., I).
 
-    ``minmax`` is the paper's formula, and recipe ``repq-vit``'s; its code takes the best of three ``percentile``s.
+    Args:
+        choice: a key of ``quant.numerics.ranges.RANGES``. ``minmax`` is the paper's formula, and
+            recipe ``repq-vit``'s; its code takes the best of three ``percentile``s.
 
     Raises:
-        ValueError: NaN or infinity, or an unknown choice (expected is a key of ``quant.numerics.ranges.RANGES``).
+        ValueError: NaN or infinity, or an unknown choice.
     """
-    scale, zero = best_range(sample.flatten(0, -2).float(), (0,), PerChannel(spec), choice)
+    rows = sample.flatten(0, -2).float()  # (n, I)
+    scale, zero = best_range(rows, (0,), PerChannel(spec), choice)
     return scale.squeeze(0), zero.squeeze(0)
 
 
 def reparameterize(scale: Tensor, zero: Tensor, spec: QuantSpec) -> Reparameterized:
-    """One scale and zero point for all channels, the means of theirs (I,), and the factors that go with them.
+    """Replace scales and zero points of channels (I,) by their means, and find the factors for it.
 
-    Any integer serves as the zero point, so the mean is rounded and kept inside the codes; the published code does neither, and
-    a zero point that is not an integer moves the codes.
+    Any integer serves as the zero point, so the mean is rounded and kept inside the codes. The
+    published code does neither, and a zero point that is not an integer moves the codes.
     """
-    mean, centre = scale.mean(), zero.mean().round().clamp(0, spec.top)
-    return Reparameterized(scale / mean, scale * (zero - centre), mean, centre)
+    mean = scale.mean()
+    center = zero.mean().round().clamp(0, spec.top)
+    return Reparameterized(
+        smooth=scale / mean,
+        shift=scale * (zero - center),
+        scale=mean,
+        zero=center,
+    )
 
 
 class Reparameterisation:

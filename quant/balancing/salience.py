@@ -1,32 +1,48 @@
-"""Salience balancing: smoothing factors from channel magnitudes weighted over time (PTQ4DiT, Wu et al., 2024)."""
+"""Salience balancing: factors from channel magnitudes over time (PTQ4DiT, Wu et al., 2024)."""
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+import config
+from architectures.sites import Site
+from quant.calibration.observers import ImageMaxima
+from quant.calibration.watch import Watch
+from quant.numerics.smoothing import NO_SMOOTHING, Smoothing
+
 
 def salience_factors(act: Tensor, weight: Tensor, floor: float) -> Tensor:
-    """``s_j = sqrt(a_j / w_j)``, (I,) float32: ``x / s`` and ``W diag(s)`` then have the same salience ``sqrt(a_j w_j)`` per channel.
+    """Compute ``s_j = sqrt(a_j / w_j)``, (I,) float32.
 
-    ``a`` is a mean of the rows of ``act`` that favours those complementary to the weight: row t counts ``softmax(-rho_t)``, where rho_t
-    is Spearman's correlation over channels of the row with ``w``. Both ``a`` and ``w`` are at least ``floor``.
+    ``x / s`` and ``W diag(s)`` then have the same salience ``sqrt(a_j w_j)`` in each channel. ``a``
+    is a mean of the rows of ``act`` that favours those complementary to the weight: row t counts
+    ``softmax(-rho_t)``, where rho_t is Spearman's correlation over channels of the row with ``w``.
 
     Args:
         act: (S, I), largest magnitude of every input channel, one row per sample and timestep.
         weight: (O, I); ``w_j`` is its largest magnitude in column j.
+        floor: the least that ``a`` and ``w`` are taken to be in the quotient.
     """
     w = weight.abs().amax(0)  # (I,)
     share = torch.softmax(-spearman(act, w), 0).to(act.dtype)  # (S,)
-    return ((share @ act).clamp(min=floor) / w.clamp(min=floor)).sqrt()
+    a = share @ act  # (I,)
+    return (a.clamp(min=floor) / w.clamp(min=floor)).sqrt()
 
 
 def spearman(rows: Tensor, other: Tensor) -> Tensor:
-    """Spearman's rank correlation of each row (S, I) with ``other`` (I,), (S,) float64; 0 where a side is constant, and so has no ranks."""
-    a, b = _centred_ranks(rows), _centred_ranks(other)
+    """Compute Spearman's rank correlation of each row (S, I) with ``other`` (I,).
+
+    Returns:
+        (S,) float64; 0 where a side is constant, and so has no ranks.
+    """
+    a = _centered_ranks(rows)  # (S, I)
+    b = _centered_ranks(other)  # (I,)
     length = a.norm(dim=-1) * b.norm()
     return (a @ b) / torch.where(length > 0, length, 1.0)
 
 
-def _centred_ranks(values: Tensor) -> Tensor:
-    """Ranks along the last dimension, ties sharing the mean of theirs, less the mean rank; float64."""
+def _centered_ranks(values: Tensor) -> Tensor:
+    """Rank along the last dimension, float64, less the mean rank; ties share the mean of theirs."""
     ordered = values.sort(-1).values
     below = torch.searchsorted(ordered, values)
     up_to = torch.searchsorted(ordered, values, right=True)

@@ -1,35 +1,44 @@
-"""Ranges of quantisers: the whole of what they have seen, shrunk (Q-DiT) or cut at percentiles (PTQ4DiT), whichever errs least.
+"""Ranges of quantisers: the whole of what they have seen, shrunk (Q-DiT) or cut (PTQ4DiT).
 
-A list of candidate ranges is searched per group of values that share one; what a range means is the quantiser's affair. For
-affine ones (``Affine``), as everywhere, it includes 0 and the zero point is one of the codes.
+For every group of values that share a range, a list of candidate ranges is tried, and the first of
+least error is taken. The quantiser turns a range into its parameters. Affine ones (``Affine``)
+widen it to include 0, as everywhere, and their zero point is one of the codes.
 """
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from quant.numerics.uniform import Quantized, QuantSpec, grouped, scale_and_zero
+from quant.numerics.uniform import Quantized, QuantSpec, check_finite, grouped, scale_and_zero
 
 SHRINKS = tuple(1 - 0.001 * i for i in range(100))  # Q-DiT
 SHRINK_NORM = 2.4  # after LAPQ (Nahshan et al., 2021)
 PERCENTILES = (0.999, 0.9999, 0.99999)  # PTQ4DiT, after RepQ-ViT
 
+Range = tuple[Tensor, Tensor]  # the lower and upper end of every group
+
 
 class RangedQuantizer(Protocol):
-    """Something with a range."""
+    """A formula that quantises values of a range: what ``best_range`` needs to try ranges out.
+
+    It holds no range itself. ``quant.weights.rounding.WeightQuantizer`` is something else, a
+    function that turns a whole weight into codes, and
+    ``quant.activations.quantisers.activation_module`` makes the module that runs when a model is
+    sampled.
+    """
 
     def parameters(self, low: Tensor, high: Tensor) -> tuple[Tensor, ...]:
-        """Its parameters, for groups of values from ``low`` to ``high``."""
+        """Compute the parameters of groups of values from ``low`` to ``high``."""
 
     def round_trip(self, x: Tensor, *parameters: Tensor) -> Tensor:
-        """Values that became codes and back."""
+        """Turn values into codes and these back into values."""
 
 
 @dataclass(frozen=True)
 class Affine:
-    """The uniform quantiser of a spec; parameters are scale and zero point."""
+    """The uniform quantiser of a spec as a ``RangedQuantizer``: parameters are scale and zero."""
 
     spec: QuantSpec
 
@@ -41,36 +50,81 @@ class Affine:
 
 
 def static_codes(x: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
-    """``q - zero`` (integer-valued, float32) for a range that ``x`` may exceed on either side; NaN stays NaN.
+    """Compute ``q - zero`` for a range that ``x`` may exceed on either side; NaN stays NaN.
 
     Args:
         x: (..., I); scale and zero broadcast with it.
+
+    Returns:
+        Integer-valued float32, the shape of ``x``.
     """
     return (x / scale).round_().clamp_(-zero, spec.top - zero)
 
 
-def _whole(view: Tensor, dims: tuple[int, ...]) -> Iterable[tuple[Tensor, Tensor]]:
-    yield view.amin(dims, keepdim=True), view.amax(dims, keepdim=True)
+def _extremes(view: Tensor, dims: tuple[int, ...]) -> Range:
+    return view.amin(dims, keepdim=True), view.amax(dims, keepdim=True)
 
 
-def _shrunk(view: Tensor, dims: tuple[int, ...]) -> Iterable[tuple[Tensor, Tensor]]:
-    (low, high), = _whole(view, dims)
-    return ((low * shrink, high * shrink) for shrink in SHRINKS)
+def _whole(view: Tensor, dims: tuple[int, ...]) -> list[Range]:
+    return [_extremes(view, dims)]
 
 
-def _cut(view: Tensor, dims: tuple[int, ...]) -> Iterable[tuple[Tensor, Tensor]]:
-    """From the (1 - p)- to the p-quantile: those of ``torch.quantile``, which the published codes call, without its limit of 2^24 values."""
+def _shrunk(view: Tensor, dims: tuple[int, ...]) -> list[Range]:
+    low, high = _extremes(view, dims)
+    return [(low * shrink, high * shrink) for shrink in SHRINKS]
+
+
+def _cut(view: Tensor, dims: tuple[int, ...]) -> list[Range]:
+    """Cut groups at their (1 - p)- and p-quantiles, for every p of ``PERCENTILES``.
+
+    The quantiles are those of ``torch.quantile``, which the published codes call, without its
+    limit of 2^24 values.
+    """
     shape = view.amin(dims, keepdim=True).shape
-    ordered = view.movedim(dims, tuple(range(-len(dims), 0))).flatten(-len(dims)).sort(-1).values  # (..., n)
-    return ((_quantile(ordered, 1 - p).reshape(shape), _quantile(ordered, p).reshape(shape)) for p in PERCENTILES)
+    last = tuple(range(-len(dims), 0))
+    values = view.movedim(dims, last).flatten(-len(dims))  # (..., n)
+    ordered = values.sort(-1).values
+    return [
+        (_quantile(ordered, 1 - p).reshape(shape), _quantile(ordered, p).reshape(shape))
+        for p in PERCENTILES
+    ]
 
 
-# How a range is chosen: among which candidates, and the power of errors whose mean is to be least (for ``shrink`` Q-DiT's: its code's ``mse``).
-RANGES = {"minmax": (_whole, 2), "shrink": (_shrunk, SHRINK_NORM), "percentile": (_cut, 2)}
+def _quantile(ordered: Tensor, share: float) -> Tensor:
+    """Interpolate the quantile of rows (..., n), in ascending order, between two values, (...)."""
+    last = ordered.shape[-1] - 1
+    # In float32, as in torch.quantile: at the far end of a tail it shows.
+    rank = float(torch.tensor(share) * last)
+    below = int(rank)
+    above = min(below + 1, last)
+    return torch.lerp(ordered[..., below], ordered[..., above], rank - below)
 
 
-def best_range(view: Tensor, dims: tuple[int, ...], quantiser: RangedQuantizer, choice: str) -> tuple[Tensor, ...]:
-    """The quantiser's parameters for the first of the candidate ranges that errs least, group by group.
+@dataclass(frozen=True)
+class RangeRule:
+    """How a range is chosen.
+
+    Attributes:
+        candidates: makes the ranges to try, widest first, from a view and the dimensions of it
+            that share a range.
+        norm: the power of errors whose mean is to be least.
+    """
+
+    candidates: Callable[[Tensor, tuple[int, ...]], list[Range]]
+    norm: float
+
+
+RANGES = {
+    "minmax": RangeRule(_whole, 2),
+    "shrink": RangeRule(_shrunk, SHRINK_NORM),  # Q-DiT's, whose code calls it `mse`
+    "percentile": RangeRule(_cut, 2),
+}
+
+
+def best_range(
+    view: Tensor, dims: tuple[int, ...], quantizer: RangedQuantizer, choice: str
+) -> tuple[Tensor, ...]:
+    """Find the quantiser's parameters for the first candidate range of least error, per group.
 
     Args:
         view: float32; ``dims`` of it share a range, and have size 1 in what is returned.
@@ -81,22 +135,36 @@ def best_range(view: Tensor, dims: tuple[int, ...], quantiser: RangedQuantizer, 
     """
     if choice not in RANGES:
         raise ValueError(f"unknown range {choice!r}: expected one of {tuple(RANGES)}")
-    if not torch.isfinite(view).all():
-        raise ValueError("cannot quantise a tensor that holds NaN or infinity")
-    candidates, norm = RANGES[choice]
-    ranges, best = list(candidates(view, dims)), None
-    if len(ranges) == 1:
-        return quantiser.parameters(*ranges[0])
-    for low, high in ranges:
-        parameters = quantiser.parameters(low, high)
-        error = quantiser.round_trip(view, *parameters).sub_(view).abs_().pow_(norm).mean(dims, keepdim=True)
-        found = error, *parameters
-        best = found if best is None else tuple(torch.where(error < best[0], new, old) for new, old in zip(found, best))
-    return best[1:]
+    check_finite(view)
+    rule = RANGES[choice]
+    widest, *others = rule.candidates(view, dims)
+    best = quantizer.parameters(*widest)
+    if not others:
+        return best
+    least = _mean_error(view, dims, quantizer, best, rule.norm)
+    for low, high in others:
+        parameters = quantizer.parameters(low, high)
+        error = _mean_error(view, dims, quantizer, parameters, rule.norm)
+        better = error < least
+        least = torch.where(better, error, least)
+        best = tuple(torch.where(better, new, old) for new, old in zip(parameters, best))
+    return best
+
+
+def _mean_error(
+    view: Tensor,
+    dims: tuple[int, ...],
+    quantizer: RangedQuantizer,
+    parameters: tuple[Tensor, ...],
+    norm: float,
+) -> Tensor:
+    """Average the error's power over each group."""
+    error = quantizer.round_trip(view, *parameters).sub_(view)
+    return error.abs_().pow_(norm).mean(dims, keepdim=True)
 
 
 def quantize_range(weight: Tensor, spec: QuantSpec, choice: str) -> Quantized:
-    """``quantize`` with the range chosen by a key of ``RANGES``.
+    """Quantise a weight to codes, with ranges chosen by a key of ``RANGES``.
 
     Raises:
         ValueError: NaN or infinity, groups that do not fit, or an unknown choice.
@@ -108,18 +176,16 @@ def quantize_range(weight: Tensor, spec: QuantSpec, choice: str) -> Quantized:
 
 
 def tensor_range(sample: Tensor, spec: QuantSpec, choice: str) -> tuple[Tensor, Tensor]:
-    """Scale and zero point, 0-dim float32, of a static quantiser of one range for a sample of activations of any shape.
+    """Choose the one range of a static quantiser for a sample of activations of any shape.
+
+    Args:
+        choice: a key of ``RANGES``.
+
+    Returns:
+        Scale and zero point, 0-dim float32.
 
     Raises:
-        ValueError: NaN or infinity, or an unknown choice (expected is a key of ``RANGES``).
+        ValueError: NaN or infinity, or an unknown choice.
     """
     scale, zero = best_range(sample.flatten().float(), (0,), Affine(spec), choice)
     return scale.squeeze(), zero.squeeze()
-
-
-def _quantile(ordered: Tensor, share: float) -> Tensor:
-    """Of rows (..., n) in ascending order, (...), on the straight line between two of the values."""
-    rank = float(torch.tensor(share) * (ordered.shape[-1] - 1))  # float32, as in torch.quantile: at the far end of a tail it shows
-    below = int(rank)
-    above = min(below + 1, ordered.shape[-1] - 1)
-    return torch.lerp(ordered[..., below], ordered[..., above], rank - below)

@@ -4,12 +4,13 @@ from torch import Tensor, nn
 
 
 def matrix(module: nn.Module) -> Tensor:
-    """The weight of a linear or patch convolution as (O, I)."""
+    """View the weight of a linear or patch convolution as (O, I)."""
     return module.weight.flatten(1)
 
 
 def as_tokens(module: nn.Module, x: Tensor) -> Tensor:
-    """The input of a linear or patch convolution as (N, T, I)."""
+    """Turn the input of a linear or patch convolution into (N, T, I)."""
     if isinstance(module, nn.Conv2d):
-        return F.unfold(x, module.kernel_size, stride=module.stride).transpose(1, 2)
+        patches = F.unfold(x, module.kernel_size, stride=module.stride)  # (N, I, T)
+        return patches.transpose(1, 2)
     return x if x.dim() == 3 else x.unsqueeze(1)

@@ -1,24 +1,20 @@
-"""Evolutionary choice of a group size for every layer (Q-DiT, section 5.1, equation 6 and algorithm 1).
+"""Evolutionary choice of a group size for every layer (Q-DiT, section 5.1, eq. 6, algorithm 1).
 
-A layer's weight and input share one group size. The search looks for the sizes g of least L(g), any number that the caller's
-objective computes, among those that a constraint allows. Of the constraint one thing is assumed: what is allowed stays so when
-groups grow, because larger groups are cheaper. So the largest groups are allowed if anything is, and any draw can be repaired.
+A layer's weight and input share one group size. The search looks for the sizes g of least loss
+L(g), any number that the caller computes, among those that a constraint allows.
 """
 import math
-import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
 from torch import nn
 from tqdm import tqdm
 
-from quant.refinement.group_sizes import Constraint, Groups, Sizes
-from quant.refinement.history import read_history, write_history
-
-TRIES = 100  # draws per configuration wanted, before a round makes do with fewer
+from quant.refinement.draws import Budget, Draws
+from quant.refinement.group_sizes import Constraint, Groups, Sizes, mean_group_size
+from quant.refinement.history import Evaluated, HistoryFile
 
 
 class Objective(Protocol):
@@ -31,41 +27,14 @@ class Objective(Protocol):
 
 
 @dataclass(frozen=True)
-class Budget:
-    """Effort of a search: at most ``rounds * population`` evaluations.
+class Round:
+    """What is known after a round.
 
     Attributes:
-        population: configurations per round; random ones fill up what crossovers and mutations leave.
-        parents: the best configurations so far, from which the next round descends (K of the paper's top-K set).
-        crossovers, mutations: children per round of either kind; the paper has half a population each.
-        probability: with which a mutation draws a layer's size anew.
-        rounds: populations evaluated, the first one included.
-        seed: of all draws.
-
-    Raises:
-        ValueError: the numbers do not fit together.
+        best: the least loss so far.
+        mean: the mean loss of the round's population.
+        mean_group_size: of the best configuration so far.
     """
-
-    population: int
-    parents: int
-    crossovers: int
-    mutations: int
-    probability: float
-    rounds: int
-    seed: int
-
-    def __post_init__(self):
-        if min(self.population, self.parents, self.rounds) < 1 or min(self.crossovers, self.mutations) < 0:
-            raise ValueError(f"population, parents and rounds must be at least 1, crossovers and mutations at least 0: got {self}")
-        if self.crossovers + self.mutations > self.population:
-            raise ValueError(f"{self.crossovers} crossovers and {self.mutations} mutations exceed a population of {self.population}")
-        if not 0 <= self.probability <= 1:
-            raise ValueError(f"mutation probability {self.probability}, expected 0 to 1")
-
-
-@dataclass(frozen=True)
-class Round:
-    """What is known after a round: the least loss so far, the mean loss of the round's population, the mean group size of the best."""
 
     best: float
     mean: float
@@ -73,7 +42,7 @@ class Round:
 
 
 @dataclass(frozen=True)
-class Result:
+class SearchResult:
     """The best configuration, its loss, and the rounds that led there."""
 
     groups: Groups
@@ -81,104 +50,119 @@ class Result:
     history: tuple[Round, ...]
 
 
-def evolve(choices: dict[str, Sizes], objective: Callable[[Groups], float], allowed: Constraint, budget: Budget,
-           history_path: Path | None = None, about: str = "") -> Result:
-    """Search for the allowed configuration of least loss; deterministic.
+def evolve(
+    choices: dict[str, Sizes],
+    loss_of: Callable[[Groups], float],
+    allowed: Constraint,
+    budget: Budget,
+    history_path: Path | None = None,
+    fingerprint_text: str = "",
+) -> SearchResult:
+    """Search for the allowed configuration of least loss (Q-DiT, algorithm 1); deterministic.
 
-    The first round holds the uniform allocations, each layer with its largest choice up to one size, so that the result is no
-    worse than any of them, and random ones. Later rounds hold configurations that no round had before. A search that finds no
-    more of them ends early.
+    The result is no worse than any allowed uniform allocation, because the first round holds all
+    of them. A search that finds no more configurations ends early.
 
     Args:
         choices: the group sizes of each layer, as from ``group_choices``.
-        objective: called once per configuration; equal configurations must have equal losses.
+        loss_of: called once per configuration; equal configurations must have equal losses.
         allowed: the constraint; only what it allows is evaluated.
-        history_path: a file that keeps every evaluation. Another call with it repeats the draws and takes the losses from there, so
-            that a run cut short ends as if it had not been, and one that was complete returns at once.
-        about: what objective and constraint depend on, so that a file made with others is refused.
+        history_path: a file that keeps every evaluation. Another call with it repeats the draws
+            and takes the losses from there. So a run cut short ends as if it had not been, and one
+            that was complete returns at once.
+        fingerprint_text: what losses and constraint depend on, so that a file made with others is
+            refused.
 
     Raises:
-        ValueError: nothing is allowed; a loss is not finite; the file is damaged, of other settings, or cannot be written.
+        ValueError: nothing is allowed; a loss is not finite; the file is damaged, of other
+            settings, or cannot be written.
     """
-    names, options = tuple(choices), tuple(map(tuple, choices.values()))
-    chance, seen = random.Random(budget.seed), set()
-    settings = {"about": about, **asdict(budget), "choices": [[name, list(sizes)] for name, sizes in choices.items()]}
-    stored = {} if history_path is None else read_history(history_path, settings, options)
-
-    def fits(sizes: Sizes) -> bool:
-        return allowed(dict(zip(names, sizes)))
-
-    def fresh(sizes: Sizes) -> bool:
-        if sizes in seen or not fits(sizes):
-            return False
-        seen.add(sizes)
-        return True
-
-    def take(count: int, draw: Callable[[], Sizes]) -> list[Sizes]:
-        return list(islice(filter(fresh, (draw() for _ in range(TRIES * count))), count))
-
-    if not fits(tuple(map(max, options))):
-        raise ValueError("no group sizes are allowed, not even the largest of every layer: loosen the constraint or offer larger groups")
-    losses: dict[Sizes, float] = {}
-    history = []
-    with tqdm(total=min(budget.rounds * budget.population, math.prod(map(len, options))), initial=len(stored), desc="group sizes",
-              unit="configuration") as bar:
+    history_file = None
+    if history_path is not None:
+        settings = _settings(choices, budget, fingerprint_text)
+        options = tuple(tuple(sizes) for sizes in choices.values())
+        history_file = HistoryFile(history_path, settings, options)
+    evaluations = Evaluations(tuple(choices), loss_of, history_file)
+    draws = Draws(choices, allowed, budget)
+    rounds = []
+    with evaluations.progress_bar(draws.at_most) as bar:
         for number in range(1, budget.rounds + 1):
-            if losses:
-                parents = sorted(losses, key=losses.get)[:budget.parents]
-                population = take(budget.crossovers, lambda: _cross(parents, chance))
-                population += take(budget.mutations, lambda: _mutated(parents, options, budget.probability, chance))
+            if number == 1:
+                population = draws.first_round()
             else:
-                population = list(islice(filter(fresh, _uniform(options)), budget.population))
-            population += take(budget.population - len(population), lambda: _random(options, fits, chance))
+                population = draws.next_round(evaluations.best(budget.parents))
             if not population:
                 break
-            for sizes in population:
-                if sizes not in stored:
-                    stored[sizes] = number, _finite(objective(dict(zip(names, sizes))), sizes)
-                    if history_path is not None:
-                        write_history(history_path, settings, stored)
-                    bar.update()
-                losses[sizes] = stored[sizes][1]
-                bar.set_postfix(round=number, best=min(losses.values()), refresh=False)
-            best = min(losses, key=losses.get)
-            history.append(Round(losses[best], sum(losses[sizes] for sizes in population) / len(population), sum(best) / len(best)))
-        bar.total = bar.n  # less than expected where the constraint leaves few
-    return Result(dict(zip(names, best)), losses[best], tuple(history))
+            rounds.append(evaluations.add(number, population, bar))
+        # Less than expected where the constraint leaves few.
+        bar.total = bar.n
+    return evaluations.result(rounds)
 
 
-def _uniform(options: tuple[Sizes, ...]) -> Iterable[Sizes]:
-    """For each size of any layer, largest first: every layer's largest choice up to it, or its least."""
-    for size in sorted({size for sizes in options for size in sizes}, reverse=True):
-        yield tuple(max((choice for choice in sizes if choice <= size), default=min(sizes)) for sizes in options)
+def _settings(choices: dict[str, Sizes], budget: Budget, fingerprint_text: str) -> dict:
+    """Collect what a history file depends on, under the names that files have for it."""
+    return {
+        "about": fingerprint_text,
+        **asdict(budget),
+        "choices": [[name, list(sizes)] for name, sizes in choices.items()],
+    }
 
 
-def _random(options: tuple[Sizes, ...], fits: Callable[[Sizes], bool], chance: random.Random) -> Sizes:
-    """Any sizes, then the largest for one layer after another, in random order, until they are allowed.
+class Evaluations:
+    """The losses of all configurations so far.
 
-    Rejection alone fails under BitOps: of 112 layers with uniform draws next to none costs as little as groups of 128 do.
+    Args:
+        names: of the layers.
+        loss_of: as in ``evolve``.
+        history_file: keeps the losses, and may know some from an earlier run; None keeps none.
     """
-    drawn = [chance.choice(sizes) for sizes in options]
-    for layer in chance.sample(range(len(options)), len(options)):
-        if fits(tuple(drawn)):
-            break
-        drawn[layer] = max(options[layer])
-    return tuple(drawn)
 
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        loss_of: Callable[[Groups], float],
+        history_file: HistoryFile | None,
+    ):
+        self._names = names
+        self._loss_of = loss_of
+        self._history_file = history_file
+        self._known: Evaluated = {} if history_file is None else history_file.read()
+        self._losses: dict[Sizes, float] = {}
 
-def _cross(parents: list[Sizes], chance: random.Random) -> Sizes:
-    """Every layer from one of two parents."""
-    return tuple(map(chance.choice, zip(*chance.choices(parents, k=2))))
+    def progress_bar(self, total: int) -> tqdm:
+        """Start a bar that counts evaluations, those of earlier runs included."""
+        return tqdm(
+            total=total, initial=len(self._known), desc="group sizes", unit="configuration"
+        )
 
+    def best(self, count: int) -> list[Sizes]:
+        """Return the configurations of least loss, best first; of equal ones the earlier."""
+        return sorted(self._losses, key=self._losses.get)[:count]
 
-def _mutated(parents: list[Sizes], options: tuple[Sizes, ...], probability: float, chance: random.Random) -> Sizes:
-    """A parent with layers drawn anew."""
-    return tuple(chance.choice(sizes) if chance.random() < probability else size for size, sizes in zip(chance.choice(parents), options))
+    def add(self, number: int, population: list[Sizes], bar: tqdm) -> Round:
+        """Evaluate the population of a round, unless the history file knows its losses."""
+        for sizes in population:
+            if sizes not in self._known:
+                self._known[sizes] = number, self._evaluate(sizes)
+                if self._history_file is not None:
+                    self._history_file.write(self._known)
+                bar.update()
+            _, self._losses[sizes] = self._known[sizes]
+            bar.set_postfix(round=number, best=min(self._losses.values()), refresh=False)
+        mean = sum(self._losses[sizes] for sizes in population) / len(population)
+        groups, least = self._least()
+        return Round(least, mean, mean_group_size(groups))
 
+    def result(self, rounds: list[Round]) -> SearchResult:
+        groups, least = self._least()
+        return SearchResult(groups, least, tuple(rounds))
 
-def _finite(loss: float, sizes: Sizes) -> float:
-    if not math.isfinite(loss):
-        raise ValueError(f"the loss of group sizes {sizes} is {loss}, expected a finite number")
-    return float(loss)
+    def _least(self) -> tuple[Groups, float]:
+        best = min(self._losses, key=self._losses.get)
+        return dict(zip(self._names, best)), self._losses[best]
 
-
+    def _evaluate(self, sizes: Sizes) -> float:
+        loss = self._loss_of(dict(zip(self._names, sizes)))
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss of group sizes {sizes} is {loss}, expected a finite number")
+        return float(loss)

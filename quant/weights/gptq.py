@@ -1,66 +1,108 @@
-"""GPTQ: rounding a weight one input channel at a time, each error made up for by the channels still to come (Frantar et al., 2023)."""
+"""GPTQ: rounding a weight one input channel at a time (Frantar et al., 2023).
+
+The error of each channel is made up for by the channels still to come, as far as their inputs
+correlate with its own.
+"""
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from quant.numerics.uniform import Grid, Quantized, QuantSpec, grouped
+from quant.numerics.uniform import Grid, Quantized, QuantSpec, check_finite, grouped
 
-BLOCK = 128  # input channels between two updates of all that are left
-DAMPING = 0.01  # of the Hessian's mean diagonal, added to its diagonal
+BLOCK_CHANNELS = 128  # input channels between two updates of all that are left
+GPTQ_DAMPING = 0.01  # of the Hessian's mean diagonal, added to its diagonal
+
+# Makes the grid of consecutive groups from their weights (O, k, g) and their numbers in the layer.
+GridMaker = Callable[[Tensor, slice], Grid]
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """Upper triangular U with ``U^T U = (H + damping mean(diag H) I)^-1``, (I, I).
+    """Compute the upper triangular U with ``U^T U = (H + damping mean(diag H) I)^-1``, (I, I).
 
-    With the channels in reverse order, H = P L L^T P, and U is the inverse of the upper triangular P L P: one factorisation
-    and one triangular inverse instead of two factorisations and a full inverse.
+    With the channels in reverse order, H = P L L^T P, and U is the inverse of the upper triangular
+    P L P. That is one factorisation and one triangular inverse, instead of two factorisations and a
+    full inverse.
     """
     damped = hessian.clone()
     diagonal = damped.diagonal()
-    diagonal[diagonal == 0] = 1.0  # an input that is always zero, whose weights may be anything
+    # An input that is always zero: its weights may be anything.
+    diagonal[diagonal == 0] = 1.0
     diagonal += damping * diagonal.mean()
     upper = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
-    return torch.linalg.solve_triangular(upper, torch.eye(len(upper), dtype=upper.dtype, device=upper.device), upper=True)
+    identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+    return torch.linalg.solve_triangular(upper, identity, upper=True)
 
 
-def gptq_quantize(weight: Tensor, factor: Tensor, spec: QuantSpec, grid: Callable[[Tensor, slice], Grid], step: Tensor | None = None,
-                  block: int = BLOCK) -> Quantized:
+def gptq_quantize(
+    weight: Tensor,
+    factor: Tensor,
+    spec: QuantSpec,
+    make_grid: GridMaker,
+    step: Tensor | None = None,
+    block: int = BLOCK_CHANNELS,
+) -> Quantized:
     """Quantise a weight so that ``|X (W - W_hat)^T|`` is small, not ``|W - W_hat|``.
+
+    A group's grid is made when the first block that holds a part of it is reached, from the weights
+    as corrected so far.
 
     Args:
         weight: (O, I) float32.
         factor: (I, I), ``inverse_factor`` of ``X^T X`` of the inputs X, or of any multiple of it.
         spec: per output channel, or groups of consecutive inputs.
-        grid: the codes' values for groups (O, k, g) of weights, numbers ``slice`` of the layer's; a group's grid is that of its weights as
-            they stand when the block in which it begins is reached.
+        make_grid: see ``GridMaker``.
         step: passed on to the result (see ``Quantized``).
+        block: input channels between two updates of all that are left.
 
     Raises:
         ValueError: the weight holds NaN or infinity, or does not divide into groups.
     """
-    if not torch.isfinite(weight).all():
-        raise ValueError("cannot quantise a tensor that holds NaN or infinity")
-    size = grouped(weight, spec)[0].shape[-1] if spec.granularity == "group" else weight.shape[1]
+    check_finite(weight)
     rows, columns = weight.shape
-    left = weight.T.clone(memory_format=torch.contiguous_format)  # (I, O): the columns in turn
-    signed = torch.empty_like(left)
+    size = columns
+    if spec.granularity == "group":
+        size = grouped(weight, spec)[0].shape[-1]
+    # Transposed, so that one input channel after the other lies together: (I, O).
+    corrected = weight.T.clone(memory_format=torch.contiguous_format)
+    signed = torch.empty_like(corrected)
     grids: list[Grid] = []
     for begin in range(0, columns, block):
         end = min(begin + block, columns)
-        first, last = len(grids), -(-end // size)  # groups that begin in this block
+        # Make the grids of all groups that begin in this block.
+        first, last = len(grids), -(-end // size)
         if last > first:
-            found = grid(left[first * size:last * size].T.unflatten(1, (-1, size)), slice(first, last))
-            grids += [found.select(k) for k in range(last - first)]
-        errors = left.new_empty(end - begin, rows)
+            groups = corrected[first * size:last * size].T.unflatten(1, (-1, size))
+            made = make_grid(groups, slice(first, last))
+            grids += [made.select(k) for k in range(last - first)]
+        # Round its channels in turn, and correct those of the block that follow.
+        errors = corrected.new_empty(end - begin, rows)
         for i in range(begin, end):
-            here, row = grids[i // size], factor[i, i:end]
-            values = signed[i]
-            torch.div(left[i], here.scale, out=values).round_().clamp_(here.low, here.high)
-            error = torch.addcmul(left[i], values, here.scale, value=-1, out=errors[i - begin]).div_(row[0])
-            left[i + 1:end].addr_(row[1:], error, alpha=-1)
-        left[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1)
+            grid = grids[i // size]
+            row = factor[i, i:end]
+            values = torch.div(corrected[i], grid.scale, out=signed[i])
+            values.round_().clamp_(grid.low, grid.high)
+            error = errors[i - begin]
+            torch.addcmul(corrected[i], values, grid.scale, value=-1, out=error).div_(row[0])
+            corrected[i + 1:end].addr_(row[1:], error, alpha=-1)
+        # Correct all channels after the block at once.
+        corrected[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1)
+    return _assemble(signed, grids, spec, step)
+
+
+def _assemble(
+    signed: Tensor, grids: list[Grid], spec: QuantSpec, step: Tensor | None
+) -> Quantized:
+    """Put rounded channels (I, O), integer-valued ``q - zero``, and the groups' grids together."""
+    columns, rows = signed.shape
     shape = (rows, len(grids), 1) if spec.granularity == "group" else (rows, 1)
-    scale, zero = (torch.stack([getattr(each, key) for each in grids], 1).reshape(shape) for key in ("code_scale", "zero"))
-    codes = signed.T.reshape(rows, len(grids), -1) + zero.reshape(rows, -1, 1)
-    return Quantized(codes.to(torch.uint8).reshape(rows, columns), scale, zero, spec, step)
+    scale = torch.stack([grid.code_scale for grid in grids], 1)  # (O, G)
+    zero = torch.stack([grid.zero for grid in grids], 1)
+    codes = signed.T.reshape(rows, len(grids), -1) + zero[..., None]
+    return Quantized(
+        codes.to(torch.uint8).reshape(rows, columns),
+        scale.reshape(shape),
+        zero.reshape(shape),
+        spec,
+        step,
+    )

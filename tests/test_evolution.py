@@ -185,7 +185,7 @@ def test_an_interrupted_run_continues(tmp_path, stops):
 VICTIM = """
 import sys, time
 from pathlib import Path
-from test_allocate import SHORT, CHOICES, CONSTRAINTS, separable
+from test_evolution import SHORT, CHOICES, CONSTRAINTS, separable
 from quant.refinement.evolution import evolve
 
 def objective(groups):
