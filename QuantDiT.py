@@ -32,7 +32,10 @@ from models import ModelCard
 from quant import checkpoint
 from quant.balancing.maxima import check_step
 from quant.numerics.uniform import ACT_BITS, WEIGHT_BITS
-from quant.pipeline import Start, quantize_model
+from quant.pipeline import quantize_model
+from quant.recipe import BitWidths
+from quant.refinement.allocation import GroupSearch
+from diffusion.generate import guided_drive
 from quant.recipe import check_recipe
 from quant.weights.low_rank import SOLVERS
 from report.figures import group_allocation
@@ -85,15 +88,15 @@ def main(args: argparse.Namespace) -> float:
 
     indices, labels = range(len(labels)), torch.tensor(labels, device=device)
 
-    def start(count: int) -> Start:
+    def start(count: int):
         noise = ImageNoise(args.seed, indices[:count], (model.in_channels, model.input_size, model.input_size), device)
-        return Start(noise(), noise, labels[:count])
+        return guided_drive(schedule, noise(), noise, labels[:count], config.calibration_cfg_scale)
 
     judge, history = None, None
     if recipe.group_sizes:
         judge, history = make_judge(args, recipe, card, model, decode, schedule, output.parent), output.with_suffix(".evolution.json")
     began = time.perf_counter()
-    result = user_value(partial(quantize_model, svd=args.svd, judge=judge, history=history), model, recipe, weight_bit, act_bit, schedule, start(len(indices)))
+    result = user_value(partial(quantize_model, svd=args.svd, search=GroupSearch(judge, history)), model, recipe, BitWidths(weight_bit, act_bit), start(len(indices)))
     seconds = time.perf_counter() - began
     checkpoint.save(output, model, result, checkpoint.Header(
         model=name, image_size=image_size, num_classes=num_classes, weight_bit=weight_bit, act_bit=act_bit, recipe_name=label,

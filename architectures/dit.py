@@ -10,8 +10,7 @@ from architectures.sites import AttentionSite, Call, Modulation, Rows, Site, sin
 from models import DiT
 
 _CONFIGURATION = frozenset({
-    "input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "mlp_ratio",
-    "num_classes",
+    "input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes",
 })
 
 
@@ -51,7 +50,6 @@ class DiTArchitecture:
             "hidden_size": block.attn.proj.in_features,
             "depth": len(model.blocks),
             "num_heads": block.attn.num_heads,
-            "mlp_ratio": block.mlp.fc2.in_features / block.attn.proj.in_features,
             "num_classes": model.num_classes,
         }
 
@@ -72,7 +70,7 @@ def _block_sites(model: DiT, block: str) -> Iterator[Site]:
     width = model.get_submodule(f"{block}.attn.proj").in_features
     # Shift, scale and gate of attention, then of the MLP.
     modulation = f"{block}.adaLN_modulation.1"
-    values = Rows(f"{block}.attn.qkv", slice(2 * width, 3 * width))
+    values = Rows(f"{block}.attn.qkv", start=2 * width, stop=3 * width)
     yield single(f"{block}.attn.qkv", "qkv", block, Modulation(modulation, shift=0, scale=1))
     yield single(f"{block}.attn.proj", "proj", block, values)
     yield single(f"{block}.mlp.fc1", "fc1", block, Modulation(modulation, shift=3, scale=4))

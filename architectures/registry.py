@@ -1,10 +1,15 @@
 """Which architecture a model belongs to, found by its class or by the name in a checkpoint."""
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
 from torch import nn
 
 from architectures.diffusers_dit import DiffusersDiTArchitecture
 from architectures.dit import DiTArchitecture
 from architectures.pixart import PixArtArchitecture
 from architectures.sites import Architecture
+from models import DiT_models
 
 # By the name of the class, so that diffusers is imported only where a model of it is built.
 _BY_CLASS: dict[str, Architecture] = {
@@ -38,3 +43,32 @@ def architecture_named(name: str) -> Architecture:
         raise ValueError(f"architecture {name!r} is unknown here: "
                          f"expected one of {', '.join(_BY_NAME)}")
     return _BY_NAME[name]
+
+
+def registered_configuration(
+    model: str, image_size: int, num_classes: int
+) -> tuple[str, dict[str, Any]]:
+    """Find architecture and configuration of a model of the command line, by its name.
+
+    Raises:
+        ValueError: there is no such model, or it has no such image size.
+    """
+    if model not in DiT_models:
+        raise ValueError(f"{model} is unknown here")
+    architecture = _BY_CLASS["DiT"]
+    with torch.device("meta"):
+        empty = DiT_models[model].build(image_size, num_classes)
+    return architecture.name, architecture.configuration(empty)
+
+
+def empty_model(architecture: Architecture, configuration: dict[str, Any]) -> nn.Module:
+    """Build a model whose parameters are on the meta device.
+
+    Buffers that no file holds, such as position embeddings, are computed.
+    """
+    with torch.device("meta"):
+        model = architecture.build(configuration)
+    if any(module._non_persistent_buffers_set for module in model.modules()):
+        with init_empty_weights(include_buffers=False):
+            model = architecture.build(configuration)
+    return model

@@ -16,10 +16,18 @@ Call = dict[str, Any]
 
 @dataclass(frozen=True)
 class Rows:
-    """A place that divides an activation: ``rows`` of a linear's output become its channels."""
+    """A place that divides an activation: its channels are output channels of a linear.
+
+    They are those from ``start`` up to ``stop``, all of them by default.
+    """
 
     linear: str
-    rows: slice = slice(None)
+    start: int = 0
+    stop: int | None = None
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.stop)
 
 
 @dataclass(frozen=True)

@@ -1,97 +1,178 @@
-"""A float DiT and a recipe in, quantised layers out: the order in which the steps of a method happen."""
-from collections.abc import Callable
+"""A float model and a recipe in, quantised layers out: the order of a method's steps."""
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import config
-from architectures.dit import modulation_linears, scope_linears
+from architectures.registry import architecture_of
+from architectures.sites import Site, modulations
 from config import Recipe
-from diffusion import Schedule
 from quant.activations.attention import Operands
 from quant.balancing.maxima import check_step
-from quant.calibration.trajectory import record
-from quant.evidence import Evidence
+from quant.calibration.trajectory import Drive, Trajectory, record, replay
 from quant.layers.quantised import QuantizedLayer
+from quant.numerics.smoothing import Smoothing
 from quant.numerics.tokens import matrix
 from quant.numerics.uniform import OFF_BITS, grouped
-from quant.recipe import adaln_spec, check_recipe, weight_spec
-from quant.refinement import evolution as allocate
+from quant.parts import (
+    Evidence,
+    Parts,
+    Task,
+    build_parts,
+    build_weights,
+    observe,
+    parts_without_trajectory,
+    progress,
+    quantize_first,
+)
+from quant.recipe import BitWidths, adaln_spec, check_recipe, weight_spec
 from quant.refinement.adaround import reconstruct
-from quant.refinement.evolution import Objective
-from quant.weights.low_rank import LowRankWeight, without_branch
+from quant.refinement.allocation import GroupSearch, choose_group_sizes
+from quant.refinement.evolution import Round
+from quant.weights.low_rank import without_branch
 from quant.weights.rounding import quantize_weight
-
-
-@dataclass(frozen=True)
-class Start:
-    """What a calibration trajectory starts from: ``x`` (N, C, H, W) noise, ``draw`` for the steps, ``labels`` (N,)."""
-
-    x: Tensor
-    draw: Callable[[], Tensor]
-    labels: Tensor
 
 
 @dataclass
 class Result:
-    """Quantised layers by name, and what was found on the way (empty where a recipe skips the step).
+    """Quantised layers by name, and what was found on the way (empty where a step is skipped).
 
     Attributes:
         operands: per attention, quantisers of its operands.
-        absmax: per layer (steps, I), maxima of the input at each step.
-        alphas: per layer, the migration strength chosen.
-        losses: per layer (A,) float64, the loss of every candidate.
-        groups: per layer, the group size chosen; ``evolution`` tells how.
+        absmax: per site (steps, I), maxima of the input at each step.
+        smoothing: per site, its factors, with the losses of the search behind them.
+        groups: per site, the group size chosen; ``evolution`` tells how.
     """
 
     layers: dict[str, QuantizedLayer]
     operands: dict[str, Operands] = field(default_factory=dict)
     absmax: dict[str, Tensor] = field(default_factory=dict)
-    alphas: dict[str, float] = field(default_factory=dict)
-    losses: dict[str, Tensor] = field(default_factory=dict)
+    smoothing: dict[str, Smoothing] = field(default_factory=dict)
     groups: dict[str, int] = field(default_factory=dict)
-    evolution: tuple[allocate.Round, ...] = ()
+    evolution: tuple[Round, ...] = ()
+
+    @property
+    def alphas(self) -> dict[str, float]:
+        """The migration strength of every site that has one."""
+        return {name: smoothing.alpha for name, smoothing in self.smoothing.items()
+                if smoothing.alpha is not None}
+
+    @property
+    def losses(self) -> dict[str, Tensor]:
+        """The loss of every candidate, (A,) float64, for every site that was searched."""
+        return {name: smoothing.losses for name, smoothing in self.smoothing.items()
+                if smoothing.losses is not None}
 
 
 @torch.no_grad()
-def quantize_model(model: nn.Module, recipe: Recipe, weight_bits: int, act_bits: int, schedule: Schedule, start: Start,
-                   svd: str = "fast", judge: Objective | None = None, history: Path | None = None) -> Result:
-    """Quantise what the recipe's scope says, and the adaLN modulation if the recipe says so. The model is left as it was.
+def quantize_model(
+    model: nn.Module,
+    recipe: Recipe,
+    bits: BitWidths,
+    drive: Drive,
+    svd: str = "fast",
+    search: GroupSearch | None = None,
+) -> Result:
+    """Quantise what the recipe's scope says. The model is left as it was.
 
     Args:
-        model: a float ``DiT`` in eval mode on any device.
+        model: float, in eval mode, on any device, of an architecture that ``architectures`` knows.
+        drive: lets the model sample once; its calls are the calibration data.
         svd: the low-rank solver, a key of ``quant.weights.low_rank.SOLVERS``.
-        judge: the loss of a quantised model, by which group sizes are chosen.
-        history: a file that keeps what that search found, so that it can go on after an interruption.
+        search: how group sizes are chosen, if the recipe has several.
 
     Raises:
-        ValueError: parts of the recipe do not go together, the model gives non-finite values, or a group size does not fit a layer.
+        ValueError: parts of the recipe do not go together, the model is unknown or gives non-finite
+            values, or a group size does not fit a layer.
     """
-    check_recipe(recipe, act_bits)
-    linears = scope_linears(model, recipe.scope)
-    for linear in linears.values():
-        grouped(matrix(linear), weight_spec(recipe, weight_bits))  # a group size that does not fit is found before any work is done
-    found = Evidence(model, recipe, weight_bits, act_bits, linears, svd)
-    bases = found.weights({}, {}) if recipe.order == "lowrank-first" else {}
-    if found.needs_trajectory:
-        check_step(recipe.timestep, len(schedule))
-        found.trajectory, found.absmax = record(model, linears, schedule, start.labels, config.calibration_cfg_scale, start.x, start.draw)
-        found.observe(bases)
+    check_recipe(recipe, bits.activations)
+    sites = architecture_of(model).sites(model, recipe.scope)
+    task = Task(model, sites, recipe, bits, svd)
+    check_groups(task)
 
+    # First pass: sample, and keep the model's calls and every input's maxima.
+    bases = quantize_first(task) if recipe.order == "lowrank-first" else None
+    trajectory, maxima = None, {}
+    if task.needs_trajectory:
+        trajectory, maxima = record(model, sites, drive)
+        check_step(recipe.timestep, len(trajectory))
+
+    # Second pass: replay, and let every part of the recipe see what it asked for.
+    weights = bases or build_weights(task, maxima)
+    parts = _look(task, weights, trajectory, maxima)
+    smoothing = {site.name: parts.balance.finish(site) for site in sites}
+
+    # What follows from it.
     groups, evolution = {}, ()
     if recipe.group_sizes:
-        groups, evolution = found.allocate(judge, history)
-    weights = {name: _scale(base, found.smooth.get(name)) for name, base in bases.items()} if bases else found.weights(found.smooth, groups)
-    layers, operands = found.layers(weights, groups), found.operands()
+        found = choose_group_sizes(task, parts, smoothing, trajectory, search)
+        groups, evolution = found.groups, found.history
+    layers = _layers(task, parts, smoothing, groups)
+    operands = parts.operands.finish(smoothing)
+
+    # What is learned or added afterwards.
     if recipe.weight == "adaround":
-        layers, operands = reconstruct(model, layers, operands, found.inputs(), recipe.iterations, recipe.rounding_rate)
-    if recipe.adaln_bits != OFF_BITS:
-        layers |= {name: QuantizedLayer(without_branch(quantize_weight(linear.weight, adaln_spec(recipe.adaln_bits, linear.in_features))), None)
-                   for name, linear in modulation_linears(model).items()}
-    return Result(layers, operands, found.absmax, found.alphas, found.losses, groups, evolution)
+        picks = Evidence(trajectory, maxima).pick(config.reconstruction_samples, recipe)
+        call = trajectory.take(picks)
+        layers, operands = reconstruct(model, layers, operands, call, recipe)
+    layers |= weight_only_layers(model, recipe)
+    return Result(layers, operands, maxima, smoothing, groups, evolution)
 
 
-def _scale(base: LowRankWeight, factors: Tensor | None) -> LowRankWeight:
-    return base if factors is None else LowRankWeight(base.base.scale_columns(factors), base.left, base.right * factors)
+def check_groups(task: Task) -> None:
+    """Raise a ``ValueError`` if a group size does not fit a layer, before any work is done."""
+    spec = weight_spec(task.recipe, task.bits.weights)
+    for site in task.sites:
+        for name in site.linears:
+            grouped(matrix(task.model.get_submodule(name)), spec)
+
+
+def _look(task: Task, weights, trajectory: Trajectory | None, maxima: dict[str, Tensor]) -> Parts:
+    """Build the parts of the recipe and show them the trajectory, as far as they ask for it."""
+    if trajectory is None:
+        return parts_without_trajectory(task, weights)
+    parts = build_parts(task, weights, Evidence(trajectory, maxima))
+    watch = observe(parts, task.sites)
+    if watch.modules:
+        desc = "search" if len(task.recipe.alphas) > 1 else "replay"
+        replay(task.model, trajectory, watch, config.replay_tokens, desc)
+    return parts
+
+
+def _layers(
+    task: Task, parts: Parts, smoothing: dict[str, Smoothing], groups: dict[str, int]
+) -> dict[str, QuantizedLayer]:
+    """Combine each quantised weight with its activation quantiser and smoothing."""
+    weights = {}
+    for site in progress(task.sites):
+        weights[site.name] = parts.weights.finish(site, smoothing[site.name], groups.get(site.name))
+    layers = {}
+    for site in task.sites:
+        act = parts.activations.finish(site, smoothing[site.name], groups.get(site.name))
+        for name, weight in weights[site.name].items():
+            layers[name] = QuantizedLayer(weight, act, without_search(smoothing[site.name]))
+    return layers
+
+
+def without_search(smoothing: Smoothing) -> Smoothing:
+    """Drop what a layer does not need: where the factors came from."""
+    return Smoothing(smoothing.factors, smoothing.shift)
+
+
+def weight_only_layers(model: nn.Module, recipe: Recipe) -> dict[str, QuantizedLayer]:
+    """Quantise the modulation's weights alone, if the recipe does; its inputs stay as they are."""
+    if recipe.adaln_bits == OFF_BITS:
+        return {}
+    layers = {}
+    for site in _modulation_sites(model):
+        for name in site.linears:
+            linear = model.get_submodule(name)
+            spec = adaln_spec(recipe.adaln_bits, linear.in_features)
+            weight = without_branch(quantize_weight(linear.weight, spec))
+            layers[name] = QuantizedLayer(weight, act=None)
+    return layers
+
+
+def _modulation_sites(model: nn.Module) -> list[Site]:
+    return modulations(architecture_of(model).sites(model, "adaln"))

@@ -1,40 +1,43 @@
-"""One safetensors file per quantised model: packed codes, scales, factors, all other tensors and a JSON header.
+"""One safetensors file per quantised model: packed codes, scales, factors, and a JSON header.
 
-Per quantised linear ``NAME``: ``NAME.codes`` and ``NAME.zero`` (packed bit streams, uint8; zero points that are no codes: int32),
-``NAME.scale`` (float32; with two-level scales uint8, beside ``NAME.step``, bfloat16), ``NAME.left``, ``NAME.right`` (where there is a
-branch: bfloat16 and int8, in the published order float32), ``NAME.smooth`` and ``NAME.shift`` (float32, where the recipe has them). Static
-activation ranges: ``NAME.act`` (float32: scale, zero; with a range per timestep one of each per entry of ``timesteps``), and of the
-operands of attention ``blocks.I.attn.operands`` (rows query, key, value and probabilities; powers of the square root of 2 have a zero of 0). Everything else keeps its
-published name, rounded to float16 unless that overflows. Reading never unpickles.
+Per quantised linear ``NAME`` there are ``NAME.codes``, ``.zero``, ``.scale``, and where they apply
+``.step``, ``.left``, ``.right``, ``.smooth``, ``.shift`` and ``.act``. An attention whose operands
+are quantised has ``NAME.operands``. Ranges per timestep refer to ``timesteps``. How each of them is
+written stands in ``tensors``. Everything else keeps the model's own name, rounded to float16 unless
+that overflows. Reading never unpickles.
 
-Formats 1 to 3 are still read. 1 had zero points in a byte each, float32 factors and scales, and adaLN modulation always in float32;
-2 knew no static ranges, shifts, scopes or group sizes that differ from layer to layer; in 3 powers of the square root of 2 began at 1.
+Formats 1 to 4 are still read:
+
+1. Zero points in a byte each, float32 factors and scales, adaLN modulation always in float32.
+2. No static ranges, shifts, scopes, or group sizes that differ from layer to layer.
+3. Powers of the square root of 2 began at 1.
+4. A registered model's name stood for its architecture and shape.
 """
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
-from architectures.dit import modulation_linears, scope_linears
+from architectures.registry import architecture_named, architecture_of, empty_model
+from architectures.sites import modulations
 from errors import UserError
 from files.atomic import atomic
 from files.weights import load_into
-from models import DiT_models
 from quant.activations.attention import Operands
 from quant.activations.quantisers import Activation
-from quant.activations.softmax import PowersOfRootTwo
 from quant.backend import resolve
-from quant.checkpoint.header import FORMAT_VERSION, HEADER_KEY, Header, read_header
+from quant.checkpoint.header import HEADER_KEY, Header, read_header
 from quant.checkpoint.tensors import (
-    _half,
-    _layer_tensors,
-    _read_layer,
-    _read_operands,
+    half_unless_overflow,
+    read_layer,
+    read_operands,
+    taker,
+    write_layer,
+    write_operands,
 )
 from quant.install import install
 from quant.integer.weight import integer_obstacle
@@ -45,38 +48,42 @@ from quant.numerics.uniform import OFF_BITS, QuantSpec
 from quant.pipeline import Result
 from quant.recipe import act_spec, adaln_spec, weight_spec
 
+# Before this format the low-rank branch was not made of integers.
+FIRST_WITH_INTEGER_BRANCH = 2
+
+# Before this format the scale of powers of the square root of 2 was not stored.
+FIRST_WITH_POWER_SCALE = 4
+
 
 def save(path: Path, model: nn.Module, result: Result, header: Header) -> None:
-    """Write the checkpoint of a float ``model`` whose linears became those of ``result``; complete or not at all."""
-    layers = result.layers
-    tensors = {key: _half(value) for key, value in model.state_dict().items() if key.removesuffix(".weight") not in layers}
-    for name, layer in layers.items():
-        tensors |= _layer_tensors(name, layer)
+    """Write the checkpoint of a float model whose linears became those of ``result``.
+
+    The file is complete or not there. Architecture and configuration of the header are the model's.
+    """
+    architecture = architecture_of(model)
+    header = replace(
+        header, architecture=architecture.name, configuration=architecture.configuration(model))
+    tensors = {key: half_unless_overflow(value) for key, value in model.state_dict().items()
+               if key.removesuffix(".weight") not in result.layers}
+    for name, layer in result.layers.items():
+        tensors |= write_layer(name, layer)
         if layer.act is not None and layer.act.timesteps is not None:
             tensors["timesteps"] = layer.act.timesteps
-    for name, each in result.operands.items():
-        rows = [(act.scale, torch.zeros_like(act.scale) if isinstance(act, PowersOfRootTwo) else act.zero)
-                for act in (each.query, each.key, each.value, each.probabilities)]
-        tensors[f"{name}.operands"] = torch.stack([torch.stack(row) for row in rows])
+    for name, operands in result.operands.items():
+        tensors[f"{name}.operands"] = write_operands(operands)
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     with atomic(path) as temporary:
-        save_file(tensors, temporary, metadata={HEADER_KEY: json.dumps(asdict(replace(header, format_version=FORMAT_VERSION)))})
-
-
-def layer_specs(header: Header, model: nn.Module) -> dict[str, tuple[QuantSpec, Activation | None]]:
-    """How the weight and the input of every quantised layer are, by its name; of static ranges without the range."""
-    recipe, specs = header.recipe, {}
-    for name in scope_linears(model, recipe.scope):
-        group = header.groups.get(name)
-        specs[name] = weight_spec(recipe, header.weight_bit, group), Activation(act_spec(recipe, header.act_bit, name, group))
-    if recipe.adaln_bits != OFF_BITS:
-        specs |= {name: (adaln_spec(recipe.adaln_bits, linear.in_features), None) for name, linear in modulation_linears(model).items()}
-    return specs
+        save_file(tensors, temporary, metadata={HEADER_KEY: header.to_json()})
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A checkpoint in memory: ``model`` lacks the weights of its quantised ``layers``; on the CPU, nothing folded."""
+    """A checkpoint in memory, on the CPU, with nothing folded.
+
+    Attributes:
+        model: lacks the weights of its quantised ``layers``.
+        operands: of its attentions.
+    """
 
     header: Header
     model: nn.Module
@@ -85,42 +92,104 @@ class Stored:
 
 
 def read(path: Path) -> Stored:
-    """Raises:
-        UserError: as ``read_header``, or the tensors are not those of the model that the header names.
+    """Read a checkpoint.
+
+    Raises:
+        UserError: as ``read_header``, or the tensors are not those of the model that the header
+            names.
     """
     header = read_header(path)
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # a view that is kept would keep the whole file in memory
-        with torch.device("meta"):
-            model = DiT_models[header.model].build(header.image_size, header.num_classes)
-        layers = {name: _read_layer(tensors, name, matrix(model.get_submodule(name)).shape, *specs)
-                  for name, specs in layer_specs(header, model).items()}
-        operands = _read_operands(tensors, layers, len(model.blocks), header)
-        tensors.pop("timesteps", None)
-        for name in layers:  # the float weights are not there, and not needed: keep the skeleton without them
-            model.get_submodule(name).weight = None
-        load_into(model, tensors, str(path), f"{header.model} at {header.image_size} pixels")
-    except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(f"checkpoint '{path}' is damaged or of another model than its header says ({error}); make it again with QuantDiT.py") from None
+            # A view that is kept would keep the whole file in memory.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+        return _assemble(header, tensors, path)
+    except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError,
+            AttributeError) as error:
+        raise UserError(f"checkpoint '{path}' is damaged or of another model than its header says "
+                        f"({error}); make it again with QuantDiT.py") from None
+
+
+def _assemble(header: Header, tensors: dict[str, Tensor], path: Path) -> Stored:
+    model = empty_model(architecture_named(header.architecture), header.configuration)
+    layers = {}
+    for name, (spec, act) in layer_specs(header, model).items():
+        shape = matrix(model.get_submodule(name)).shape
+        layers[name] = read_layer(tensors, name, shape, spec, act)
+    operands = _read_operands(tensors, header, model, layers)
+    tensors.pop("timesteps", None)
+    # The float weights are not there, and not needed: keep the skeleton without them.
+    for name in layers:
+        model.get_submodule(name).weight = None
+    size = f" at {header.image_size} pixels" if header.image_size else ""
+    load_into(model, tensors, str(path), f"{header.model}{size}")
     return Stored(header, model, layers, operands)
 
 
-def backend_for(header: Header, backend: str, device: torch.device, measure: Callable[[], str]) -> str:
-    """``quant.backend.resolve`` for a checkpoint.
+def layer_specs(
+    header: Header, model: nn.Module
+) -> dict[str, tuple[QuantSpec, Activation | None]]:
+    """Say how weight and input of every quantised layer are quantised, by its name.
+
+    Static ranges are without the range, which the file holds.
+    """
+    recipe, architecture = header.recipe, architecture_named(header.architecture)
+    specs = {}
+    for site in architecture.sites(model, recipe.scope):
+        group = header.groups.get(site.name)
+        weight = weight_spec(recipe, header.weight_bit, group)
+        act = Activation(act_spec(recipe, header.act_bit, site.per_image, group))
+        specs |= dict.fromkeys(site.linears, (weight, act))
+    if recipe.adaln_bits != OFF_BITS:
+        for site in modulations(architecture.sites(model, "adaln")):
+            for name in site.linears:
+                columns = model.get_submodule(name).in_features
+                specs[name] = adaln_spec(recipe.adaln_bits, columns), None
+    return specs
+
+
+def _read_operands(
+    tensors: dict[str, Tensor], header: Header, model: nn.Module, layers: dict[str, QuantizedLayer]
+) -> dict[str, Operands]:
+    recipe, spec = header.recipe, act_spec(header.recipe, header.act_bit)
+    if recipe.attention == "none" or spec.bits == OFF_BITS:
+        return {}
+    has_powers = recipe.attention == "log-sqrt2"
+    rows = 3 if has_powers and header.format_version < FIRST_WITH_POWER_SCALE else 4
+    operands = {}
+    for attention in architecture_named(header.architecture).attentions(model):
+        stored = taker(tensors, attention.name)("operands", (rows, 2))
+        factors = layers[attention.output].smoothing.factors
+        operands[attention.name] = read_operands(stored, spec, has_powers, factors)
+    return operands
+
+
+def backend_for(
+    header: Header, backend: str, device: torch.device, measure: Callable[[], str]
+) -> str:
+    """Resolve the backend of a checkpoint (see ``quant.backend.resolve``).
 
     Raises:
         UserError: ``integer`` was asked for and the checkpoint cannot run on it.
     """
-    reason = integer_obstacle(header.recipe, weight_spec(header.recipe, header.weight_bit), act_spec(header.recipe, header.act_bit))
-    if header.format_version == 1 and header.recipe.rank != 0:
-        reason = reason or "its low-rank branch is of an older format: quantise again with this QuantDiT.py"
-    return resolve(backend, reason, device, measure)
+    recipe = header.recipe
+    obstacle = integer_obstacle(
+        recipe, weight_spec(recipe, header.weight_bit), act_spec(recipe, header.act_bit))
+    if header.format_version < FIRST_WITH_INTEGER_BRANCH and recipe.rank != 0:
+        obstacle = obstacle or ("its low-rank branch is of an older format: "
+                                "quantise again with this QuantDiT.py")
+    return resolve(backend, obstacle, device, measure)
 
 
-def build(stored: Stored, device: torch.device | str = "cpu", folded: bool = False, backend: str = "fake", dtype: torch.dtype = torch.float32,
-          packed: bool = False) -> nn.Module:
-    """The model to sample from; ``stored.model`` becomes it.
+def build(
+    stored: Stored,
+    device: torch.device | str = "cpu",
+    folded: bool = False,
+    backend: str = "fake",
+    dtype: torch.dtype = torch.float32,
+    packed: bool = False,
+) -> nn.Module:
+    """Make the model to sample from; ``stored.model`` becomes it.
 
     Args:
         folded: fold the smoothing factors (see ``quant.layers.fold``).
@@ -128,13 +197,20 @@ def build(stored: Stored, device: torch.device | str = "cpu", folded: bool = Fal
     """
     layers, operands = stored.layers, stored.operands
     if folded:
-        layers, operands = fold(stored.model, layers), {name: each.fold() for name, each in operands.items()}
+        layers = fold(stored.model, layers)
+        operands = {name: quantisers.fold() for name, quantisers in operands.items()}
     return install(stored.model, layers, backend, dtype, device, packed, operands)
 
 
-def load(path: Path, device: torch.device | str = "cpu", folded: bool = False, backend: str = "fake", dtype: torch.dtype = torch.float32,
-         packed: bool = False) -> tuple[Header, nn.Module]:
-    """Header and a model to sample from; arguments as in ``build``.
+def load(
+    path: Path,
+    device: torch.device | str = "cpu",
+    folded: bool = False,
+    backend: str = "fake",
+    dtype: torch.dtype = torch.float32,
+    packed: bool = False,
+) -> tuple[Header, nn.Module]:
+    """Read a checkpoint's header and make a model to sample from; arguments as in ``build``.
 
     Raises:
         UserError: as ``read``.

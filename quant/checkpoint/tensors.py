@@ -1,4 +1,7 @@
-"""What a checkpoint stores, in both directions: every function that writes has one beside it that reads."""
+"""What a checkpoint stores, in both directions: beside each function that writes stands its reader.
+
+Names are relative to a quantised linear or an attention; ``store`` puts that name before them.
+"""
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -9,96 +12,216 @@ from torch import Tensor
 from quant.activations.attention import Operands
 from quant.activations.quantisers import Activation
 from quant.activations.softmax import PowersOfRootTwo
-from quant.checkpoint.header import Header
 from quant.layers.quantised import QuantizedLayer
-from quant.numerics.uniform import OFF_BITS, Quantized, QuantSpec, grouped
-from quant.recipe import act_spec
+from quant.numerics.smoothing import Smoothing
+from quant.numerics.uniform import Quantized, QuantSpec, grouped
 from quant.weights.low_rank import LowRankWeight
+
+Tensors = dict[str, Tensor]
+
+# Takes a stored tensor away by its name, as float32; a ``ValueError`` if its shape is not this one.
+Take = Callable[[str, tuple[int, ...]], Tensor]
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes below ``2^bits`` as a bit stream, little end first: uint8, ``ceil(numel * bits / 8)`` bytes."""
-    planes = (codes.reshape(-1, 1).cpu().numpy() >> np.arange(bits, dtype=np.uint8)) & 1  # (numel, bits)
+    """Write codes below ``2^bits`` as a bit stream, little end first.
+
+    Returns:
+        uint8, ``ceil(numel * bits / 8)`` bytes.
+    """
+    shifts = np.arange(bits, dtype=np.uint8)
+    planes = (codes.reshape(-1, 1).cpu().numpy() >> shifts) & 1  # (numel, bits)
     return torch.from_numpy(np.packbits(planes.astype(np.uint8), bitorder="little"))
 
 
 def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
-    """Inverse of ``pack``: uint8 codes of the given shape.
+    """Read what ``pack`` wrote: uint8 codes of the given shape.
 
     Raises:
         ValueError: the stream's length does not fit the shape.
     """
     count = int(np.prod(shape))
-    if packed.dtype != torch.uint8 or packed.numel() != -(-count * bits // 8):
-        raise ValueError(f"expected {-(-count * bits // 8)} bytes for {count} codes of {bits} bits, got {packed.numel()} of {packed.dtype}")
-    planes = np.unpackbits(packed.numpy(), bitorder="little", count=count * bits).reshape(count, bits)
-    return torch.from_numpy(np.packbits(planes, axis=1, bitorder="little").reshape(shape))
+    wanted = -(-count * bits // 8)
+    if packed.dtype != torch.uint8 or packed.numel() != wanted:
+        raise ValueError(f"expected {wanted} bytes for {count} codes of {bits} bits, "
+                         f"got {packed.numel()} of {packed.dtype}")
+    planes = np.unpackbits(packed.numpy(), bitorder="little", count=count * bits)
+    codes = np.packbits(planes.reshape(count, bits), axis=1, bitorder="little")
+    return torch.from_numpy(codes.reshape(shape))
 
 
-def _layer_tensors(name: str, layer: QuantizedLayer) -> dict[str, Tensor]:
-    weight, left, right = layer.weight.base, layer.weight.left, layer.weight.right
-    low, high = weight.zero.aminmax()
-    tensors = {"codes": pack(weight.codes, weight.spec.bits), "scale": weight.scale,
-               "zero": pack(weight.zero.to(torch.uint8), weight.spec.bits) if low >= 0 and high <= weight.spec.top else weight.zero.to(torch.int32)}
+def write_zero(zero: Tensor, spec: QuantSpec) -> Tensor:
+    """Write zero points: those that are codes as a bit stream, others as int32 in their shape."""
+    low, high = zero.aminmax()
+    if low >= 0 and high <= spec.top:
+        return pack(zero.to(torch.uint8), spec.bits)
+    return zero.to(torch.int32)
+
+
+def read_zero(tensors: Tensors, name: str, spec: QuantSpec, shape: tuple[int, ...]) -> Tensor:
+    """Read zero points, float32."""
+    if tensors[f"{name}.zero"].dim() == 1:
+        return unpack(tensors.pop(f"{name}.zero"), spec.bits, shape).float()
+    return taker(tensors, name)("zero", shape)
+
+
+def write_base(weight: Quantized) -> Tensors:
+    """Write a quantised weight: codes, zero points and scales.
+
+    Scales are float32; two-level ones uint8, beside a bfloat16 step per output channel.
+    """
+    tensors = {
+        "codes": pack(weight.codes, weight.spec.bits),
+        "zero": write_zero(weight.zero, weight.spec),
+        "scale": weight.scale,
+    }
     if weight.step is not None:
-        tensors |= {"scale": weight.scale.to(torch.uint8), "step": weight.step.bfloat16()}
-    if len(right):
-        whole = torch.equal(right, right.round())  # what LowRankWeight.integer_branch made
-        tensors |= {"left": left.bfloat16(), "right": right.to(torch.int8)} if whole else {"left": left, "right": right}
-    if layer.act is not None and layer.act.static:
-        tensors["act"] = torch.stack([layer.act.scale, layer.act.zero])
-    tensors |= {key: value for key in ("smooth", "shift") if (value := getattr(layer, key)) is not None}
+        tensors["scale"] = weight.scale.to(torch.uint8)
+        tensors["step"] = weight.step.bfloat16()
+    return tensors
+
+
+def read_base(tensors: Tensors, name: str, shape: tuple[int, int], spec: QuantSpec) -> Quantized:
+    """Read a quantised weight (O, I)."""
+    take = taker(tensors, name)
+    view, dims = grouped(torch.empty(shape, device="meta"), spec)
+    per_group = tuple(view.amin(dims, keepdim=True).shape)
+    codes = unpack(tensors.pop(f"{name}.codes"), spec.bits, shape)
+    zero = read_zero(tensors, name, spec, per_group)
+    step = take("step", (shape[0], 1)) if spec.convention == "two-level" else None
+    return Quantized(codes, take("scale", per_group), zero, spec, step)
+
+
+def write_branch(weight: LowRankWeight) -> Tensors:
+    """Write ``left`` and ``right``; nothing without a branch.
+
+    They are bfloat16 and int8 where ``LowRankWeight.integer_branch`` made whole numbers of
+    ``right``, and float32 in the published order.
+    """
+    if not len(weight.right):
+        return {}
+    if torch.equal(weight.right, weight.right.round()):
+        return {"left": weight.left.bfloat16(), "right": weight.right.to(torch.int8)}
+    return {"left": weight.left, "right": weight.right}
+
+
+def read_branch(tensors: Tensors, name: str, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Read ``left`` (O, r) and ``right`` (r, I), float32; r is 0 without a branch."""
+    rows, columns = shape
+    take = taker(tensors, name)
+    rank = len(tensors.get(f"{name}.right", ()))
+    left, right = torch.zeros(rows, 0), torch.zeros(0, columns)
+    if f"{name}.left" in tensors:
+        left = take("left", (rows, rank))
+    if f"{name}.right" in tensors:
+        right = take("right", (rank, columns))
+    return left, right
+
+
+def write_smoothing(smoothing: Smoothing) -> Tensors:
+    """Write ``smooth``, the factors, and ``shift``, float32, as far as there are any."""
+    both = {"smooth": smoothing.factors, "shift": smoothing.shift}
+    return {key: value for key, value in both.items() if value is not None}
+
+
+def read_smoothing(tensors: Tensors, name: str, columns: int) -> Smoothing:
+    """Read factors and shift, (I,) each."""
+    take = taker(tensors, name)
+    factors = take("smooth", (columns,)) if f"{name}.smooth" in tensors else None
+    shift = take("shift", (columns,)) if f"{name}.shift" in tensors else None
+    return Smoothing(factors, shift)
+
+
+def write_act(act: Activation | None) -> Tensors:
+    """Write a static range, ``act``: scale above zero point, one each or one per timestep."""
+    if act is None or not act.is_static:
+        return {}
+    return {"act": torch.stack([act.scale, act.zero])}
+
+
+def read_act(tensors: Tensors, name: str, act: Activation | None) -> Activation | None:
+    """Read the static range of a quantiser that is otherwise known; dynamic ones have none."""
+    if f"{name}.act" not in tensors:
+        return act
+    timesteps = tensors["timesteps"] if tensors[f"{name}.act"].dim() == 2 else None
+    shape = (2,) if timesteps is None else (2, len(timesteps))
+    scale, zero = taker(tensors, name)("act", shape)
+    return replace(act, scale=scale, zero=zero, timesteps=timesteps)
+
+
+def write_layer(name: str, layer: QuantizedLayer) -> Tensors:
+    """Write a quantised linear."""
+    tensors = {
+        **write_base(layer.weight.base),
+        **write_branch(layer.weight),
+        **write_act(layer.act),
+        **write_smoothing(layer.smoothing),
+    }
     return {f"{name}.{key}": value for key, value in tensors.items()}
 
 
-def _half(value: Tensor) -> Tensor:
-    """Float16 unless a value overflows."""
-    return half if torch.isfinite(half := value.half()).all() else value
+def read_layer(
+    tensors: Tensors, name: str, shape: torch.Size, spec: QuantSpec, act: Activation | None
+) -> QuantizedLayer:
+    """Read a quantised linear of a weight (O, I), and take its tensors away.
+
+    Raises:
+        ValueError, KeyError: a tensor is missing or of another shape.
+    """
+    rows, columns = shape
+    base = read_base(tensors, name, (rows, columns), spec)
+    left, right = read_branch(tensors, name, (rows, columns))
+    smoothing = read_smoothing(tensors, name, columns)
+    act = read_act(tensors, name, act)
+    return QuantizedLayer(LowRankWeight(base, left, right), act, smoothing)
 
 
-def _taker(tensors: dict[str, Tensor], name: str) -> Callable[[str, tuple[int, ...]], Tensor]:
+def write_operands(operands: Operands) -> Tensor:
+    """Write the quantisers of an attention's operands, (4, 2): scale and zero point.
+
+    The rows are query, key, value and probabilities; powers of the square root of 2 have a zero
+    point of 0.
+    """
+    rows = [torch.stack([act.scale, act.zero])
+            for act in (operands.query, operands.key, operands.value)]
+    last = operands.probabilities
+    if isinstance(last, PowersOfRootTwo):
+        rows.append(torch.stack([last.scale, torch.zeros_like(last.scale)]))
+    else:
+        rows.append(torch.stack([last.scale, last.zero]))
+    return torch.stack(rows)
+
+
+def read_operands(
+    stored: Tensor, spec: QuantSpec, has_powers: bool, factors: Tensor | None
+) -> Operands:
+    """Read the quantisers of an attention's operands.
+
+    Args:
+        stored: (4, 2), or (3, 2) of format 3, in which powers of the square root of 2 began at 1.
+        has_powers: the probabilities are quantised so.
+        factors: (D,) of the linear that reads the values, or None.
+    """
+    query, key, value, *rest = (Activation(spec, scale, zero) for scale, zero in stored)
+    if not has_powers:
+        return Operands(query, key, value, rest[0], factors)
+    scale = rest[0].scale if rest else torch.tensor(1.0)
+    return Operands(query, key, value, PowersOfRootTwo(spec.bits, scale), factors)
+
+
+def taker(tensors: Tensors, name: str) -> Take:
+    """Make a function that takes the tensors of one layer away, after a look at their shapes."""
+
     def take(key: str, expected: tuple[int, ...]) -> Tensor:
         value = tensors.pop(f"{name}.{key}")
         if tuple(value.shape) != expected:
             raise ValueError(f"{name}.{key} is {tuple(value.shape)}, expected {expected}")
         return value.float()
+
     return take
 
 
-def _read_layer(tensors: dict[str, Tensor], name: str, shape: torch.Size, spec: QuantSpec, act: Activation | None) -> QuantizedLayer:
-    take = _taker(tensors, name)
-    rows, columns = shape
-    view, dims = grouped(torch.empty(shape, device="meta"), spec)
-    per_group = tuple(view.amin(dims, keepdim=True).shape)
-    codes = unpack(tensors.pop(f"{name}.codes"), spec.bits, (rows, columns))
-    if tensors[f"{name}.zero"].dim() == 1:
-        zero = unpack(tensors.pop(f"{name}.zero"), spec.bits, per_group).float()
-    else:
-        zero = take("zero", per_group)
-    step = take("step", (rows, 1)) if spec.convention == "two-level" else None
-    weight = Quantized(codes, take("scale", per_group), zero, spec, step)
-    rank = len(tensors.get(f"{name}.right", ()))
-    left = take("left", (rows, rank)) if f"{name}.left" in tensors else torch.zeros(rows, 0)
-    right = take("right", (rank, columns)) if f"{name}.right" in tensors else torch.zeros(0, columns)
-    smooth, shift = (take(key, (columns,)) if f"{name}.{key}" in tensors else None for key in ("smooth", "shift"))
-    if f"{name}.act" in tensors:
-        each_step = tensors["timesteps"] if tensors[f"{name}.act"].dim() == 2 else None
-        act = replace(act, **_range(take("act", (2,) if each_step is None else (2, len(each_step)))), timesteps=each_step)
-    return QuantizedLayer(LowRankWeight(weight, left, right), act, smooth, shift=shift)
-
-
-def _range(pair: Tensor) -> dict[str, Tensor]:
-    return {"scale": pair[0], "zero": pair[1]}
-
-
-def _read_operands(tensors: dict[str, Tensor], layers: dict[str, QuantizedLayer], depth: int, header: Header) -> dict[str, Operands]:
-    recipe, spec = header.recipe, act_spec(header.recipe, header.act_bit)
-    if recipe.attention == "none" or spec.bits == OFF_BITS:
-        return {}
-    powers, found = recipe.attention == "log-sqrt2", {}
-    count = 3 if powers and header.format_version < 4 else 4
-    for name in (f"blocks.{i}.attn" for i in range(depth)):
-        acts = [Activation(spec, **_range(pair)) for pair in _taker(tensors, name)("operands", (count, 2))]
-        probabilities = PowersOfRootTwo(spec.bits, acts[3].scale if count == 4 else torch.tensor(1.0)) if powers else acts[3]
-        found[name] = Operands(*acts[:3], probabilities, layers[f"{name}.proj"].smooth)
-    return found
+def half_unless_overflow(value: Tensor) -> Tensor:
+    """Round to float16, unless a value overflows."""
+    half = value.half()
+    return half if torch.isfinite(half).all() else value

@@ -19,13 +19,13 @@ class QuantLinear(nn.Module):
     or None, ``bias`` (O,) or None, all float32.
     """
 
-    def __init__(self, layer: QuantizedLayer, bias: Tensor | None, dtype: torch.dtype = torch.float32, clock: TimestepIndex | None = None):
+    def __init__(self, layer: QuantizedLayer, bias: Tensor | None, dtype: torch.dtype = torch.float32, timestep_index: TimestepIndex | None = None):
         super().__init__()
         values, step, left, right = layer.factored()
-        for name, value in {"weight": torch.cat([values, right]).to(dtype), "step": step, "left": left, "shift": layer.shift, "smooth": layer.smooth,
+        for name, value in {"weight": torch.cat([values, right]).to(dtype), "step": step, "left": left, "shift": layer.smoothing.shift, "smooth": layer.smoothing.factors,
                             "bias": float32_copy(bias)}.items():
             self.register_buffer(name, value)
-        self.act = activation_module(layer.act, clock)
+        self.act = activation_module(layer.act, timestep_index)
 
     def forward(self, x: Tensor) -> Tensor:
         values = x.float()

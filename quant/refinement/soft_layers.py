@@ -1,38 +1,48 @@
-"""Layers whose rounding and steps are learned."""
+"""Layers whose rounding and activation steps are learned (Nagel et al., 2020; LSQ)."""
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quant.activations.quantisers import Activation, TimestepIndex, activation_module
 from quant.layers.quantised import QuantizedLayer
 from quant.numerics.uniform import OFF_BITS, grouped
 
-STRETCH = (-0.1, 1.1)  # of the sigmoid, so that h reaches 0 and 1 (Louizos et al., 2018)
+# The sigmoid is stretched, so that h reaches 0 and 1 (Louizos et al., 2018).
+STRETCH = (-0.1, 1.1)
+
+# Least distance of a start from 0 and 1, where the logit would be infinite.
+LEAST_FRACTION = 0.01
 
 
 def rectified_sigmoid(v: Tensor) -> Tensor:
-    """h(V), in [0, 1]."""
+    """Compute h(V), in [0, 1]."""
     low, high = STRETCH
     return (v.sigmoid() * (high - low) + low).clamp(0, 1)
 
 
 class LearnedStep(nn.Module):
-    """A static activation quantiser whose step ``scale`` is a parameter (LSQ); gradients pass straight through the rounding."""
+    """A static activation quantiser whose step ``scale`` is a parameter (LSQ).
 
-    def __init__(self, act: Activation, clock: TimestepIndex | None):
+    Gradients pass straight through the rounding.
+    """
+
+    def __init__(self, act: Activation, timestep_index: TimestepIndex | None):
         super().__init__()
         self.scale = nn.Parameter(act.scale.clone())
         self.register_buffer("zero", act.zero)
-        self.top, self.clock = act.spec.top, clock if act.timesteps is not None else None
+        self.top_code = act.spec.top
+        self.timestep_index = None if act.timesteps is None else timestep_index
 
     def forward(self, values: Tensor) -> tuple[Tensor, Tensor]:
         scale, zero = self.scale, self.zero
-        if self.clock is not None:
-            scale, zero = scale[self.clock.index, None], zero[self.clock.index, None]
+        if self.timestep_index is not None:
+            scale = scale[self.timestep_index.index, None]  # (N, 1)
+            zero = zero[self.timestep_index.index, None]    # (N, 1)
         codes = values / scale
         codes = codes + (codes.round() - codes).detach()
-        return torch.minimum(torch.maximum(codes, -zero), self.top - zero), scale
+        return torch.minimum(torch.maximum(codes, -zero), self.top_code - zero), scale
 
 
 class StraightThrough(nn.Module):
@@ -44,47 +54,74 @@ class StraightThrough(nn.Module):
 
     def forward(self, values: Tensor) -> tuple[Tensor, None]:
         codes, scale = self.module(values.detach())
-        return values + ((codes if scale is None else codes * scale) - values).detach(), None
+        seen = codes if scale is None else codes * scale
+        return values + (seen - values).detach(), None
 
 
-def learnable(act: Activation | None, clock: TimestepIndex | None) -> nn.Module:
-    static = act is not None and act.static and act.spec.bits != OFF_BITS
-    return LearnedStep(act, clock) if static else StraightThrough(activation_module(act, clock))
+def learnable(act: Activation | None, timestep_index: TimestepIndex | None) -> nn.Module:
+    """Make the module of an activation quantiser whose static step is learned."""
+    if act is not None and act.is_static and act.spec.bits != OFF_BITS:
+        return LearnedStep(act, timestep_index)
+    return StraightThrough(activation_module(act, timestep_index))
 
 
 class SoftLinear(nn.Module):
-    """A quantised linear whose weights are between their two roundings: ``down + (up - down) h(V)``.
+    """A quantised linear whose weights are between their two roundings.
 
-    ``h`` is that of the last call, for the regulariser.
+    The weight is ``down + (up - down) h(V)``. Attribute ``h`` is that of the last call, for the
+    regulariser.
+
+    Args:
+        weight: (O, I) float, as it enters quantisation (multiplied by smoothing factors).
+        layer: that weight rounded to the nearest.
+        bias: what is added to the product, (O,) or None.
     """
 
-    def __init__(self, weight: Tensor, layer: QuantizedLayer, bias: Tensor | None, clock: TimestepIndex | None):
+    def __init__(
+        self,
+        weight: Tensor,
+        layer: QuantizedLayer,
+        bias: Tensor | None,
+        timestep_index: TimestepIndex | None,
+    ):
         super().__init__()
-        quantized = layer.weight.base
-        view, _ = grouped(weight, quantized.spec)
-        scale, zero = (each.expand(view.shape).reshape(weight.shape) for each in (quantized.scale, quantized.zero))
+        base = layer.weight.base
+        view, _ = grouped(weight, base.spec)
+        scale = base.scale.expand(view.shape).reshape(weight.shape)  # (O, I)
+        zero = base.zero.expand(view.shape).reshape(weight.shape)    # (O, I)
+
+        # Start where h gives the weight itself.
         below = (weight / scale).floor()
-        fraction = (weight / scale - below).clamp(0.01, 0.99)
+        fraction = (weight / scale - below).clamp(LEAST_FRACTION, 1 - LEAST_FRACTION)
         low, high = STRETCH
-        self.v, self.h = nn.Parameter(torch.logit((fraction - low) / (high - low))), None
-        bottom, top = -zero, quantized.spec.top - zero
+        self.v = nn.Parameter(torch.logit((fraction - low) / (high - low)))
+        self.h: Tensor | None = None
+
+        bottom, top = -zero, base.spec.top - zero
         down, up = below.clamp(bottom, top), (below + 1).clamp(bottom, top)
-        buffers = {"codes": down + zero, "gap": up - down, "down": down * scale, "step": (up - down) * scale,
-                   "bias": bias, "smooth": layer.smooth, "shift": layer.shift}
-        for name, value in buffers.items():
-            self.register_buffer(name, value)
-        self.layer, self.act = layer, learnable(layer.act, clock)
+        self.register_buffer("codes", down + zero)
+        self.register_buffer("gap", up - down)
+        self.register_buffer("down", down * scale)
+        self.register_buffer("step", (up - down) * scale)
+        self.register_buffer("bias", bias)
+        self.register_buffer("factors", layer.smoothing.factors)
+        self.register_buffer("shift", layer.smoothing.shift)
+        self.layer = layer
+        self.act = learnable(layer.act, timestep_index)
 
     def forward(self, x: Tensor) -> Tensor:
         values = x if self.shift is None else x + self.shift
-        values = values if self.smooth is None else values / self.smooth
+        values = values if self.factors is None else values / self.factors
         codes, scale = self.act(values)
+        inputs = codes if scale is None else codes * scale
         self.h = rectified_sigmoid(self.v)
-        return nn.functional.linear(codes if scale is None else codes * scale, torch.addcmul(self.down, self.step, self.h), self.bias)
+        return F.linear(inputs, torch.addcmul(self.down, self.step, self.h), self.bias)
 
     def harden(self) -> QuantizedLayer:
-        """The layer with every weight rounded the way it leans, and the steps found."""
-        quantized = self.layer.weight.base
+        """Return the layer with every weight rounded the way it leans, and the steps found."""
         codes = (self.codes + self.gap * (self.v >= 0)).to(torch.uint8)
-        act = replace(self.layer.act, scale=self.act.scale.detach()) if isinstance(self.act, LearnedStep) else self.layer.act
-        return replace(self.layer, weight=replace(self.layer.weight, base=replace(quantized, codes=codes)), act=act)
+        base = replace(self.layer.weight.base, codes=codes)
+        act = self.layer.act
+        if isinstance(self.act, LearnedStep):
+            act = replace(act, scale=self.act.scale.detach())
+        return replace(self.layer, weight=replace(self.layer.weight, base=base), act=act)
