@@ -51,6 +51,16 @@ class Interception(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+def by_token(operand: Tensor) -> Tensor:
+    """Put the heads of an operand (N, heads, T, D / heads) side by side, (N, T, D)."""
+    return operand.transpose(1, 2).flatten(2)
+
+
+def by_head(tokens: Tensor, heads: int) -> Tensor:
+    """Split tokens (N, T, D) into heads (N, heads, T, D / heads)."""
+    return tokens.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
 def attention_probabilities(
     query: Tensor, key: Tensor, mask: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
@@ -88,16 +98,17 @@ class QuantOperands(nn.Module):
         """Compute attention as ``scaled_dot_product_attention`` does, (N, heads, T, D / heads)."""
         if is_causal:
             raise ValueError("causal attention cannot have quantised operands")
-        query, key = self._seen(self.query, query), self._seen(self.key, key)
-        value = self._seen_value(value)
+        heads = query.shape[1]
+        query = by_head(self._seen(self.query, by_token(query)), heads)
+        key = by_head(self._seen(self.key, by_token(key)), heads)
+        value = by_head(self._seen_value(by_token(value)), heads)
         probabilities = attention_probabilities(query, key, attn_mask, scale)
         return self._seen(self.probabilities, probabilities) @ value
 
     def _seen_value(self, value: Tensor) -> Tensor:
         if self.factors is None:
             return self._seen(self.value, value)
-        factors = self.factors.view(value.shape[1], 1, -1)  # (heads, 1, D / heads)
-        return (self._seen(self.value, value / factors) * factors).to(value.dtype)
+        return (self._seen(self.value, value / self.factors) * self.factors).to(value.dtype)
 
     @staticmethod
     def _seen(module: nn.Module, values: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from architectures.sites import AttentionSite, Site
-from quant.activations.attention import Operands, attention_probabilities
+from quant.activations.attention import Operands, attention_probabilities, by_head
 from quant.activations.quantisers import Activation
 from quant.activations.softmax import PowersOfRootTwo, fit_powers
 from quant.balancing.reparameterise import Reparameterisation
@@ -166,7 +166,7 @@ class StaticOperands:
     def _operands(self, samples: OperandSamples, smoothing: Smoothing) -> Operands:
         query, key, value = samples.value  # (P, T, D) each
         probabilities = attention_probabilities(
-            _by_head(query, samples.heads), _by_head(key, samples.heads))
+            by_head(query, samples.heads), by_head(key, samples.heads))
         return Operands(
             query=self._uniform(query),
             key=self._uniform(key),
@@ -181,8 +181,3 @@ class StaticOperands:
         if self._probabilities == "uniform":
             return self._uniform(sample)
         return fit_powers(sample, self._spec.bits, self._clip)
-
-
-def _by_head(tokens: Tensor, heads: int) -> Tensor:
-    """Split tokens (P, T, D) into heads (P, heads, T, D / heads)."""
-    return tokens.unflatten(-1, (heads, -1)).transpose(1, 2)
