@@ -1,16 +1,37 @@
 # make demo: quantise and sample the bundled digits model.  make test: run the tests.
-# make lint: how the code reads.  make test-slow: the extras of a minute and more.  All set up .venv first.
+# make lint: how the code reads.  make test-processors: the numerical tests as other processors
+# would see them.  make test-slow: the extras of a minute and more.  All set up .venv first.
 PYTHON ?= python3
 READY := .venv/.ready
+PYTEST := .venv/bin/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-slow lint
+.PHONY: demo test test-processors test-slow lint
 demo: $(READY)
 	.venv/bin/python compare.py --model DiT-Digits-Outliers --recipes rtn smoothquant ditas-published ditas \
 	    --num-fid-samples 64 --num-fidelity-samples 32 --per-proc-batch-size 32 \
 	    --output results/demo --report results/demo/report
 
 test: $(READY)
-	.venv/bin/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+# Tests of processes, files and pictures, and the longest: make test runs them.
+OTHER := checkpoint cli compare digits download end_to_end evaluate images quality report sampling survival triton
+NUMERICAL := $(filter-out $(OTHER:%=tests/test_%.py),$(wildcard tests/test_*.py))
+
+# The instruction set of PyTorch's own operators (ATEN), or of its products (oneDNN).
+# Two threads in each of several processes wait for each other passively: spinning, they crawl.
+define as-processor
+	@echo "== $(1), one thread"
+	@$(1) OMP_NUM_THREADS=1 $(PYTEST) $(NUMERICAL)
+	@echo "== $(1), two threads"
+	@$(1) OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(PYTEST) $(NUMERICAL)
+endef
+
+test-processors: $(READY)
+	$(call as-processor,ATEN_CPU_CAPABILITY=default)
+	$(call as-processor,ATEN_CPU_CAPABILITY=avx2)
+	$(call as-processor,ONEDNN_MAX_CPU_ISA=AVX2)
+	$(call as-processor,ONEDNN_MAX_CPU_ISA=AVX512_CORE)
 
 test-slow: $(READY)
 	.venv/bin/python -m pytest -m slow

@@ -1,9 +1,17 @@
 """Golden values recorded from the published implementations, and small models that tests share."""
 import os
+import tempfile
 from pathlib import Path
 
-if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # make test: the cores are shared among the workers; two processes with all of them crawl
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    # make test: the cores are shared among the workers, since two processes with all of them crawl.
+    # A number that was asked for stays, as in make test-processors.
+    share = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))
+if "ATEN_CPU_CAPABILITY" in os.environ:
+    # PyTorch's cache of compiled code hands out that of another instruction set, which then fails to build.
+    cache = f"torchinductor-{os.getuid()}-{os.environ['ATEN_CPU_CAPABILITY']}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), cache))
 if not Path("/dev/nvidia0").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run under Triton's interpreter; read when triton is imported, which torch may do
 

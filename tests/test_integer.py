@@ -16,7 +16,7 @@ from errors import UserError
 from quant.activations.quantisers import Activation
 from quant.backend import faster, resolve
 from quant.install import install
-from quant.integer.cpu import OneDNNLinear, OneDNNNibbleLinear, OneDNNWeightOnly
+from quant.integer.cpu import OneDNNLinear, OneDNNNibbleLinear, OneDNNWeightOnly, supported
 from quant.integer.linear import ReferenceLinear
 from quant.integer.weight import integer_obstacle, integer_weight, nibbles
 from quant.layers.fold import fold
@@ -31,6 +31,8 @@ from quant.weights.rounding import nearest_quantizer, quantize_weight
 READY = ("rtn", "smoothquant", "ditas", "ditas-plus")
 TOKEN = Activation(QuantSpec(8, "token"))
 TWO_LEVEL = QuantSpec(4, "group", 64, "two-level")
+# Where oneDNN's sums saturate at 16 bits, nothing computes on integers: only the reference is tested.
+INT8 = supported()
 
 
 def layer(rows, columns, spec, rank=3, smooth=True, seed=0, act=TOKEN) -> QuantizedLayer:
@@ -43,8 +45,12 @@ def layer(rows, columns, spec, rank=3, smooth=True, seed=0, act=TOKEN) -> Quanti
 
 def modules(made: QuantizedLayer, bias) -> dict:
     weight, half, act = integer_weight(made), nibbles(made), made.act.spec
-    every = {"reference": ReferenceLinear(weight, bias, made.smooth, act), "onednn": OneDNNLinear(weight, bias, made.smooth, act)}
-    return every | ({} if half is None else {"nibbles": OneDNNNibbleLinear(weight, half, bias, made.smooth, act)})
+    every = {"reference": ReferenceLinear(weight, bias, made.smooth, act)}
+    if INT8:
+        every["onednn"] = OneDNNLinear(weight, bias, made.smooth, act)
+        if half is not None:
+            every["nibbles"] = OneDNNNibbleLinear(weight, half, bias, made.smooth, act)
+    return every
 
 
 @pytest.mark.parametrize("recipe_name", READY)
@@ -78,12 +84,14 @@ def test_odd_shapes(rows, columns, tokens):
 def test_codes_are_those_of_the_simulated_quantiser(granularity, bits):
     spec, x = QuantSpec(bits, granularity), torch.randn(3, 11, 50) * torch.exp(3 * torch.randn(3, 11, 1))
     x[0, 0], x[1, 1] = 0, 4.0
-    seen = []
-    module = modules(QuantizedLayer(without_branch(quantize(torch.randn(4, 50), QuantSpec(4, "channel"))), Activation(spec), torch.full((50,), 1.5)), None)["onednn"]
-    product, module.product = module.product, lambda codes: seen.append(codes) or product(codes)
-    module(x)
     expected = quantize(x / 1.5, spec)  # the quantiser that weights take
-    assert torch.equal(seen[0].view(x.shape), expected.codes)
+    weight = without_branch(quantize(torch.randn(4, 50), QuantSpec(4, "channel")))
+    for module in modules(QuantizedLayer(weight, Activation(spec), torch.full((50,), 1.5)), None).values():
+        seen = []
+        product = module.product
+        module.product = lambda codes: seen.append(codes) or product(codes)
+        module(x)
+        assert torch.equal(seen[0].view(x.shape), expected.codes)
     assert torch.equal(fake_quantize(x / 1.5, spec), expected.dequantize())
 
 
@@ -148,7 +156,8 @@ def test_a_weight_only_layer_keeps_its_input(bits):
     x[2] = torch.tensor([0.0, 0.3])[bits // 8]  # constant
     expected = QuantLinear(made, bias)(x)
     assert relative(WeightOnlyLinear(made, bias)(x), expected) < 1e-6
-    assert relative(OneDNNWeightOnly(integer_weight(made), bias)(x), WeightOnlyLinear(made, bias)(x)) < 1e-9
+    if INT8:
+        assert relative(OneDNNWeightOnly(integer_weight(made), bias)(x), WeightOnlyLinear(made, bias)(x)) < 1e-9
 
 
 def quantised(recipe, bits, adaln_bits, model):
@@ -176,7 +185,10 @@ def test_whole_models_agree_folded_or_not(recipe_name, bits, adaln_bits, folded)
         return install(model, fold(model, layers) if folded else layers, backend, dtype, packed=packed)(*inputs)
 
     fake = output("fake")
-    for backend in ({"backend": "reference"}, {"backend": "integer"}, {"backend": "integer", "packed": True}):
+    backends = [{"backend": "reference"}]
+    if INT8:
+        backends += [{"backend": "integer"}, {"backend": "integer", "packed": True}]
+    for backend in backends:
         assert relative(output(**backend), fake) < 1e-6
         assert relative(output(**backend, dtype=torch.bfloat16), output("fake", torch.bfloat16)) < 3e-2
     assert relative(output("fake", torch.bfloat16), fake) < 5e-2

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import golden, golden_model, random_model, relative, replayed
+from torch import nn
 
 import config
 from architectures.dit import block_linears, scope_linears, timed
@@ -21,13 +22,14 @@ from quant.layers.fold import fold
 from quant.layers.linear import QuantLinear
 from quant.layers.quantised import QuantizedLayer
 from quant.numerics.tokens import matrix
-from quant.numerics.uniform import QuantSpec, quantize
+from quant.numerics.uniform import QuantSpec, quantize, signed_codes
 from quant.pipeline import Start, quantize_model
 from quant.recipe import act_spec, weight_spec
 from quant.weights.low_rank import LowRankWeight
 from quant.weights.rounding import quantize_weight
 
 RECIPE = replace(RECIPES["ditas-published"], rank=4)
+TIE = 1e-4  # of a code; float32 sums taken in another order move a value by about 1e-5
 
 
 def start(values) -> Start:
@@ -58,12 +60,57 @@ def test_every_intermediate_matches_golden(published):
         assert relative(layer.weight.dense(), expected) < 1e-4
 
 
+class Undecided(nn.Module):
+    """A dynamic quantiser that asks ``flip`` which way a value within ``TIE`` of a rounding tie falls."""
+
+    def __init__(self, spec: QuantSpec, flip):
+        super().__init__()
+        self.spec, self.flip = spec, flip
+
+    def forward(self, values):
+        codes, scale, zero = signed_codes(values, self.spec)
+        exact = values.double() / scale.double()
+        below = exact.floor()
+        tied = ((exact - below - 0.5).abs() < TIE) & (below < self.spec.top - zero)
+        # The zero point is the rounded low end: it must not be undecided, too.
+        assert not tied[values == values.amin()].any()
+        for place in tied.nonzero():
+            if self.flip():
+                codes[tuple(place)] = 2 * below[tuple(place)] + 1 - codes[tuple(place)]
+        return codes, scale
+
+
+def every_way(run):
+    """Yield ``run(flip)`` for every sequence of answers that ``flip`` can give in it, all False first."""
+    pending = [[]]
+    while pending:
+        answers = pending.pop(0)
+        asked = iter(answers)
+        given = []
+
+        def flip() -> bool:
+            given.append(next(asked, False))
+            return given[-1]
+
+        yield run(flip)
+        pending += [given[:i] + [True] for i in range(len(answers), len(given))]
+
+
 def test_quantised_model_matches_golden_before_and_after_folding(published):
     values, inputs = golden("ditas"), [torch.tensor(golden("dit")[k]) for k in "xty"]
     for state, model in (("unmerged", install(golden_model(), published.layers)),
                          ("merged", folded(golden_model(), published.layers))):
-        assert relative(model(*inputs), values[f"forward_{state}"]) < 1e-5
         assert sqnr_db(torch.tensor(values[f"latents_{state}"]), latents(model)) > 90
+
+        def run(flip, model=model):
+            for module in model.modules():
+                if isinstance(module, QuantLinear):
+                    module.act = Undecided(module.act.spec, flip)
+            return model(*inputs)
+
+        # Up to five values lie within rounding error of a tie. How the recording processor rounded
+        # them is unknown: one of the 8 to 20 ways must give its output (and does to 5e-7).
+        assert any(relative(output, values[f"forward_{state}"]) < 1e-5 for output in every_way(run))
     assert sqnr_db(torch.tensor(values["latents_float"]), latents(golden_model())) > 90
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_model
+from conftest import random_model, relative
 
 from architectures.dit import scope_linears
 from cli.recipe_flags import FLAGS, build_recipe
@@ -111,10 +111,13 @@ def test_samples_are_the_inputs_and_outputs_at_the_picked_images(tokens):
         expected = expected if expected.dim() == 3 else expected.unsqueeze(1)
         assert torch.allclose(made[name].inputs.value, expected, atol=1e-5)
         assert torch.equal(made[name].few.value, made[name].inputs.value[:, ::4][:, :4] if expected.shape[1] > 1 else made[name].inputs.value)
-        assert torch.allclose(made[name].outputs.value, F.linear(expected, matrix(linears[name]), linears[name].bias), atol=1e-4)
+        outputs = F.linear(expected, matrix(linears[name]), linears[name].bias)
+        assert relative(made[name].outputs.value, outputs) < 1e-6
     patches, embed = made["x_embedder.proj"], linears["x_embedder.proj"]
     assert patches.inputs.value.shape == (20, 16, 16)
-    assert torch.allclose(patches.outputs.value, F.linear(patches.inputs.value, matrix(embed), embed.bias), atol=1e-5)
+    # Inputs of several hundred cancel in single outputs: rounding errors are those of the whole.
+    outputs = F.linear(patches.inputs.value, matrix(embed), embed.bias)
+    assert relative(patches.outputs.value, outputs) < 1e-6
 
 
 def test_maxima_and_ranges_are_those_of_the_inputs():

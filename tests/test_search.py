@@ -93,7 +93,7 @@ from quant.numerics.uniform import QuantSpec
 before = torch.get_num_threads()
 fused_rounded(torch.ones(8, 64), torch.ones(2, 64), QuantSpec(4, "group", 64, "two-level"))
 print(before, torch.get_num_threads())"""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "2"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "2"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.split() == ["1", "1"], done.stderr
 

@@ -12,8 +12,21 @@ from quant.numerics.uniform import QuantSpec
 
 
 def supported() -> bool:
-    """Whether this processor multiplies int8 faster than float32."""
-    return torch.backends.mkldnn.is_available() and (torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported())
+    """Tell whether oneDNN multiplies int8 exactly, and faster than float32, on this processor."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return (torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()) and _exact()
+
+
+def _exact() -> bool:
+    """Tell whether the largest sum of two products is right.
+
+    Without VNNI it saturates at 16 bits. ``ONEDNN_MAX_CPU_ISA`` can forbid what the processor has.
+    """
+    codes = torch.full((1, 2), 255, dtype=torch.uint8)
+    packed = torch.ops.onednn.qlinear_prepack(torch.full((1, 2), 127, dtype=torch.int8), None)
+    total = _product(codes, packed, torch.ones(1), torch.zeros(1, dtype=torch.int32))
+    return total.item() == 2 * 255 * 127
 
 
 def _product(codes: Tensor, packed: Tensor, ones: Tensor, zeros: Tensor) -> Tensor:
