@@ -14,7 +14,8 @@ They are compressed. adaLN weights repeat every four columns, so that 5.4 MB of 
 Without activation quantisers outputs differ by rounding errors alone, and have to agree to 90 dB.
 With them an input may lie on a rounding tie, and its code may flip on another processor or after folding.
 Through ten blocks flips grow to what 8 bits lose at all, 34 dB, so that one whole forward tells little there.
-So each block also gets a recorded input. Flips leave 51 dB or more, a range that is 2 % off leaves 35.
+So each block also gets a recorded input. There a flip leaves 44 dB and more, and most blocks have none.
+A range that is 2 % off leaves no block more than 41 dB, so that the median of ten tells them apart.
 """
 import json
 import lzma
@@ -134,10 +135,11 @@ def test_outputs_are_those_of_the_commit_that_wrote_the_file(name, old, folded):
     assert sqnr_db(values["output"], found) >= (90 if name in WEIGHT_ONLY else 28)
     if name in WEIGHT_ONLY:
         return
-    blocks = [block(values["tokens"], values["condition"]) for block in model.blocks]
-    assert len(blocks) == len(values["blocks"]) == 10
-    for expected, block in zip(values["blocks"], blocks):
-        assert sqnr_db(expected, block) >= 43
+    assert len(model.blocks) == len(values["blocks"]) == 10
+    fidelity = []
+    for expected, block in zip(values["blocks"], model.blocks):
+        fidelity.append(sqnr_db(expected, block(values["tokens"], values["condition"])))
+    assert sorted(fidelity)[5] >= 45 and min(fidelity) >= 30, fidelity
 
 
 def test_truncated_files_are_refused(old, tmp_path):
