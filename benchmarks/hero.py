@@ -35,7 +35,7 @@ DRAWN = 12         # the first of them
 COLUMNS = 3        # digits side by side in a panel
 CELL = 112         # pixels of a digit; GitHub shows the picture at half its size
 SPACE = 12         # pixels between two digits
-GAP = 72           # pixels between two panels
+GAP = 56           # pixels between two panels
 BAND = 64          # pixels above a panel, and below it
 
 
@@ -52,11 +52,12 @@ def panel(images: NDArray) -> Image.Image:
     """Enlarge images, uint8 (N, H, W, 3), without smoothing, in rows of ``COLUMNS``."""
     pitch = CELL + SPACE
     rows = -(-len(images) // COLUMNS)
-    canvas = Image.new("RGB", (COLUMNS * pitch - SPACE, rows * pitch - SPACE), "white")
+    # Black around the digits, whose strokes reach the edge of their images.
+    canvas = Image.new("RGB", (COLUMNS * pitch + SPACE, rows * pitch + SPACE), "black")
     for i, pixels in enumerate(images):
         row, column = divmod(i, COLUMNS)
         digit = Image.fromarray(pixels).resize((CELL, CELL), Image.Resampling.NEAREST)
-        canvas.paste(digit, (column * pitch, row * pitch))
+        canvas.paste(digit, (SPACE + column * pitch, SPACE + row * pitch))
     return canvas
 
 
