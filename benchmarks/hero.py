@@ -1,10 +1,10 @@
-"""Draw assets/hero.png: the same digits from the float model and from three recipes, each over its decibels.
+"""Draw assets/hero.png: the same digits from the float model and from three recipes.
 
     python benchmarks/hero.py                                   # the picture of the README
     python benchmarks/hero.py --bits W4A4 --output W4A4.png     # the same at other bit widths
 
-Every recipe is quantised by QuantDiT.py with its defaults. Decibels are the SQNR of the latents of 64 images against
-the float model's with the same noise; the first twelve of them are drawn.
+Every recipe is quantised by QuantDiT.py with its defaults. Decibels are the SQNR of the latents of
+64 images against the float model's with the same noise; the first twelve of them are drawn.
 """
 import argparse
 import re
@@ -40,7 +40,7 @@ BAND = 64          # pixels above a panel, and below it
 
 
 def quantized(recipe: str, weight_bits: str, act_bits: str, folder: Path) -> nn.Module:
-    """Quantise the bundled model from the command line, and load what came out, folded as it is sampled."""
+    """Quantise the bundled model from the command line, and load the folded result."""
     path = folder / f"{recipe}{checkpoint.SUFFIX}"
     command = [sys.executable, str(ROOT / "QuantDiT.py"), "--model", MODEL, "--recipe", recipe]
     command += ["--weight-bit", weight_bits, "--act-bit", act_bits, "--output", str(path)]
