@@ -1,0 +1,119 @@
+"""Draw assets/hero.png: the same digits from the float model and from three recipes.
+
+    python benchmarks/hero.py                                   # the picture of the README
+    python benchmarks/hero.py --bits W4A4 --output W4A4.png     # the same at other bit widths
+
+Every recipe is quantised by QuantDiT.py with its defaults. Decibels are the SQNR of the latents of
+64 images against the float model's with the same noise; the first twelve of them are drawn.
+"""
+import argparse
+import re
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+
+from diffusion import ddpm_step, make_schedule
+from download import load_decoder, load_model
+from evaluation import fidelity
+from models import DiT_models
+from quant import checkpoint
+
+MODEL = "DiT-Digits-Outliers"
+CARD = DiT_models[MODEL]
+TITLES = {"rtn": "round to nearest", "ditas": "ditas", "ditas-plus": "ditas-plus"}
+IMAGES = 64        # behind the decibels; image i is of class i mod 10
+DRAWN = 12         # the first of them
+COLUMNS = 3        # digits side by side in a panel
+CELL = 112         # pixels of a digit; GitHub shows the picture at half its size
+SPACE = 12         # pixels between two digits
+GAP = 56           # pixels between two panels
+BAND = 64          # pixels above a panel, and below it
+
+
+def quantized(recipe: str, weight_bits: str, act_bits: str, folder: Path) -> nn.Module:
+    """Quantise the bundled model from the command line, and load the folded result."""
+    path = folder / f"{recipe}{checkpoint.SUFFIX}"
+    command = [sys.executable, str(ROOT / "QuantDiT.py"), "--model", MODEL, "--recipe", recipe]
+    command += ["--weight-bit", weight_bits, "--act-bit", act_bits, "--output", str(path)]
+    subprocess.run(command, check=True, capture_output=True)
+    return checkpoint.load(path, folded=True)[1]
+
+
+def panel(images: NDArray) -> Image.Image:
+    """Enlarge images, uint8 (N, H, W, 3), without smoothing, in rows of ``COLUMNS``."""
+    pitch = CELL + SPACE
+    rows = -(-len(images) // COLUMNS)
+    # Black around the digits, whose strokes reach the edge of their images.
+    canvas = Image.new("RGB", (COLUMNS * pitch + SPACE, rows * pitch + SPACE), "black")
+    for i, pixels in enumerate(images):
+        row, column = divmod(i, COLUMNS)
+        digit = Image.fromarray(pixels).resize((CELL, CELL), Image.Resampling.NEAREST)
+        canvas.paste(digit, (SPACE + column * pitch, SPACE + row * pitch))
+    return canvas
+
+
+def draw(panels: list[tuple[str, Image.Image, str]]) -> Image.Image:
+    """Panels in a row, each between its title and its caption."""
+    _, first, _ = panels[0]
+    pitch = first.width + GAP
+    canvas = Image.new("RGB", (len(panels) * pitch - GAP, first.height + 2 * BAND), "white")
+    pen = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(size=36)
+    for i, (title, picture, caption) in enumerate(panels):
+        left = i * pitch
+        middle = left + first.width / 2
+        canvas.paste(picture, (left, BAND))
+        pen.text((middle, BAND / 2), title, fill="black", anchor="mm", font=font)
+        pen.text((middle, first.height + 1.5 * BAND), caption, fill="black", anchor="mm", font=font)
+    return canvas
+
+
+def main(args: argparse.Namespace) -> None:
+    weight_bits, act_bits = re.fullmatch(r"W(\d+)A(\d+)", args.bits).groups()
+    device = torch.device("cpu")
+    schedule = make_schedule("50")
+    labels = [i % CARD.num_classes for i in range(IMAGES)]
+    model = load_model(MODEL, CARD, CARD.image_sizes[0], CARD.num_classes, None, device)
+    decode = load_decoder(CARD, "ema", device)
+
+    def sample(model: nn.Module) -> fidelity.Run:
+        return fidelity.run(
+            model, decode, schedule, labels, args.seed, args.cfg_scale, ddpm_step, IMAGES)
+
+    # The float model first: the others are measured against it.
+    reference = sample(model)
+    panels = [("float", panel(reference.images[:DRAWN]), "32 bits")]
+    with TemporaryDirectory() as folder:
+        for recipe, title in TITLES.items():
+            run = sample(quantized(recipe, weight_bits, act_bits, Path(folder)))
+            decibels = fidelity.fidelity(reference, run).sqnr_db[-1]
+            panels.append((title, panel(run.images[:DRAWN]), f"{args.bits}: {decibels:.1f} dB"))
+            print(f"{recipe}: {decibels:.1f} dB", flush=True)
+
+    draw(panels).save(args.output, optimize=True)
+    print(f"wrote {args.output}: {args.bits}, guidance {args.cfg_scale:g}, seed {args.seed}, "
+          f"{len(schedule)} steps, {IMAGES} images")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bits", default="W4A6", help="of weights and activations (default: W4A6)")
+    parser.add_argument("--cfg-scale", type=float, default=1.5, help="guidance (default: 1.5)")
+    parser.add_argument("--seed", type=int, default=0, help="of the images' noise (default: 0)")
+    parser.add_argument("--output", type=Path, default=ROOT / "assets" / "hero.png")
+    return parser
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main(make_parser().parse_args())
