@@ -1,3 +1,4 @@
+"""How ranges are chosen: against published values, and against trying every range by hand."""
 import numpy as np
 import pytest
 import torch
@@ -6,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quant.numerics.ranges import Affine, best_range, quantize_range, static_codes, tensor_range
-from quant.numerics.uniform import QuantSpec, fake_quantize, grouped, quantize
+from quant.numerics.uniform import Quantized, QuantSpec, fake_quantize, grouped, quantize
 
 GOLDEN = {key: torch.tensor(value) for key, value in golden("baselines").items()}
 
@@ -14,14 +15,17 @@ GOLDEN = {key: torch.tensor(value) for key, value in golden("baselines").items()
 def spread(*shape: int, seed: int = 0) -> torch.Tensor:
     """Heavy-tailed values, off 0 by a different amount in every row."""
     rng = np.random.default_rng(seed)
-    return torch.tensor(rng.standard_t(3, shape) + rng.normal(size=(shape[0],) + (1,) * (len(shape) - 1)), dtype=torch.float32)
+    values = rng.standard_t(3, shape)
+    offsets = rng.normal(size=(shape[0],) + (1,) * (len(shape) - 1))
+    return torch.tensor(values + offsets, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("group", [16, 32, 48])
 @pytest.mark.parametrize("choice, published", [("minmax", "max"), ("shrink", "mse")])
 def test_qdit_weights_match_golden(group, choice, published):
     out = quantize_range(GOLDEN["weight"], QuantSpec(4, "group", group), choice).dequantize()
-    assert torch.allclose(out, GOLDEN[f"qdit_weight_asym_w4_g{group}_{published}"], rtol=0, atol=1e-5)
+    expected = GOLDEN[f"qdit_weight_asym_w4_g{group}_{published}"]
+    assert torch.allclose(out, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("group", [16, 32, 48])
@@ -31,71 +35,109 @@ def test_qdit_activations_match_golden(group):
 
 
 def test_ptq4dit_quantisers_match_golden():
-    weight = quantize_range(GOLDEN["ptq4dit_weight"], QuantSpec(4, "channel"), "percentile").dequantize()
+    quantized = quantize_range(GOLDEN["ptq4dit_weight"], QuantSpec(4, "channel"), "percentile")
+    weight = quantized.dequantize()
     assert torch.allclose(weight, GOLDEN["ptq4dit_weight_w4"], rtol=0, atol=1e-5)
     act, spec = GOLDEN["ptq4dit_act"], QuantSpec(8, "tensor")
     scale, zero = tensor_range(act, spec, "percentile")
     assert scale.dim() == zero.dim() == 0 and scale.dtype == zero.dtype == torch.float32
-    assert torch.allclose(static_codes(act, scale, zero, spec) * scale, GOLDEN["ptq4dit_act_a8"], rtol=0, atol=1e-5)
+    values = static_codes(act, scale, zero, spec) * scale
+    assert torch.allclose(values, GOLDEN["ptq4dit_act_a8"], rtol=0, atol=1e-5)
 
 
-def least(values: np.ndarray, ranges: list[tuple[float, float]], norm: float, top: int) -> tuple[float, float]:
+def least(
+    values: np.ndarray, ranges: list[tuple[float, float]], norm: float, top: int
+) -> tuple[float, float]:
     """Scale and zero point by trying every range on one group, in double precision."""
-    found = []
+    tried = []
     for low, high in ranges:
         scale = (max(high, 0) - min(low, 0)) / top
         zero = np.round(-min(low, 0) / scale)
-        error = np.abs((np.clip(np.round(values / scale) + zero, 0, top) - zero) * scale - values) ** norm
-        found.append((error.mean(), scale, zero))
-    return min(found, key=lambda entry: entry[0])[1:]
+        codes = np.clip(np.round(values / scale) + zero, 0, top)
+        error = np.abs((codes - zero) * scale - values) ** norm
+        tried.append((error.mean(), scale, zero))
+    return min(tried, key=lambda entry: entry[0])[1:]
 
 
-@pytest.mark.parametrize("granularity, group", [("channel", 0), ("group", 32), ("strided", 8), ("tensor", 0), ("image", 0)])
+@pytest.mark.parametrize("granularity, group", [
+    ("channel", 0),
+    ("group", 32),
+    ("strided", 8),
+    ("tensor", 0),
+    ("image", 0),
+])
 @pytest.mark.parametrize("bits", [3, 6])
 def test_every_group_gets_the_best_of_its_ranges(granularity, group, bits):
     spec = QuantSpec(bits, granularity, group)
-    x = spread(*((3, 16, 64) if granularity == "image" else (16, 64)), seed=bits)
-    view, dims = grouped(x, spec)
-    shrunk, cut = (best_range(view, dims, Affine(spec), choice) for choice in ("shrink", "percentile"))
-    assert shrunk[0].shape == cut[1].shape == view.amin(dims, keepdim=True).shape
-    kept = [dim for dim in range(view.dim()) if dim not in {dim % view.dim() for dim in dims}]
-    groups = view.numpy().transpose(*kept, *(dim for dim in range(view.dim()) if dim not in kept)).astype(np.float64)
+    shape = (3, 16, 64) if granularity == "image" else (16, 64)
+    view, dims = grouped(spread(*shape, seed=bits), spec)
+    shrunk = torch.stack(best_range(view, dims, Affine(spec), "shrink"))
+    cut = torch.stack(best_range(view, dims, Affine(spec), "percentile"))
+    assert shrunk.shape == cut.shape == (2, *view.amin(dims, keepdim=True).shape)
+    # One group a row.
+    shared = [dim % view.dim() for dim in dims]
+    kept = [dim for dim in range(view.dim()) if dim not in shared]
+    groups = view.numpy().transpose(*kept, *sorted(shared)).astype(np.float64)
     for i, values in enumerate(groups.reshape(shrunk[0].numel(), -1)):
-        ends = [(values.min() * (1 - k / 1000), values.max() * (1 - k / 1000)) for k in range(100)]
-        assert np.allclose([part.flatten()[i] for part in shrunk], least(values, ends, 2.4, spec.top), rtol=1e-5)
+        shares = 1 - np.arange(100) / 1000
+        ends = [(values.min() * share, values.max() * share) for share in shares]
+        expected = least(values, ends, 2.4, spec.top)
+        assert np.allclose(shrunk.flatten(1)[:, i], expected, rtol=1e-5)
         tails = [tuple(np.quantile(values, [1 - p, p])) for p in (0.999, 0.9999, 0.99999)]
-        assert np.allclose([part.flatten()[i] for part in cut], least(values, tails, 2, spec.top), rtol=1e-5)
+        expected = least(values, tails, 2, spec.top)
+        assert np.allclose(cut.flatten(1)[:, i], expected, rtol=1e-5)
+
+
+def group_errors(x: torch.Tensor, q: Quantized) -> torch.Tensor:
+    """Mean of the errors' powers, group by group."""
+    errors, _ = grouped((q.dequantize() - x).abs().pow(2.4), q.spec)
+    return errors.mean(-1)
 
 
 @settings(max_examples=60)
-@given(st.integers(2, 8), st.sampled_from(["minmax", "shrink", "percentile"]), st.sampled_from([-9.0, 0.0, 0.5, 9.0]), st.integers(0, 2 ** 32 - 1))
+@given(
+    st.integers(2, 8),
+    st.sampled_from(["minmax", "shrink", "percentile"]),
+    st.sampled_from([-9.0, 0.0, 0.5, 9.0]),
+    st.integers(0, 2 ** 32 - 1),
+)
 def test_zero_points_are_codes_and_errors_no_worse_than_before(bits, choice, offset, seed):
     spec = QuantSpec(bits, "group", 16)
     x = spread(8, 32, seed=seed) + offset
     x[3] = 0
     x[4] = 0.7
     q = quantize_range(x, spec, choice)
-    assert torch.equal(q.zero, q.zero.round()) and q.zero.min() >= 0 and q.zero.max() <= spec.top
-    assert (q.scale > 0).all() and (q.scale[3] == 1).all() and int(q.codes.max()) <= spec.top
+    assert torch.equal(q.zero, q.zero.round())
+    assert q.zero.min() >= 0 and q.zero.max() <= spec.top
+    assert (q.scale > 0).all() and (q.scale[3] == 1).all()
+    assert int(q.codes.max()) <= spec.top
     assert torch.equal(q.dequantize()[3], x[3])
-    assert torch.allclose(q.dequantize()[4], x[4], rtol=1e-5)  # a constant group needs no narrower range
+    # A constant group needs no narrower range.
+    assert torch.allclose(q.dequantize()[4], x[4], rtol=1e-5)
     if choice == "shrink":
-        errors = [grouped((other.dequantize() - x).abs().pow(2.4), spec)[0].mean(-1) for other in (q, quantize(x, spec))]
-        assert (errors[0] <= errors[1] * (1 + 1e-5) + 1e-12).all()
+        errors = group_errors(x, q)
+        whole = group_errors(x, quantize(x, spec))
+        assert (errors <= whole * (1 + 1e-5) + 1e-12).all()
 
 
 def test_the_widest_of_equally_good_ranges_is_kept():
-    x, spec = 1e-25 * spread(8, 32), QuantSpec(4, "channel")  # errors so small that their powers are 0
+    # Errors so small that their powers are 0.
+    x, spec = 1e-25 * spread(8, 32), QuantSpec(4, "channel")
     assert torch.equal(quantize_range(x, spec, "shrink").scale, quantize(x, spec).scale)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 1000, 6144])
 def test_percentiles_are_those_of_torch(count):
     sample, spec = spread(count), QuantSpec(8, "tensor")
-    pairs = [(torch.quantile(sample, 1 - p).clamp(max=0), torch.quantile(sample, p).clamp(min=0)) for p in (0.999, 0.9999, 0.99999)]
+    tails = []
+    for p in (0.999, 0.9999, 0.99999):
+        low = torch.quantile(sample, 1 - p).clamp(max=0)
+        high = torch.quantile(sample, p).clamp(min=0)
+        tails.append((float(low), float(high)))
     scale, zero = tensor_range(sample, spec, "percentile")
-    best, zero_point = least(sample.double().numpy(), [tuple(map(float, pair)) for pair in pairs], 2, spec.top)
-    assert abs(float(scale) / best - 1) < 1e-6 and float(zero) == zero_point
+    expected_scale, expected_zero = least(sample.double().numpy(), tails, 2, spec.top)
+    assert abs(float(scale) / expected_scale - 1) < 1e-6
+    assert float(zero) == expected_zero
 
 
 def test_samples_of_more_values_than_torch_quantile_takes():
@@ -110,8 +152,10 @@ def test_static_codes_are_clamped_at_both_ends_as_in_pytorch(zero):
     scale, spec = torch.tensor(0.02), QuantSpec(8, "tensor")
     codes = static_codes(x, scale, torch.tensor(float(zero)), spec)
     assert codes.min() == -zero and codes.max() == 255 - zero
-    assert torch.allclose(codes * scale, torch.fake_quantize_per_tensor_affine(x, 0.02, zero, 0, 255), atol=1e-6)
-    assert torch.isnan(static_codes(torch.tensor([float("nan")]), scale, torch.tensor(0.0), spec)).all()
+    theirs = torch.fake_quantize_per_tensor_affine(x, 0.02, zero, 0, 255)
+    assert torch.allclose(codes * scale, theirs, atol=1e-6)
+    nan = torch.tensor([float("nan")])
+    assert torch.isnan(static_codes(nan, scale, torch.tensor(0.0), spec)).all()
 
 
 @pytest.mark.parametrize("choice", ["minmax", "shrink", "percentile"])

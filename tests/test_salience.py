@@ -1,3 +1,4 @@
+"""Salience balancing: published factors, rank correlations, and channels that never do anything."""
 import numpy as np
 import pytest
 import torch
@@ -10,25 +11,39 @@ from quant.balancing.salience import salience_factors, spearman
 
 
 def test_factors_match_golden():
-    values = {key: torch.tensor(value) for key, value in golden("baselines").items() if key.startswith("ptq4dit")}
-    factors = salience_factors(values["ptq4dit_act"].abs().amax(1), values["ptq4dit_weight"], 1e-4)
-    assert torch.allclose(factors, values["ptq4dit_scale"], rtol=1e-6, atol=0)
-    assert torch.allclose(values["ptq4dit_weight"] * factors, values["ptq4dit_balanced_weight"], rtol=1e-6, atol=0)
+    values = golden("baselines")
+    act, weight, scale, balanced = [
+        torch.tensor(values[f"ptq4dit_{key}"])
+        for key in ("act", "weight", "scale", "balanced_weight")
+    ]
+    factors = salience_factors(act.abs().amax(1), weight, 1e-4)
+    assert torch.allclose(factors, scale, rtol=1e-6, atol=0)
+    assert torch.allclose(weight * factors, balanced, rtol=1e-6, atol=0)
 
 
 @settings(max_examples=60)
-@given(st.integers(1, 6), st.integers(3, 40), st.sampled_from([3, 1000]), st.integers(0, 2 ** 32 - 1))
+@given(
+    st.integers(1, 6),
+    st.integers(3, 40),
+    st.sampled_from([3, 1000]),
+    st.integers(0, 2 ** 32 - 1),
+)
 def test_rank_correlation_is_scipys(rows, channels, levels, seed):
     rng = np.random.default_rng(seed)
-    a = rng.integers(0, levels, (rows, channels)) / 8  # few levels: many ties
+    # Few levels mean many ties.
+    a = rng.integers(0, levels, (rows, channels)) / 8
     b = rng.integers(0, levels, channels) / 8
-    a[:, 0], b[0] = levels, levels  # no constant sides, for which scipy has NaN
+    # No constant sides, for which scipy has NaN.
+    a[:, 0] = levels
+    b[0] = levels
     expected = [spearmanr(row, b).statistic for row in a]
-    assert np.allclose(spearman(torch.tensor(a, dtype=torch.float32), torch.tensor(b, dtype=torch.float32)), expected, atol=1e-12, equal_nan=True)
+    correlations = spearman(torch.tensor(a).float(), torch.tensor(b).float())
+    assert np.allclose(correlations, expected, atol=1e-12, equal_nan=True)
 
 
 def test_a_constant_row_correlates_with_nothing():
-    assert torch.equal(spearman(torch.ones(2, 5), torch.arange(5.0)), torch.zeros(2, dtype=torch.float64))
+    correlations = spearman(torch.ones(2, 5), torch.arange(5.0))
+    assert torch.equal(correlations, torch.zeros(2, dtype=torch.float64))
 
 
 def test_rows_unlike_the_weight_count_more():

@@ -1,0 +1,25 @@
+"""Codes of a few bits as a dense stream of bytes."""
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quant.checkpoint.tensors import pack, unpack
+
+
+@given(st.integers(1, 8), st.integers(0, 200), st.integers(0, 2 ** 32 - 1))
+def test_packing_is_lossless_and_dense(bits, count, seed):
+    rng = np.random.default_rng(seed)
+    codes = torch.tensor(rng.integers(0, 2 ** bits, count), dtype=torch.uint8)
+    packed = pack(codes, bits)
+    assert packed.numel() == -(-count * bits // 8)
+    assert torch.equal(unpack(packed, bits, (count,)), codes)
+    # The bit stream as one big integer.
+    stream = sum(int(code) << (bits * i) for i, code in enumerate(codes))
+    assert int.from_bytes(packed.numpy().tobytes(), "little") == stream
+
+
+def test_a_stream_of_the_wrong_length_is_refused():
+    with pytest.raises(ValueError, match="expected 6 bytes"):
+        unpack(torch.zeros(5, dtype=torch.uint8), 4, (3, 4))
