@@ -3,5 +3,14 @@ from diffusion.noise import ImageNoise, image_labels
 from diffusion.sampler import ddim_step, ddpm_step, guided_denoiser, sample, sample_loop
 from diffusion.schedule import Schedule, make_schedule
 
-__all__ = ["ImageNoise", "Schedule", "ddim_step", "ddpm_step", "guided_denoiser", "image_labels", "make_schedule",
-           "sample", "sample_loop"]
+__all__ = [
+    "ImageNoise",
+    "Schedule",
+    "ddim_step",
+    "ddpm_step",
+    "guided_denoiser",
+    "image_labels",
+    "make_schedule",
+    "sample",
+    "sample_loop",
+]

@@ -1,7 +1,9 @@
 """Train the digits DiT and its classifier and write their weights beside this file.
 
-    python -m examples.digits.train              # both; 41 minutes on two CPU cores that also did other work
+    python -m examples.digits.train              # both
     python -m examples.digits.train --steps 50   # a quick check
+
+Both took 41 minutes on two CPU cores that also did other work.
 """
 import argparse
 import math
@@ -23,35 +25,54 @@ from models import DiT_models
 HERE = Path(__file__).parent
 
 
-def learning_rate(step: int, steps: int, peak: float = 1e-3, warmup: int = 200, floor: float = 0.05) -> float:
-    """Linear warm-up, then a cosine from ``peak`` to ``floor * peak``."""
+def learning_rate(
+    step: int,
+    steps: int,
+    peak: float = 1e-3,
+    warmup: int = 200,
+    floor: float = 0.05,
+) -> float:
+    """Return the rate of a step: a linear warm-up, then a cosine from ``peak`` to ``floor`` of it."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def train_dit(steps: int, batch: int, seed: int, ema_decay: float = 0.999) -> dict[str, torch.Tensor]:
+def train_dit(
+    steps: int,
+    batch: int,
+    seed: int,
+    ema_decay: float = 0.999,
+) -> dict[str, torch.Tensor]:
+    """Train the DiT on the digits' latents; return the moving average of its weights."""
     torch.manual_seed(seed)
     images, labels = load_images()
     latents = encode(images)
     schedule = make_schedule()
+
     model = DiT_models["DiT-Digits"].build(IMAGE_SIZE)
     model.initialize_weights()
     ema = deepcopy(model)
     optimiser = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
-    bar = tqdm(range(steps), desc="DiT", unit="step")
+
     average = None
+    bar = tqdm(range(steps), desc="DiT", unit="step")
     for step in bar:
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, steps)
+
+        # One step on the loss at random timesteps.
         pick = torch.randint(len(latents), (batch,))
         t = torch.randint(len(schedule), (batch,))
-        loss = training_loss(model, schedule, latents[pick], t, labels[pick], torch.randn(batch, *latents.shape[1:])).mean()
+        noise = torch.randn(batch, *latents.shape[1:])
+        loss = training_loss(model, schedule, latents[pick], t, labels[pick], noise).mean()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
+
+        # Moving averages: of the weights, faster at first, and of the loss that is shown.
         decay = min(ema_decay, (step + 1) / (step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
@@ -63,27 +84,39 @@ def train_dit(steps: int, batch: int, seed: int, ema_decay: float = 0.999) -> di
 def train_classifier(epochs: int, seed: int) -> dict[str, torch.Tensor]:
     """Fit on every second digit, print the accuracy on the rest, then fit on all of them."""
     images, labels = load_images()
-    every, held_out = torch.arange(len(images)), torch.arange(1, len(images), 2)
-    for train in (torch.arange(0, len(images), 2), every):
-        torch.manual_seed(seed)
-        generator = torch.Generator().manual_seed(seed)
-        model = DigitClassifier()
-        optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
-        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs)
-        for _ in tqdm(range(epochs), desc="classifier", unit="epoch"):
-            for pick in train[torch.randperm(len(train))].split(64):
-                optimiser.zero_grad(set_to_none=True)
-                cross_entropy(model(augment(images[pick], generator)), labels[pick]).backward()
-                optimiser.step()
-            decay.step()
-        if train is not every:
-            with torch.no_grad():
-                accuracy = (model(images[held_out]).argmax(1) == labels[held_out]).float().mean()
-            print(f"classifier trained on half the digits reads {accuracy:.2%} of the other half")
-    return model.state_dict()
+    half = torch.arange(0, len(images), 2)
+    held_out = torch.arange(1, len(images), 2)
+    model = fit_classifier(images[half], labels[half], epochs, seed)
+    with torch.no_grad():
+        accuracy = (model(images[held_out]).argmax(1) == labels[held_out]).float().mean()
+    print(f"classifier trained on half the digits reads {accuracy:.2%} of the other half")
+    return fit_classifier(images, labels, epochs, seed).state_dict()
+
+
+def fit_classifier(
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    epochs: int,
+    seed: int,
+) -> DigitClassifier:
+    """Fit a fresh classifier to images (N, 1, 16, 16) and labels (N,)."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    model = DigitClassifier()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs)
+    for _ in tqdm(range(epochs), desc="classifier", unit="epoch"):
+        for pick in torch.randperm(len(images)).split(64):
+            optimiser.zero_grad(set_to_none=True)
+            logits = model(augment(images[pick], generator))
+            cross_entropy(logits, labels[pick]).backward()
+            optimiser.step()
+        decay.step()
+    return model
 
 
 def save_half(state: dict[str, torch.Tensor], path: Path) -> None:
+    """Write the weights as float16; the file appears whole or not at all."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     save_file({name: value.half().contiguous() for name, value in state.items()}, temporary)
     os.replace(temporary, path)
@@ -92,12 +125,15 @@ def save_half(state: dict[str, torch.Tensor], path: Path) -> None:
 
 def main(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
-    save_half(train_classifier(args.epochs, args.seed), args.out / "classifier.safetensors")
-    save_half(train_dit(args.steps, args.batch, args.seed), args.out / "dit.safetensors")
+    classifier = train_classifier(args.epochs, args.seed)
+    save_half(classifier, args.out / "classifier.safetensors")
+    dit = train_dit(args.steps, args.batch, args.seed)
+    save_half(dit, args.out / "dit.safetensors")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=6500)
     parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--epochs", type=int, default=30)
