@@ -1,5 +1,6 @@
 """Class-conditional DiT (Peebles & Xie, 2023)."""
 import re
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,27 @@ def scope_linears(model: nn.Module, scope: str) -> dict[str, nn.Module]:
 def timed(name: str) -> bool:
     """Whether the input of this layer is a vector per image that comes from the timestep embedding."""
     return name.endswith(MODULATION) or name.startswith("t_embedder.")
+
+
+class LayerPlace(NamedTuple):
+    """A layer's role, and its block (None outside the blocks), as reports need them."""
+
+    role: str
+    block: str | None
+
+
+def layer_places(model: nn.Module) -> dict[str, LayerPlace]:
+    """Tell where each linear that any recipe quantises stands, by state-dict name."""
+    places = {}
+    for name in scope_linears(model, "all"):
+        inside = re.match(r"(blocks\.\d+)\.(.+)", name)
+        if inside is None:
+            places[name] = LayerPlace(name, None)
+        elif inside[2] == MODULATION:
+            places[name] = LayerPlace("adaLN_modulation", inside[1])
+        else:
+            places[name] = LayerPlace(inside[2].split(".")[1], inside[1])
+    return places
 
 
 _DIFFUSERS = (
