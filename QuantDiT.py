@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 import config
-from architectures.dit import block_linears
+from architectures.dit import LayerPlace, block_linears, layer_places
 from cli.parser import Parser, add_model_flags, find_card, run
 from cli.recipe_flags import add_recipe_flags, build_recipe, recipe_label
 from cli.values import at_least, class_labels, one_of, user_value
@@ -44,9 +44,9 @@ from report.page import Section, write_page
 from report.quantisation import quantisation_figures
 
 
-def report_layers(text: str | None, names: list[str]) -> list[str]:
+def report_layers(text: str | None, names: list[str], places: dict[str, LayerPlace]) -> list[str]:
     """The layers whose inputs a report draws."""
-    return default_layers(names) if text is None else [one_of(name, names, "--report-layers") for name in text.split(",")]
+    return default_layers(places) if text is None else [one_of(name, names, "--report-layers") for name in text.split(",")]
 
 
 def make_judge(args: argparse.Namespace, recipe: Recipe, card: ModelCard, model: nn.Module, decode: Decoder, schedule: Schedule,
@@ -84,7 +84,7 @@ def main(args: argparse.Namespace) -> float:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(name, card, image_size, num_classes, args.ckpt, device)
     decode = load_decoder(card, args.vae, device)
-    shown = report_layers(args.report_layers, list(block_linears(model)))
+    shown = report_layers(args.report_layers, list(block_linears(model)), layer_places(model))
 
     indices, labels = range(len(labels)), torch.tensor(labels, device=device)
 
@@ -104,7 +104,7 @@ def main(args: argparse.Namespace) -> float:
     if result.evolution:
         figure = output.with_suffix(".evolution.png")
         with atomic(figure) as temporary:
-            temporary.write_bytes(group_allocation([each.best for each in result.evolution], [each.mean for each in result.evolution], result.groups))
+            temporary.write_bytes(group_allocation([each.best for each in result.evolution], [each.mean for each in result.evolution], result.groups, layer_places(model)))
         print(f"wrote {figure}: the choice of group sizes; {output.stem}.evolution-….json lets the same command go on after an interruption")
     print(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB), quantised in {seconds:.1f} s")
 

@@ -1,7 +1,8 @@
-"""Finds, fetches and verifies weights; loads decoders and the networks that judge images.
+"""Find, fetch and verify weights; load float models and decoders.
 
-Published DiT-XL/2 weights (CC BY-NC 4.0) come from the DiT authors' server or, with ``--ckpt FOLDER``, from a copy of the hub's
-``facebook/DiT-XL-2-256`` (a diffusers ``DiTTransformer2DModel``). Nothing is ever unpickled beyond plain tensors.
+Published DiT-XL/2 weights (CC BY-NC 4.0) come from the DiT authors' server. ``--ckpt FOLDER``
+takes a copy of the hub's ``facebook/DiT-XL-2-256`` (a diffusers ``DiTTransformer2DModel``)
+instead. Nothing is ever unpickled beyond plain tensors.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from architectures.dit import convert_diffusers
 from errors import UserError
 from files.digests import weights_sha256
 from files.weights import load_into, read_state_dict
@@ -22,7 +24,12 @@ VAE_SCALE = 0.18215  # latents are this many times what the VAE decodes
 
 @dataclass(frozen=True)
 class Decoder:
-    """Turns latents (N, C, H, W) into images (N, 1 or 3, H', W') in [-1, 1]; ``name`` identifies it, weights included."""
+    """Turns latents (N, C, H, W) into images (N, 1 or 3, H', W') in [-1, 1].
+
+    Attributes:
+        name: identifies it, weights included.
+        run: the function itself.
+    """
 
     name: str
     run: Callable[[Tensor], Tensor]
@@ -31,11 +38,19 @@ class Decoder:
         return self.run(latents)
 
 
-def load_model(name: str, card: ModelCard, image_size: int, num_classes: int, ckpt: str | None, device: torch.device) -> DiT:
-    """The float model in eval mode.
+def load_model(
+    name: str,
+    card: ModelCard,
+    image_size: int,  # pixels per side
+    num_classes: int,
+    ckpt: str | None,  # --ckpt; None: the published or bundled weights
+    device: torch.device,
+) -> DiT:
+    """Load a float model in eval mode.
 
     Raises:
-        UserError: image size and model do not fit, or the weights are missing, unreadable or of another model.
+        UserError: image size and model do not fit, or the weights are missing, unreadable or of
+            another model.
     """
     with torch.device("meta"):
         try:
@@ -43,14 +58,24 @@ def load_model(name: str, card: ModelCard, image_size: int, num_classes: int, ck
         except ValueError as error:
             raise UserError(f"{name}: {error}") from None
     source, state = find_state_dict(name, image_size, ckpt)
-    state.setdefault("pos_embed", model.pos_embed.data)  # fixed, and not in diffusers' files
-    return load_into(model, state, source, f"{name} at {image_size} pixels and {num_classes} classes").to(device).eval()
+    # The position embedding is fixed, and not in diffusers' files.
+    state.setdefault("pos_embed", model.pos_embed.data)
+    wanted = f"{name} at {image_size} pixels and {num_classes} classes"
+    return load_into(model, state, source, wanted).to(device).eval()
 
 
-def find_state_dict(name: str, image_size: int, ckpt: str | None) -> tuple[str, dict[str, Tensor]]:
-    """Where the weights came from, and the weights."""
+def find_state_dict(
+    name: str,
+    image_size: int,
+    ckpt: str | None,
+) -> tuple[str, dict[str, Tensor]]:
+    """Return where a model's weights came from, for messages, and the weights by published name.
+
+    Raises:
+        UserError: there are none for this model, or they cannot be read or fetched.
+    """
     if ckpt is not None:
-        return ckpt, read_state_dict(Path(ckpt))
+        return ckpt, _read_published(Path(ckpt))
     if name == "DiT-Digits":
         from examples.digits.outliers import plain_weights
         return "examples/digits", plain_weights()
@@ -62,10 +87,22 @@ def find_state_dict(name: str, image_size: int, ckpt: str | None) -> tuple[str, 
     path = FOLDER / f"DiT-XL-2-{image_size}x{image_size}.pt"
     if not path.exists():
         fetch(PUBLISHED_URL + path.name, path, "--ckpt")
-    return str(path), read_state_dict(path)
+    return str(path), _read_published(path)
 
 
-def fetch(url: str, path: Path, flag: str | None = None, sha256_prefix: str | None = None) -> None:
+def _read_published(path: Path) -> dict[str, Tensor]:
+    """Read weights by their published names; those of diffusers are converted."""
+    state = read_state_dict(path)
+    is_diffusers = "proj_out_2.weight" in state
+    return convert_diffusers(state) if is_diffusers else state
+
+
+def fetch(
+    url: str,
+    path: Path,
+    flag: str | None = None,
+    sha256_prefix: str | None = None,
+) -> None:
     """Download to a temporary name, then rename; shows a progress bar.
 
     Args:
@@ -80,26 +117,36 @@ def fetch(url: str, path: Path, flag: str | None = None, sha256_prefix: str | No
     try:
         torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256_prefix)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot download {url} ({error}): put the file at '{path}' by hand{alternative}") from None
+        raise UserError(
+            f"cannot download {url} ({error}): put the file at '{path}' by hand{alternative}"
+        ) from None
 
 
 def load_decoder(card: ModelCard, vae: str, device: torch.device) -> Decoder:
-    """What turns latents into images.
+    """Load what turns a model's latents into images.
+
+    Args:
+        vae: which Stable Diffusion VAE, ``ema`` or ``mse``; models with a decoder of their own
+            ignore it.
 
     Raises:
         UserError: the VAE's weights cannot be had; says where to put them by hand.
     """
     if card.decoder == "digits":
-        from examples.digits.data import decode
-        return Decoder("digits", decode)
+        from examples.digits.data import decode as decode_digits
+        return Decoder("digits", decode_digits)
     from diffusers.models import AutoencoderKL
     local = FOLDER / f"sd-vae-ft-{vae}"
     source = str(local) if local.is_dir() else f"stabilityai/sd-vae-ft-{vae}"
     try:
         model = AutoencoderKL.from_pretrained(source).to(device).eval()
-    except Exception as error:  # the hub client raises types of several libraries
-        raise UserError(f"cannot load the VAE from '{source}' ({type(error).__name__}): put config.json and "
-                        f"diffusion_pytorch_model.safetensors into '{local}' by hand") from None
-    return Decoder(f"vae-{vae}-{weights_sha256(model)[:16]}", lambda latents: model.decode(latents / VAE_SCALE).sample)
+    # The hub's client raises types of several libraries.
+    except Exception as error:
+        raise UserError(
+            f"cannot load the VAE from '{source}' ({type(error).__name__}): put config.json and "
+            f"diffusion_pytorch_model.safetensors into '{local}' by hand") from None
 
+    def decode(latents: Tensor) -> Tensor:
+        return model.decode(latents / VAE_SCALE).sample
 
+    return Decoder(f"vae-{vae}-{weights_sha256(model)[:16]}", decode)

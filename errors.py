@@ -2,9 +2,10 @@
 
 
 class UserError(Exception):
-    """A mistake of the person at the terminal: one line saying what was given, what was expected and what to do.
+    """Say in one line what was given, what was expected and what to do.
 
-    ``every_rank``: other processes of the run do not find the same one.
+    Attributes:
+        every_rank: other processes of the run do not find the same mistake, so each one says so.
     """
 
     every_rank = False

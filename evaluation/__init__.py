@@ -1,1 +1,1 @@
-"""Judging images: features of a network, ADM's metrics of them, and fidelity to the float model."""
+"""Judging images: what a network sees in them, ADM's metrics, and fidelity to the float model."""

@@ -1,4 +1,7 @@
-"""How far a quantised model's images are from the float model's with the same noise: what quantisation itself changes."""
+"""How far a quantised model's images are from the float model's with the same noise.
+
+This is what quantisation itself changes, whatever the images are worth.
+"""
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -7,13 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from diffusion import Schedule
+from diffusion import Schedule, ddpm_step
 from diffusion.generate import batch_indices, latents_by_step
-from diffusion.sampler import Step
 from evaluation.metrics import psnr_db, sqnr_db
 from files.images import to_bytes
 
-Perceptual = Callable[[Tensor, Tensor], Tensor]  # images (N, 3, H, W) in [-1, 1], twice -> distances (N,)
+# Images (N, 3, H, W) in [-1, 1], twice, to distances (N,).
+Perceptual = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Against the float model's run with the same noise.
+    """Distances from the float model's run with the same noise.
 
     Attributes:
-        sqnr_db: of the latents after each step, noisiest first; the last is that of the final latents.
+        sqnr_db: of the latents after each step, noisiest first; the last is that of the final
+            latents.
         psnr_db: of the images, over all their pixels.
-        lpips: mean perceptual distance of the images (Zhang et al., 2018), None where it was not computed.
+        lpips: mean perceptual distance of the images (Zhang et al., 2018), None where it was not
+            computed.
     """
 
     sqnr_db: list[float]
@@ -45,26 +50,64 @@ class Fidelity:
 
 
 @torch.inference_mode()
-def sample_run(model: nn.Module, decode: Callable[[Tensor], Tensor], schedule: Schedule, labels: Sequence[int], seed: int, cfg_scale: float,
-        step: Step, batch: int) -> Run:
+def sample_run(
+    model: nn.Module,
+    decode: Callable[[Tensor], Tensor],
+    schedule: Schedule,
+    labels: Sequence[int],
+    seed: int,
+    cfg_scale: float,
+    batch: int,
+) -> Run:
     """Sample images 0 to ``len(labels) - 1``, ``batch`` at a time, and keep every step."""
     latents, images = [], []
-    for begin in range(0, len(labels), batch):
-        part = torch.tensor(labels[begin:begin + batch])
-        indices = batch_indices(begin // batch, batch)[:len(part)]
-        steps = list(latents_by_step(model, schedule, indices, part, seed, cfg_scale, step))
+    for start in range(0, len(labels), batch):
+        batch_labels = torch.tensor(labels[start:start + batch])
+        # The last batch may be a short one.
+        indices = batch_indices(start // batch, batch)[:len(batch_labels)]
+        steps = list(latents_by_step(
+            model, schedule, indices, batch_labels, seed, cfg_scale, ddpm_step))
         latents.append(torch.stack(steps).cpu())
         images.append(to_bytes(decode(steps[-1])))
     return Run(torch.cat(latents, dim=1), np.concatenate(images))
 
 
-def compare_runs(reference: Run, test: Run, perceptual: Perceptual | None = None, batch: int = 32) -> Fidelity:
-    """Compare two runs of the same images."""
-    distances = []
+def compare_runs(
+    reference: Run,
+    test: Run,
+    perceptual: Perceptual | None = None,
+    batch: int = 32,
+) -> Fidelity:
+    """Measure how far the images of ``test`` are from the same ones of ``reference``.
+
+    Args:
+        perceptual: LPIPS, if it is to be computed, on ``batch`` pairs at a time.
+    """
+    sqnr = [sqnr_db(a, b) for a, b in zip(reference.latents, test.latents)]
+    psnr = psnr_db(_one_image(reference.images), _one_image(test.images))
+    lpips = None
     if perceptual is not None:
-        pair = [torch.from_numpy(run.images).permute(0, 3, 1, 2).float() / 127.5 - 1 for run in (reference, test)]
-        with torch.inference_mode():
-            distances = [perceptual(a, b).cpu() for a, b in zip(*(images.split(batch) for images in pair))]
-    pooled = [run.images.reshape(1, -1, 1, 3) for run in (reference, test)]
-    return Fidelity([sqnr_db(a, b) for a, b in zip(reference.latents, test.latents)], float(psnr_db(*pooled)[0]),
-                    float(torch.cat(distances).mean()) if distances else None)
+        lpips = _mean_distance(perceptual, reference.images, test.images, batch)
+    return Fidelity(sqnr, float(psnr[0]), lpips)
+
+
+def _one_image(images: NDArray) -> NDArray:
+    """Reshape images (N, H, W, 3) to a single one (1, N H W, 1, 3) of all their pixels."""
+    return images.reshape(1, -1, 1, 3)
+
+
+@torch.inference_mode()
+def _mean_distance(perceptual: Perceptual, a: NDArray, b: NDArray, batch: int) -> float:
+    """Average the perceptual distances of the pairs of uint8 images (N, H, W, 3)."""
+    first_batches = _as_floats(a).split(batch)
+    second_batches = _as_floats(b).split(batch)
+    distances = [
+        perceptual(first, second).cpu()
+        for first, second in zip(first_batches, second_batches)
+    ]
+    return float(torch.cat(distances).mean())
+
+
+def _as_floats(images: NDArray) -> Tensor:
+    """Convert uint8 images (N, H, W, 3) to (N, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -1,4 +1,8 @@
-"""What group sizes are chosen by (Q-DiT, equation 5): how near a quantised model's images are to the float model's, or to real ones."""
+"""By what group sizes are chosen (Q-DiT, equation 5).
+
+Either how near a quantised model's latents are to the float model's, or how near its images are
+to real ones.
+"""
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,33 +22,55 @@ BATCH = 50  # images at a time
 
 @dataclass(frozen=True)
 class Judge:
-    """The ``loss`` of a quantised model, with a description that changes whenever the loss would."""
+    """The ``loss`` of a quantised model, with a description that changes whenever it would."""
 
     loss: Callable[[nn.Module], float]
     description: str
 
 
 def sqnr_judge(model: nn.Module, schedule: Schedule, seed: int) -> Judge:
-    """Minus the SQNR in dB of a few final latents against those of the float ``model`` with the same noise."""
+    """Judge by minus the SQNR in dB of a few final latents.
+
+    The reference is those of the float ``model`` with the same noise.
+    """
     indices = range(config.judge_images)
     labels = torch.tensor(config.default_labels(model.num_classes, len(indices)))
 
-    def latents(each: nn.Module) -> Tensor:
-        return generate_latents(each, schedule, indices, labels, seed, config.calibration_cfg_scale, ddpm_step)
+    def latents_of(sampled: nn.Module) -> Tensor:
+        return generate_latents(
+            sampled, schedule, indices, labels, seed, config.calibration_cfg_scale, ddpm_step)
 
-    reference = latents(model)
-    return Judge(lambda quantised: -sqnr_db(reference, latents(quantised)), f"SQNR of {len(indices)} latents, {len(schedule)} steps, seed {seed}")
+    reference = latents_of(model)
+
+    def negative_sqnr(quantised: nn.Module) -> float:
+        return -sqnr_db(reference, latents_of(quantised))
+
+    description = f"SQNR of {len(indices)} latents, {len(schedule)} steps, seed {seed}"
+    return Judge(negative_sqnr, description)
 
 
-def fid_judge(decode: Callable[[Tensor], Tensor], extractor: Extractor, reference: Path, schedule: Schedule, seed: int) -> Judge:
-    """FID of ``config.judge_fid_images`` images to those of an ``.npz``."""
-    pool = load_set(reference, extractor).pool
+def fid_judge(
+    decode: Callable[[Tensor], Tensor],
+    extractor: Extractor,
+    reference: Path,
+    schedule: Schedule,
+    seed: int,
+) -> Judge:
+    """Judge by the FID of ``config.judge_fid_images`` images to those of an ``.npz``."""
+    real = load_set(reference, extractor).pool
+    count = config.judge_fid_images
 
     def fid(quantised: nn.Module) -> float:
-        images = []
-        for begin in range(0, config.judge_fid_images, BATCH):
-            indices = range(begin, min(begin + BATCH, config.judge_fid_images))
+        batches = []
+        for start in range(0, count, BATCH):
+            indices = range(start, min(start + BATCH, count))
             labels = torch.tensor([i % quantised.num_classes for i in indices])
-            images.append(generate_images(quantised, decode, schedule, indices, labels, seed, config.calibration_cfg_scale, ddpm_step))
-        return frechet_distance(statistics(extract(np.concatenate(images), extractor, BATCH, "features")["pool"]), pool)
-    return Judge(fid, f"FID of {config.judge_fid_images} images to {reference.name}, {len(schedule)} steps, seed {seed}")
+            batches.append(generate_images(
+                quantised, decode, schedule, indices, labels, seed,
+                config.calibration_cfg_scale, ddpm_step))
+        features = extract(np.concatenate(batches), extractor, BATCH, "features")
+        return frechet_distance(statistics(features["pool"]), real)
+
+    description = (
+        f"FID of {count} images to {reference.name}, {len(schedule)} steps, seed {seed}")
+    return Judge(fid, description)

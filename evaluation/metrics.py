@@ -1,6 +1,7 @@
-"""Distances between sets of images: the mathematics only, on feature arrays, in float64 where it matters.
+"""Distances between sets of images: the mathematics only, on feature arrays.
 
-FID, sFID, Inception Score, precision and recall are those of the ADM evaluation suite (Dhariwal & Nichol, 2021).
+FID, sFID, Inception Score, precision and recall are those of the ADM evaluation suite
+(Dhariwal & Nichol, 2021). Float64 is used where it matters.
 """
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,14 +17,22 @@ IS_SPLIT = 5000
 
 
 def sqnr_db(reference: Tensor, test: Tensor) -> float:
-    """Signal to quantisation noise ratio in dB: ``10 log10(|reference|^2 / |reference - test|^2)``; inf where equal."""
+    """Compute the signal to quantisation noise ratio in dB.
+
+    ``10 log10(|reference|^2 / |reference - test|^2)``; infinite where the two are equal.
+    """
     reference, test = reference.double(), test.double()
     noise = (reference - test).square().sum()
-    return float(10 * torch.log10(reference.square().sum() / noise)) if noise > 0 else float("inf")
+    if not noise > 0:
+        return float("inf")
+    return float(10 * torch.log10(reference.square().sum() / noise))
 
 
 def psnr_db(reference: NDArray, test: NDArray) -> NDArray:
-    """Peak signal to noise ratio in dB of each pair of uint8 images (N, H, W, C): ``20 log10(255 / rms)``, (N,); inf where equal."""
+    """Compute the peak signal to noise ratio in dB of each pair of uint8 images (N, H, W, C).
+
+    ``20 log10(255 / rms)``, (N,); infinite where the two are equal.
+    """
     error = np.square(reference.astype(np.float64) - test).mean(axis=(1, 2, 3))
     with np.errstate(divide="ignore"):
         return 10 * np.log10(255.0 ** 2 / error)
@@ -38,13 +47,15 @@ class Statistics:
 
     def __post_init__(self):
         if self.covariance.shape != (len(self.mean),) * 2 or self.mean.ndim != 1:
-            raise ValueError(f"a mean of shape {self.mean.shape} does not go with a covariance of {self.covariance.shape}")
+            raise ValueError(
+                f"a mean of shape {self.mean.shape} does not go with "
+                f"a covariance of {self.covariance.shape}")
         if not (np.isfinite(self.mean).all() and np.isfinite(self.covariance).all()):
             raise ValueError("the statistics hold NaN or infinity")
 
 
 def statistics(features: NDArray) -> Statistics:
-    """Mean and unbiased covariance of features (N, D).
+    """Compute the mean and unbiased covariance of features (N, D).
 
     Raises:
         ValueError: fewer than two of them, or a value is not finite.
@@ -54,15 +65,17 @@ def statistics(features: NDArray) -> Statistics:
         raise ValueError(f"a covariance needs at least 2 images, got {len(features)}")
     mean = features.mean(axis=0, dtype=np.float64)
     scatter = np.zeros((len(mean),) * 2)
-    for begin in range(0, len(features), ROWS):
-        centred = features[begin:begin + ROWS] - mean
+    for start in range(0, len(features), ROWS):
+        centred = features[start:start + ROWS] - mean
         scatter += centred.T @ centred
     return Statistics(mean, scatter / (len(features) - 1))
 
 
 def check_features(features: NDArray) -> None:
-    """Raises:
-        ValueError: not (N, D), or a value is not finite.
+    """Check that features are finite and (N, D).
+
+    Raises:
+        ValueError: they are not.
     """
     if features.ndim != 2 or not features.size:
         raise ValueError(f"expected features of shape (N, D), got {features.shape}")
@@ -71,10 +84,11 @@ def check_features(features: NDArray) -> None:
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """Fréchet distance of two normals (Heusel et al., 2017, eq. 6).
+    """Compute the Fréchet distance of two normals (Heusel et al., 2017, eq. 6).
 
-    ``|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))``; the trace of the root is that of the symmetric
-    ``C_a^(1/2) C_b C_a^(1/2)``, whose eigenvalues are real, also where a covariance is singular.
+    ``|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))``. The trace of the root is that of the
+    symmetric ``C_a^(1/2) C_b C_a^(1/2)``, whose eigenvalues are real, also where a covariance is
+    singular.
 
     Raises:
         ValueError: the dimensions differ.
@@ -82,36 +96,48 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"statistics of width {len(a.mean)} and {len(b.mean)} cannot be compared")
     values, vectors = np.linalg.eigh(a.covariance)
-    root = vectors * np.sqrt(values.clip(min=0))  # any root will do: root root^T = C_a
+    # Any root will do: root root^T = C_a.
+    root = vectors * np.sqrt(values.clip(min=0))
     overlap = np.sqrt(np.linalg.eigvalsh(root.T @ b.covariance @ root).clip(min=0)).sum()
-    distance = np.square(a.mean - b.mean).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * overlap
+    shift = np.square(a.mean - b.mean).sum()
+    distance = shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * overlap
     return float(max(distance, 0.0))
 
 
 def inception_score(logits: NDArray, split: int = IS_SPLIT) -> float:
-    """Mean over splits of ``exp(mean KL(p(y|x) || p(y)))`` (Salimans et al., 2016), from logits (N, K).
+    """Compute the Inception Score of logits (N, K) (Salimans et al., 2016).
 
-    Splits are taken in order; a short last one counts as much as the others.
+    It is the mean over splits of ``exp(mean KL(p(y|x) || p(y)))``. Splits are taken in order; a
+    short last one counts as much as the others.
     """
     check_features(logits)
     scores = []
-    for begin in range(0, len(logits), split):
-        log_p = torch.from_numpy(np.asarray(logits[begin:begin + split], np.float64)).log_softmax(1)
+    for start in range(0, len(logits), split):
+        part = torch.from_numpy(np.asarray(logits[start:start + split], np.float64))
+        log_p = part.log_softmax(1)
         log_marginal = log_p.logsumexp(0) - np.log(len(log_p))
-        scores.append(float(((log_p - log_marginal) * log_p.exp()).sum(1).mean().exp()))
+        divergence = ((log_p - log_marginal) * log_p.exp()).sum(1)  # KL, (split,)
+        scores.append(float(divergence.mean().exp()))
     return float(np.mean(scores))
 
 
-def precision_recall(reference: NDArray, samples: NDArray, half: bool = False, device: str | torch.device = "cpu") -> tuple[float, float]:
-    """Improved precision and recall (Kynkäänniemi et al., 2019) with 3 neighbours.
+def precision_recall(
+    reference: NDArray,
+    samples: NDArray,
+    half: bool = False,
+    device: str | torch.device = "cpu",
+) -> tuple[float, float]:
+    """Compute improved precision and recall (Kynkäänniemi et al., 2019) with 3 neighbours.
 
-    Precision is the share of samples inside the union of balls around reference features, recall the share of reference
-    features inside the union of balls around samples. A ball's squared radius is the squared distance to the third neighbour
-    (the fourth smallest, itself included), its surface belongs to it.
+    Precision is the share of samples inside the union of balls around reference features, recall
+    the share of reference features inside the union of balls around samples. A ball's squared
+    radius is the squared distance to the third neighbour (the fourth smallest, itself included).
+    Its surface belongs to it.
 
     Args:
         reference, samples: (N, D), (M, D).
-        half: squared distances in float16 where they stay finite, as ADM's evaluator computes them; else float32.
+        half: squared distances in float16 where they stay finite, as ADM's evaluator computes
+            them; else float32.
 
     Raises:
         ValueError: widths differ, fewer than 4 features, or a value is not finite.
@@ -119,35 +145,63 @@ def precision_recall(reference: NDArray, samples: NDArray, half: bool = False, d
     for features in (reference, samples):
         check_features(features)
         if len(features) <= NEIGHBOURS:
-            raise ValueError(f"precision and recall need at least {NEIGHBOURS + 1} images, got {len(features)}")
+            raise ValueError(
+                "precision and recall need at least "
+                f"{NEIGHBOURS + 1} images, got {len(features)}")
     if reference.shape[1] != samples.shape[1]:
-        raise ValueError(f"features of width {reference.shape[1]} and {samples.shape[1]} cannot be compared")
+        raise ValueError(
+            f"features of width {reference.shape[1]} and {samples.shape[1]} cannot be compared")
     distances = _half_distances if half else _distances
-    real, made = (torch.tensor(features, dtype=torch.float32, device=device) for features in (reference, samples))
-    real_radii, made_radii = (
-        torch.cat([d.topk(NEIGHBOURS + 1, largest=False).values[:, -1] for d in _strips(x, x, distances)]) for x in (real, made))
-    covered = torch.zeros(len(made), dtype=torch.bool, device=device)
+
+    # The balls around each feature.
+    real = torch.tensor(reference, dtype=torch.float32, device=device)  # (N, D)
+    generated = torch.tensor(samples, dtype=torch.float32, device=device)  # (M, D)
+    real_radii = _squared_radii(real, distances)  # (N,)
+    generated_radii = _squared_radii(generated, distances)  # (M,)
+
+    # Who lies in whose ball.
+    covered = torch.zeros(len(generated), dtype=torch.bool, device=device)
     recalled = []
-    for d, radii in zip(_strips(real, made, distances), real_radii.split(ROWS)):
+    for d, radii in zip(_strips(real, generated, distances), real_radii.split(ROWS)):
         covered |= (d <= radii[:, None]).any(0)
-        recalled.append((d <= made_radii).any(1))
-    return float(covered.double().mean()), float(torch.cat(recalled).double().mean())
+        recalled.append((d <= generated_radii).any(1))
+    precision = covered.double().mean()
+    recall = torch.cat(recalled).double().mean()
+    return float(precision), float(recall)
 
 
-def _strips(a: Tensor, b: Tensor, distances: Callable[[Tensor, Tensor], Tensor]) -> Iterator[Tensor]:
-    """Squared distances (<= ROWS, M) of a's rows to all of b's."""
+Distances = Callable[[Tensor, Tensor], Tensor]  # rows (N, D) and (M, D) to (N, M)
+
+
+def _squared_radii(x: Tensor, distances: Distances) -> Tensor:
+    """Compute the squared distance of each row (N, D) to its third neighbour, (N,)."""
+    radii = []
+    for d in _strips(x, x, distances):
+        # A row's own distance, 0, is the smallest.
+        nearest = d.topk(NEIGHBOURS + 1, largest=False).values
+        radii.append(nearest[:, -1])
+    return torch.cat(radii)
+
+
+def _strips(a: Tensor, b: Tensor, distances: Distances) -> Iterator[Tensor]:
+    """Yield squared distances (<= ROWS, M) of a's rows to all of b's."""
     return (distances(rows, b) for rows in a.split(ROWS))
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
+    """Compute squared distances (N, M) of rows (N, D) and (M, D) in float32."""
     norms = a.square().sum(1)[:, None] + b.square().sum(1)
     return torch.addmm(norms, a, b.T, alpha=-2).clamp_(min=0)
 
 
 def _half_distances(a: Tensor, b: Tensor) -> Tensor:
-    """Every intermediate rounded to float16 (sums and products accumulate in float32), float32 instead if one overflows."""
+    """Compute them with every intermediate rounded to float16, or in float32 if one overflows.
+
+    Sums and products accumulate in float32.
+    """
     x, y = a.half(), b.half()
     products = (x.float() @ y.float().T).half()
-    norms = [half.square().sum(1, dtype=torch.float32).half() for half in (x, y)]
-    d = (norms[0][:, None] - 2 * products + norms[1]).clamp_(min=0)
+    x_norms = x.square().sum(1, dtype=torch.float32).half()
+    y_norms = y.square().sum(1, dtype=torch.float32).half()
+    d = (x_norms[:, None] - 2 * products + y_norms).clamp_(min=0)
     return d.float() if torch.isfinite(d).all() else _distances(a, b)

@@ -1,4 +1,4 @@
-"""ADM's five numbers of a set of images."""
+"""ADM's five numbers of a set of images, and how they are shown."""
 import dataclasses
 from dataclasses import dataclass
 
@@ -20,8 +20,13 @@ class Scores:
     recall: float | None
 
 
-def score(reference: ImageSet, samples: ImageSet, half: bool = False, device: str | torch.device = "cpu") -> Scores:
-    """The five numbers of ``samples``.
+def score(
+    reference: ImageSet,
+    samples: ImageSet,
+    half: bool = False,
+    device: str | torch.device = "cpu",
+) -> Scores:
+    """Compute the five numbers of ``samples``.
 
     Args:
         half: compute the distances behind precision and recall in float16, as ADM's evaluator does.
@@ -29,19 +34,44 @@ def score(reference: ImageSet, samples: ImageSet, half: bool = False, device: st
     Raises:
         ValueError: the images are of different resolutions.
     """
-    if reference.size is not None and samples.size is not None and reference.size != samples.size:
-        raise ValueError(f"images of '{reference.name}' are {'x'.join(map(str, reference.size))}, those of '{samples.name}' "
-                         f"{'x'.join(map(str, samples.size))}: expected one resolution")
-    both = reference.pool_features is not None and samples.pool_features is not None
-    precision, recall = precision_recall(reference.pool_features, samples.pool_features, half, device) if both else (None, None)
-    return Scores(samples.count, frechet_distance(reference.pool, samples.pool), frechet_distance(reference.spatial, samples.spatial),
-                  None if samples.logits is None else inception_score(samples.logits), precision, recall)
+    check_sizes(reference, samples)
+    precision, recall, inception = None, None, None
+    if reference.pool_features is not None and samples.pool_features is not None:
+        precision, recall = precision_recall(
+            reference.pool_features, samples.pool_features, half, device)
+    if samples.logits is not None:
+        inception = inception_score(samples.logits)
+    return Scores(
+        n=samples.count,
+        fid=frechet_distance(reference.pool, samples.pool),
+        sfid=frechet_distance(reference.spatial, samples.spatial),
+        inception_score=inception,
+        precision=precision,
+        recall=recall)
+
+
+def check_sizes(reference: ImageSet, samples: ImageSet) -> None:
+    """Check that two sets are of one resolution, as far as their sizes are known.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if reference.size is None or samples.size is None or reference.size == samples.size:
+        return
+    expected = "x".join(map(str, reference.size))
+    given = "x".join(map(str, samples.size))
+    raise ValueError(
+        f"images of '{reference.name}' are {expected}, those of '{samples.name}' {given}: "
+        "expected one resolution")
 
 
 HEADINGS = ("N", "FID", "sFID", "IS", "precision", "recall")
+_FORMATS = ("d", ".3f", ".3f", ".2f", ".4f", ".4f")
 
 
 def cells(scores: Scores) -> list[str]:
-    """The scores as text under ``HEADINGS``; n/a where a file does not hold what is needed."""
-    forms = ("d", ".3f", ".3f", ".2f", ".4f", ".4f")
-    return ["n/a" if value is None else format(value, form) for value, form in zip(dataclasses.astuple(scores), forms)]
+    """Format the scores under ``HEADINGS``; n/a where a file does not hold what is needed."""
+    return [
+        "n/a" if value is None else format(value, form)
+        for value, form in zip(dataclasses.astuple(scores), _FORMATS)
+    ]

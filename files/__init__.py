@@ -1,1 +1,1 @@
-"""Files: whole or not at all, images, arrays, weights."""
+"""Input and output: whole files or none, fingerprints, images, arrays and weights."""

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and their fingerprints."""
+"""Files that appear whole or not at all, in folders that can be written."""
 import os
 import re
 import socket
@@ -11,17 +11,19 @@ from errors import UserError
 
 
 def file_stem(text: str) -> str:
-    """``text`` with everything replaced that is awkward in a file's name."""
+    """Replace everything in ``text`` that is awkward in a file's name."""
     return re.sub(r"[^\w.=-]", "-", text)
 
 
 @contextmanager
 def atomic(path: Path, durable: bool = False) -> Iterator[Path]:
-    """A temporary path beside ``path`` that is renamed to it if the block succeeds and removed if not.
+    """Yield a temporary path beside ``path``; rename it if the block succeeds, remove it if not.
 
     Args:
-        durable: make sure that the content is on disk before the name is, so that a power failure leaves no empty file.
+        durable: put the content on disk before the name, so that a power failure leaves no empty
+            file.
     """
+    # Several machines may write into one folder, so a process id alone is not unique.
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -34,7 +36,7 @@ def atomic(path: Path, durable: bool = False) -> Iterator[Path]:
 
 
 def writable_folder(folder: Path) -> Path:
-    """Create ``folder`` if need be and make sure that files can be written there.
+    """Create ``folder`` if need be, check that files can be written there, and return it.
 
     Raises:
         UserError: they cannot.
@@ -44,7 +46,7 @@ def writable_folder(folder: Path) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"cannot write to folder '{folder}': {error.strerror}; give another one") from None
+        raise UserError(
+            f"cannot write to folder '{folder}': {error.strerror}; give another one"
+        ) from None
     return folder
-
-

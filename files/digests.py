@@ -5,20 +5,23 @@ from pathlib import Path
 import torch
 from torch import nn
 
+BLOCK = 2 ** 20  # bytes read at a time
+
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes, 64 hexadecimal digits."""
+    """Digest a file's bytes; returns 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(2 ** 20):
+        while block := file.read(BLOCK):
             digest.update(block)
     return digest.hexdigest()
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """Of a model's tensors, names included."""
+    """Digest a model's tensors and their names; returns 64 hexadecimal digits."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
+        raw = value.detach().cpu().contiguous().view(torch.uint8)
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(raw.numpy().data)
     return digest.hexdigest()

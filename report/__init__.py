@@ -1,1 +1,1 @@
-"""Pictures of a quantisation: figures and the page that shows them."""
+"""Pictures of a quantisation: figures and the pages that show them."""

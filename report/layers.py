@@ -1,74 +1,146 @@
 """What quantisation does to each layer, observed on a short trajectory of the float model."""
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 import config
-from architectures.dit import block_linears
+from architectures.dit import block_linears, layer_places
 from diffusion import Schedule
-from quant.calibration.trajectory import Trajectory, record, replay
+from quant.calibration.trajectory import Observer, Trajectory, record, replay
 from quant.layers.linear import QuantLinear
 from quant.layers.quantised import QuantizedLayer
 from quant.pipeline import Start
+from report.places import Place
 
 IMAGES = 4  # in the trajectory that a report looks at
+DEFAULT_ROLES = ("fc2", "qkv")
 
 
 @dataclass(frozen=True)
 class Observed:
-    """Of every quantised linear, by name.
+    """What was seen of every quantised linear, by name.
 
     Attributes:
         absmax: (steps, I), largest magnitude of each input channel at each step.
-        error_db: SQNR of the layer's output on the float model's inputs at the first, middle and last step.
-        inputs: (T, I) magnitudes of one image's input at the middle step, for the layers asked for.
+        error_db: SQNR of the layer's output on the float model's inputs at the first, middle and
+            last step.
+        inputs: (T, I) magnitudes of one image's input at the middle step, for the layers asked
+            for.
         watched: the steps (indices in sampling order) behind ``error_db``.
+        places: the layer's role and block.
     """
 
     absmax: dict[str, Tensor]
     error_db: dict[str, float]
     inputs: dict[str, Tensor]
     watched: list[int]
+    places: Mapping[str, Place]
 
     @property
     def steps(self) -> int:
         return len(next(iter(self.absmax.values())))
 
 
-def default_layers(names: list[str]) -> list[str]:
-    """The last fc2, where the paper shows outliers (appendix, figures 1 to 4), and the last qkv."""
-    return [[name for name in names if name.endswith(kind)][-1] for kind in ("mlp.fc2", "attn.qkv")]
+def default_layers(places: Mapping[str, Place]) -> list[str]:
+    """Choose the last fc2 and the last qkv.
+
+    The paper shows outliers in fc2 (appendix, figures 1 to 4).
+    """
+    chosen = []
+    for role in DEFAULT_ROLES:
+        names = [name for name, place in places.items() if place.role == role]
+        chosen.append(names[-1])
+    return chosen
+
+
+class OutputErrors:
+    """The error of every quantised layer's output, given the float model's inputs.
+
+    Give ``observer(name)`` to ``replay``, once or several times, then ask for ``decibels``.
+    """
+
+    def __init__(self, linears: Mapping[str, nn.Linear], layers: Mapping[str, QuantizedLayer]):
+        self._linears = linears
+        self._layers = layers
+        # Of the output without its bias, and of its error.
+        self._squared_sums = {name: torch.zeros(2, dtype=torch.float64) for name in linears}
+
+    def observer(self, name: str) -> Observer:
+        """Make an observer of the layer's input (K, 2N, T, I) and output (K, 2N, T, O)."""
+        bias = self._linears[name].bias
+        layer = self._layers[name]
+        quantised = QuantLinear(layer, layer.bias(None))
+
+        def observe_output(x: Tensor, y: Tensor) -> None:
+            product = y - bias
+            error = quantised(x.flatten(0, 1)).view_as(product) - product
+            sums = torch.stack([
+                product.square().sum(dtype=torch.float64),
+                error.square().sum(dtype=torch.float64),
+            ])
+            self._squared_sums[name] += sums.cpu()
+
+        return observe_output
+
+    def decibels(self) -> dict[str, float]:
+        """Compute the SQNR in dB of every layer's output, over all that was observed."""
+        return {
+            name: float(10 * torch.log10(signal / noise))
+            for name, (signal, noise) in self._squared_sums.items()
+        }
 
 
 @torch.inference_mode()
-def observe(model: nn.Module, layers: dict[str, QuantizedLayer], schedule: Schedule, start: Start,
-            wanted: list[str]) -> Observed:
+def observe(
+    model: nn.Module,
+    layers: dict[str, QuantizedLayer],
+    schedule: Schedule,
+    start: Start,
+    wanted: list[str],
+) -> Observed:
     """Sample once with the float ``model`` and look at the layers.
 
     Args:
         start: a few images are enough.
         wanted: layers whose inputs are kept.
     """
+    # Sample, and keep the trajectory.
     linears = block_linears(model)
-    trajectory, absmax = record(model, linears, schedule, start.labels, config.calibration_cfg_scale, start.x, start.draw, "report")
-    watched = sorted({0, len(schedule) // 2, len(schedule) - 1})
-    energies = {name: torch.zeros(2, dtype=torch.float64) for name in linears}  # of the output and of its error
-    inputs, middle = {}, watched.index(len(schedule) // 2)
-    for i, step in enumerate(watched):
+    trajectory, absmax = record(
+        model, linears, schedule, start.labels, config.calibration_cfg_scale,
+        start.x, start.draw, "report")
 
-        def observer(name, keep=i == middle):
-            quantised = QuantLinear(layers[name], layers[name].bias(None))
+    # Replay three of its steps.
+    middle = len(schedule) // 2
+    watched = sorted({0, middle, len(schedule) - 1})
+    errors = OutputErrors(linears, layers)
+    inputs = {}
+    for step in watched:
+        observers = {name: [errors.observer(name)] for name in linears}
+        if step == middle:
+            for name in set(wanted) & linears.keys():
+                observers[name].append(_keep_magnitudes(inputs, name))
+        one_step = _single_step(trajectory, step)
+        replay(model, linears, one_step, observers, 1, f"errors at step {step}")
+    return Observed(
+        absmax={name: values.cpu() for name, values in absmax.items()},
+        error_db=errors.decibels(),
+        inputs=inputs,
+        watched=watched,
+        places=layer_places(model))
 
-            def see(x, y):  # (1, 2N, T, I), (1, 2N, T, O)
-                product = y[0] - linears[name].bias
-                error = quantised(x[0]) - product
-                energies[name] += torch.stack([product.square().sum(dtype=torch.float64), error.square().sum(dtype=torch.float64)]).cpu()
-                if keep and name in wanted:
-                    inputs[name] = x[0, 0].abs().cpu()
-            return see
 
-        one = Trajectory(trajectory.latents[step:step + 1], trajectory.timesteps[step:step + 1], trajectory.labels)
-        replay(model, linears, one, {name: [observer(name)] for name in linears}, 1, f"errors at step {step}")
-    error_db = {name: float(10 * torch.log10(signal / noise)) for name, (signal, noise) in energies.items()}
-    return Observed({name: values.cpu() for name, values in absmax.items()}, error_db, inputs, watched)
+def _keep_magnitudes(inputs: dict[str, Tensor], name: str) -> Observer:
+    """Make an observer that keeps the first image's input magnitudes (T, I) in ``inputs``."""
+    def observe_input(x: Tensor, _: Tensor) -> None:
+        inputs[name] = x[0, 0].abs().cpu()
+
+    return observe_input
+
+
+def _single_step(trajectory: Trajectory, step: int) -> Trajectory:
+    """Cut one step out of a trajectory."""
+    only = slice(step, step + 1)
+    return Trajectory(trajectory.latents[only], trajectory.timesteps[only], trajectory.labels)

@@ -137,7 +137,7 @@ def test_a_model_without_bundled_data_needs_a_reference(tmp_path, capsys):
 
 def digits_run(model, count=5, batch=2):
     decode = load_decoder(DiT_models["DiT-Digits"], "ema", torch.device("cpu"))
-    return fidelity.sample_run(model, decode, make_schedule("4"), [1, 2, 3, 4, 5][:count], 0, 1.5, ddpm_step, batch)
+    return fidelity.sample_run(model, decode, make_schedule("4"), [1, 2, 3, 4, 5][:count], 0, 1.5, batch)
 
 
 def test_fidelity_of_a_model_to_itself_is_infinite_and_of_a_changed_one_per_step():

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from architectures.dit import BLOCK_LINEARS
+from architectures.dit import BLOCK_LINEARS, LayerPlace
 from quant.refinement.evolution import Budget, evolve
 from quant.refinement.group_sizes import (
     bit_ops,
@@ -263,6 +263,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_first_evaluation(tm
 def test_figure_of_a_search(blocks):
     chance = random.Random(0)
     groups = {f"blocks.{i}.{kind}": chance.choice(SIZES) for i in range(blocks) for kind in BLOCK_LINEARS}
-    drawn = [np.asarray(Image.open(io.BytesIO(figures.group_allocation([3.0, 2.0, 2.0], [4.0, 3.0, 2.5], chosen))).convert("RGB"))
+    places = {name: LayerPlace(name.split(".")[3], name.rsplit(".", 2)[0]) for name in groups}
+    drawn = [np.asarray(Image.open(io.BytesIO(figures.group_allocation([3.0, 2.0, 2.0], [4.0, 3.0, 2.5], chosen, places))).convert("RGB"))
              for chosen in (groups, dict.fromkeys(groups, 64))]
     assert drawn[0].shape == drawn[1].shape and (drawn[0] != drawn[1]).any()

@@ -13,7 +13,7 @@ from conftest import random_model
 from PIL import Image
 
 import config
-from architectures.dit import block_linears
+from architectures.dit import block_linears, layer_places
 from config import RECIPES
 from diffusion import ImageNoise, guided_denoiser, make_schedule, sample_loop
 from quant.layers.linear import QuantLinear
@@ -59,7 +59,7 @@ def test_layer_errors_equal_those_of_the_installed_layers(quantised):
 
 def test_all_figures_of_a_run_are_drawn(quantised):
     model, schedule, recipe, result = quantised
-    layers = default_layers(list(block_linears(model)))
+    layers = default_layers(layer_places(model))
     assert layers == ["blocks.1.mlp.fc2", "blocks.1.attn.qkv"]
     observed = observe(model, result.layers, schedule, begin(model), layers)
     made = quantisation_figures(observed, recipe, result, Image.new("RGB", (40, 20), "red"))
