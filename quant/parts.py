@@ -70,8 +70,8 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """What the first pass over the trajectory gave: the calls, and per site maxima (steps, I)."""
+class FirstPass:
+    """What the first pass gave: the calls of the model, and per site maxima (steps, I)."""
 
     trajectory: Trajectory
     maxima: dict[str, Tensor]
@@ -110,12 +110,12 @@ def progress(sites: list[Site]) -> tqdm:
     return tqdm(sites, desc="weights", unit="layer")
 
 
-def build_parts(task: Task, weights: SmoothFirst | LowRankFirst, evidence: Evidence) -> Parts:
+def build_parts(task: Task, weights: SmoothFirst | LowRankFirst, first: FirstPass) -> Parts:
     """Build the parts of a recipe that has a trajectory to look at."""
-    samples_of = _shared_samples(task, evidence)
-    balance = _balance(task, weights, evidence, samples_of)
-    activations = _activations(task, evidence, samples_of, balance)
-    return Parts(balance, weights, activations, _operands(task, evidence))
+    samples_of = _shared_samples(task, first)
+    balance = _balance(task, weights, first, samples_of)
+    activations = _activations(task, first, samples_of, balance)
+    return Parts(balance, weights, activations, _operands(task, first))
 
 
 def parts_without_trajectory(task: Task, weights: SmoothFirst | LowRankFirst) -> Parts:
@@ -123,9 +123,9 @@ def parts_without_trajectory(task: Task, weights: SmoothFirst | LowRankFirst) ->
     return Parts(NoBalance(), weights, DynamicRanges(task.act_spec), FloatOperands())
 
 
-def _shared_samples(task: Task, evidence: Evidence):
+def _shared_samples(task: Task, first: FirstPass):
     """Make a function that observes a site's inputs, once for all parts that ask."""
-    picks = evidence.pick(config.sample_images, task.recipe)
+    picks = first.pick(config.sample_images, task.recipe)
     tokens = config.sample_tokens // config.sample_images
 
     def samples_of(site: Site, watch: Watch) -> Samples:
@@ -135,7 +135,7 @@ def _shared_samples(task: Task, evidence: Evidence):
 
 
 def _balance(
-    task: Task, weights: SmoothFirst | LowRankFirst, evidence: Evidence, samples_of
+    task: Task, weights: SmoothFirst | LowRankFirst, first: FirstPass, samples_of
 ) -> Balance:
     recipe = task.recipe
     if recipe.balance == "salience":
@@ -146,7 +146,7 @@ def _balance(
     if recipe.balance == "none":
         return NoBalance()
     magnitudes = {name: aggregate(values, recipe.balance, recipe.timestep)
-                  for name, values in evidence.maxima.items()}
+                  for name, values in first.maxima.items()}
     new_search = partial(_new_search, task, weights)
     return ChannelMaxima(magnitudes, recipe.alphas, weights.weight_of, new_search)
 
@@ -162,7 +162,7 @@ def _new_search(
 
 
 def _activations(
-    task: Task, evidence: Evidence, samples_of, balance: Balance
+    task: Task, first: FirstPass, samples_of, balance: Balance
 ) -> DynamicRanges | StaticRanges:
     recipe = task.recipe
     if not task.has_static_ranges:
@@ -171,18 +171,18 @@ def _activations(
     if isinstance(balance, Reparameterisation):
         return ReparameterisedRanges(*arguments, balance)
     if recipe.act_steps == "each":
-        return TimestepRanges(*arguments, evidence.trajectory.timesteps)
+        return TimestepRanges(*arguments, first.trajectory.timesteps)
     return StaticRanges(*arguments)
 
 
-def _operands(task: Task, evidence: Evidence) -> FloatOperands | StaticOperands:
+def _operands(task: Task, first: FirstPass) -> FloatOperands | StaticOperands:
     recipe = task.recipe
     if recipe.attention == "none" or not task.has_static_ranges:
         return FloatOperands()
     attentions = architecture_of(task.model).attentions(task.model)
-    tokens = evidence.trajectory.tokens // evidence.trajectory.images
+    tokens = first.trajectory.tokens // first.trajectory.images
     images = max(LEAST_OPERAND_IMAGES, config.sample_tokens // tokens)
-    picks = evidence.pick(images, recipe)
+    picks = first.pick(images, recipe)
     return StaticOperands(
         attentions, act_spec(recipe, task.bits.activations), recipe.act_clip, recipe.attention,
         lambda: OperandSamples(picks))

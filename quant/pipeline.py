@@ -16,7 +16,7 @@ from quant.numerics.smoothing import Smoothing
 from quant.numerics.tokens import matrix
 from quant.numerics.uniform import OFF_BITS, grouped
 from quant.parts import (
-    Evidence,
+    FirstPass,
     Parts,
     Task,
     build_parts,
@@ -113,7 +113,7 @@ def quantize_model(
 
     # What is learned or added afterwards.
     if recipe.weight == "adaround":
-        picks = Evidence(trajectory, maxima).pick(config.reconstruction_samples, recipe)
+        picks = FirstPass(trajectory, maxima).pick(config.reconstruction_samples, recipe)
         call = trajectory.take(picks)
         layers, operands = reconstruct(model, layers, operands, call, recipe)
     layers |= weight_only_layers(model, recipe)
@@ -132,7 +132,7 @@ def _look(task: Task, weights, trajectory: Trajectory | None, maxima: dict[str, 
     """Build the parts of the recipe and show them the trajectory, as far as they ask for it."""
     if trajectory is None:
         return parts_without_trajectory(task, weights)
-    parts = build_parts(task, weights, Evidence(trajectory, maxima))
+    parts = build_parts(task, weights, FirstPass(trajectory, maxima))
     watch = observe(parts, task.sites)
     if watch.modules:
         desc = "search" if len(task.recipe.alphas) > 1 else "replay"

@@ -1,18 +1,17 @@
 """What quantisation does to each layer, observed on a short trajectory of the float model."""
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-import config
-from architectures.dit import block_linears, layer_places
-from diffusion import Schedule
-from quant.calibration.trajectory import Observer, Trajectory, record, replay
+from architectures.registry import architecture_of
+from architectures.sites import Site
+from quant.calibration.trajectory import Drive, record, replay
+from quant.calibration.watch import Observer, Watch
 from quant.layers.linear import QuantLinear
 from quant.layers.quantised import QuantizedLayer
-from quant.pipeline import Start
-from report.places import Place
 
 IMAGES = 4  # in the trajectory that a report looks at
 DEFAULT_ROLES = ("fc2", "qkv")
@@ -36,14 +35,20 @@ class Observed:
     error_db: dict[str, float]
     inputs: dict[str, Tensor]
     watched: list[int]
-    places: Mapping[str, Place]
+    places: Mapping[str, Site]
 
     @property
     def steps(self) -> int:
         return len(next(iter(self.absmax.values())))
 
 
-def default_layers(places: Mapping[str, Place]) -> list[str]:
+def places_of(model: nn.Module) -> dict[str, Site]:
+    """Find the site of every linear inside the blocks, by the linear's name."""
+    sites = architecture_of(model).sites(model, "blocks")
+    return {name: site for site in sites for name in site.linears}
+
+
+def default_layers(places: Mapping[str, Site]) -> list[str]:
     """Choose the last fc2 and the last qkv.
 
     The paper shows outliers in fc2 (appendix, figures 1 to 4).
@@ -96,40 +101,40 @@ class OutputErrors:
 def observe(
     model: nn.Module,
     layers: dict[str, QuantizedLayer],
-    schedule: Schedule,
-    start: Start,
+    drive: Drive,
     wanted: list[str],
 ) -> Observed:
     """Sample once with the float ``model`` and look at the layers.
 
     Args:
-        start: a few images are enough.
+        drive: lets the model sample once; a few images are enough.
         wanted: layers whose inputs are kept.
     """
     # Sample, and keep the trajectory.
-    linears = block_linears(model)
-    trajectory, absmax = record(
-        model, linears, schedule, start.labels, config.calibration_cfg_scale,
-        start.x, start.draw, "report")
+    places = places_of(model)
+    linears = {name: model.get_submodule(name) for name in places}
+    sites = architecture_of(model).sites(model, "blocks")
+    trajectory, maxima = record(model, sites, drive)
 
     # Replay three of its steps.
-    middle = len(schedule) // 2
-    watched = sorted({0, middle, len(schedule) - 1})
+    middle = len(trajectory) // 2
+    watched = sorted({0, middle, len(trajectory) - 1})
     errors = OutputErrors(linears, layers)
     inputs = {}
     for step in watched:
-        observers = {name: [errors.observer(name)] for name in linears}
+        watch = Watch()
+        for name in linears:
+            watch.add(name, OutputErrors, partial(errors.observer, name))
         if step == middle:
             for name in set(wanted) & linears.keys():
-                observers[name].append(_keep_magnitudes(inputs, name))
-        one_step = _single_step(trajectory, step)
-        replay(model, linears, one_step, observers, 1, f"errors at step {step}")
+                watch.add(name, "magnitudes", partial(_keep_magnitudes, inputs, name))
+        replay(model, trajectory.at(step), watch, 1, f"errors at step {step}")
     return Observed(
-        absmax={name: values.cpu() for name, values in absmax.items()},
+        absmax={name: maxima[site.name].cpu() for name, site in places.items()},
         error_db=errors.decibels(),
         inputs=inputs,
         watched=watched,
-        places=layer_places(model))
+        places=places)
 
 
 def _keep_magnitudes(inputs: dict[str, Tensor], name: str) -> Observer:
@@ -138,9 +143,3 @@ def _keep_magnitudes(inputs: dict[str, Tensor], name: str) -> Observer:
         inputs[name] = x[0, 0].abs().cpu()
 
     return observe_input
-
-
-def _single_step(trajectory: Trajectory, step: int) -> Trajectory:
-    """Cut one step out of a trajectory."""
-    only = slice(step, step + 1)
-    return Trajectory(trajectory.latents[only], trajectory.timesteps[only], trajectory.labels)

@@ -71,11 +71,11 @@ def _channel_magnitude(
     observed: Observed,
 ) -> Figure:
     """Draw one layer's input before and after smoothing."""
-    if layer.smooth is None:
+    if layer.smoothing.factors is None:
         after = before
         note = "This recipe does not smooth, so both sides are the same."
     else:
-        after = before / layer.smooth.cpu()
+        after = before / layer.smoothing.factors.cpu()
         note = "The right side is divided by the smoothing factors."
     caption = (
         f"Magnitude of the input of {name} over tokens and channels, "

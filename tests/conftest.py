@@ -19,8 +19,10 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from architectures.registry import architecture_of
+from architectures.sites import linears_of, modulations
 from cli.memory import keep_freed_memory
 from cli.parser import run
 from models import DiT
@@ -47,6 +49,23 @@ def golden_model() -> DiT:
     model = DiT(**{key[4:]: int(value) for key, value in values.items() if key.startswith("cfg/")})
     model.load_state_dict({key[3:]: torch.tensor(value) for key, value in values.items() if key.startswith("sd/")})
     return model.eval()
+
+
+def scope_linears(model: nn.Module, scope: str) -> dict[str, nn.Module]:
+    """Find the linears that a scope quantises, by name, in the order of a forward pass."""
+    names = linears_of(architecture_of(model).sites(model, scope))
+    return {name: model.get_submodule(name) for name in names}
+
+
+def block_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Find the linears of attention and MLP in every block."""
+    return scope_linears(model, "blocks")
+
+
+def modulation_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Find the linears that give the blocks' LayerNorms their shift and scale."""
+    names = linears_of(modulations(architecture_of(model).sites(model, "adaln")))
+    return {name: model.get_submodule(name) for name in names}
 
 
 def replayed(noise: np.ndarray):

@@ -5,15 +5,14 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import block_linears, random_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import config
-from architectures.dit import block_linears
 from config import RECIPES
 from diffusion import ImageNoise, ddpm_step, make_schedule
-from diffusion.generate import generate_latents
+from diffusion.generate import generate_latents, guided_drive
 from errors import UserError
 from evaluation.judge import sqnr_judge
 from models import DiT_models
@@ -21,9 +20,14 @@ from quant import checkpoint
 from quant.checkpoint.tensors import pack
 from quant.install import install
 from quant.layers.fold import fold
-from quant.pipeline import Result, Start, quantize_model
+from quant.pipeline import Result, quantize_model
+from quant.recipe import BitWidths
+from quant.refinement.allocation import GroupSearch
 
 MODEL = "DiT-Digits"
+CONFIGURATION = {
+    "input_size": 8, "patch_size": 2, "in_channels": 4, "hidden_size": 128, "depth": 10,
+    "num_heads": 4, "num_classes": 10}
 
 
 def digits_model():
@@ -46,7 +50,10 @@ def quantised(recipe_name, weight_bit):
     noise = ImageNoise(0, range(2), (4, 8, 8))
     recipe = replace(RECIPES[recipe_name], rounds=2, iterations=2, population=3, generations=1)  # for speed; what matters here is what is written
     schedule, model = make_schedule("2"), digits_model()
-    return quantize_model(model, recipe, weight_bit, 8, schedule, Start(noise(), noise, torch.arange(2)), judge=sqnr_judge(model, schedule, 0))
+    return quantize_model(
+        model, recipe, BitWidths(weight_bit, 8),
+        guided_drive(schedule, noise(), noise, torch.arange(2), 1.5),
+        search=GroupSearch(sqnr_judge(model, schedule, 0)))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +79,9 @@ def test_a_reloaded_model_computes_the_same_bits(tmp_path, recipe_name, weight_b
     path = tmp_path / "model.safetensors"
     checkpoint.save(path, digits_model(), result, header(recipe_name, weight_bit, groups=result.groups))
     back, model = checkpoint.load(path)
-    assert back == header(recipe_name, weight_bit, groups=result.groups)
+    expected = header(recipe_name, weight_bit, groups=result.groups)
+    assert replace(back, architecture="", configuration={}) == expected
+    assert (back.architecture, back.configuration) == ("dit", CONFIGURATION)
     expected = install(stored(digits_model()), result.layers, operands=result.operands)
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([10, 800]), torch.tensor([0, 10])
     assert torch.equal(model(x, t, y), expected(x, t, y))
@@ -91,7 +100,7 @@ def test_codes_take_their_true_width(saved):
         assert f"{name}.weight" not in tensors
     with safe_open(saved, framework="pt") as file:
         fields = json.loads(file.metadata()["ditas"])
-    assert fields["model"] == MODEL and fields["recipe"]["weight_group"] == 64 and fields["format_version"] == 4
+    assert fields["model"] == MODEL and fields["recipe"]["weight_group"] == 64 and fields["format_version"] == 5
 
 
 def test_the_path_may_lack_its_extension(saved):
@@ -185,12 +194,14 @@ def test_an_older_format_is_still_read(saved, tmp_path):
     name = "blocks.2.mlp.fc1"
     recipe = replace(RECIPES["ditas"], weight_scales="float", adaln_bits=16)
     noise = ImageNoise(0, range(2), (4, 8, 8))
-    layers = quantize_model(digits_model(), recipe, 4, 8, make_schedule("2"), Start(noise(), noise, torch.arange(2))).layers
+    layers = quantize_model(
+        digits_model(), recipe, BitWidths(4, 8),
+        guided_drive(make_schedule("2"), noise(), noise, torch.arange(2), 1.5)).layers
     tensors = {key: value for key, value in digits_model().state_dict().items() if key.removesuffix(".weight") not in layers}
     for key, layer in layers.items():
         weight = layer.weight.base
         tensors |= {f"{key}.codes": pack(weight.codes, 4), f"{key}.scale": weight.scale, f"{key}.zero": weight.zero.to(torch.uint8),
-                    f"{key}.left": layer.weight.left, f"{key}.right": layer.weight.right / 3, f"{key}.smooth": layer.smooth}
+                    f"{key}.left": layer.weight.left, f"{key}.right": layer.weight.right / 3, f"{key}.smooth": layer.smoothing.factors}
     fields = asdict(header("ditas", 4, recipe=recipe, format_version=1))
     known = ("balance", "timestep", "alphas", "weight_granularity", "weight_group", "act_granularity", "convention", "rank", "rounds", "keep", "order")
     fields["recipe"] = {key: fields["recipe"][key] for key in known}
@@ -201,7 +212,7 @@ def test_an_older_format_is_still_read(saved, tmp_path):
     back, read = old.header, old.layers
     assert back.recipe == recipe and read.keys() == layers.keys()
     expected = layers[name].weight
-    assert torch.allclose(read[name].weight.dense(), expected.weight.dequantize() + expected.left @ expected.right / 3)
+    assert torch.allclose(read[name].weight.dense(), expected.base.dequantize() + expected.left @ expected.right / 3)
     assert checkpoint.backend_for(back, "auto", torch.device("cpu"), pytest.fail) == "fake"
     with pytest.raises(UserError, match="quantise again with --weight-scales two-level"):
         checkpoint.backend_for(back, "integer", torch.device("cpu"), pytest.fail)
@@ -209,7 +220,9 @@ def test_an_older_format_is_still_read(saved, tmp_path):
 
 def test_powers_of_root_two_of_format_3_begin_at_1(tmp_path):
     model, noise, schedule = digits_model(), ImageNoise(0, range(2), (4, 8, 8)), make_schedule("1")
-    result = quantize_model(model, RECIPES["repq-vit"], 4, 8, schedule, Start(noise(), noise, torch.arange(2)))
+    result = quantize_model(
+        model, RECIPES["repq-vit"], BitWidths(4, 8),
+        guided_drive(schedule, noise(), noise, torch.arange(2), 1.5))
     path = tmp_path / "model.safetensors"
     checkpoint.save(path, model, result, header("repq-vit", 4, recipe=RECIPES["repq-vit"]))
     tensors = {key: value[:3].clone() if key.endswith(".operands") else value for key, value in load_file(path).items()}
@@ -222,7 +235,7 @@ def test_powers_of_root_two_of_format_3_begin_at_1(tmp_path):
 @pytest.mark.parametrize("adaln_bits, share", [(16, 2.0), (8, 1.0), (4, 0.5)])
 def test_modulation_takes_its_share_of_the_file(tmp_path, adaln_bits, share):
     recipe = replace(RECIPES["rtn"], adaln_bits=adaln_bits)
-    result = quantize_model(digits_model(), recipe, 4, 8, make_schedule("2"), None)
+    result = quantize_model(digits_model(), recipe, BitWidths(4, 8), None)
     checkpoint.save(tmp_path / "model.safetensors", digits_model(), result, header("rtn", 4, recipe=recipe))
     sizes = [value.numel() * value.element_size() for key, value in load_file(tmp_path / "model.safetensors").items()
              if key.startswith("blocks.1.adaLN_modulation.1.") and key.endswith(("codes", "weight"))]
@@ -234,7 +247,10 @@ def test_modulation_takes_its_share_of_the_file(tmp_path, adaln_bits, share):
 def test_recipes_reload_without_activation_bits_and_in_bfloat16(tmp_path, recipe_name, act_bit):
     recipe = replace(RECIPES[recipe_name], iterations=1, population=2, generations=1)
     model, noise, schedule = digits_model(), ImageNoise(0, range(2), (4, 8, 8)), make_schedule("1")
-    result = quantize_model(model, recipe, 4, act_bit, schedule, Start(noise(), noise, torch.arange(2)), judge=sqnr_judge(model, schedule, 0))
+    result = quantize_model(
+        model, recipe, BitWidths(4, act_bit),
+        guided_drive(schedule, noise(), noise, torch.arange(2), 1.5),
+        search=GroupSearch(sqnr_judge(model, schedule, 0)))
     path = tmp_path / "model.safetensors"
     checkpoint.save(path, model, result, header(recipe_name, 4, act_bit, recipe=recipe, groups=result.groups))
     inputs = torch.randn(2, 4, 8, 8), torch.tensor([10, 800]), torch.tensor([0, 10])

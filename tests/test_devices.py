@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerator import NAME, accelerator
 from conftest import random_model
+from metrics import sqnr_db
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -19,10 +20,9 @@ from config import RECIPES, Recipe
 from diffusion import ImageNoise, ddpm_step, make_schedule
 from diffusion.generate import generate_latents
 from evaluation.judge import sqnr_judge
-from metrics import sqnr_db
 from models import DiT_models, ModelCard
 from quant import checkpoint
-from quant.pipeline import Result, Start, quantize_model
+from quant.pipeline import Result, quantize_model
 
 MODEL, WIDTH, DEPTH, HEADS, CLASSES = "DiT-Tiny", 64, 2, 4, 10
 STEPS, LABELS = "2", (1, 7)
@@ -43,9 +43,11 @@ def quantise(recipe: Recipe, device: torch.device) -> tuple[nn.Module, Result]:
     """A small random model, and its quantised layers: everything on the device."""
     model, schedule = random_model(hidden_size=WIDTH, depth=DEPTH).to(device), make_schedule(STEPS)
     noise = ImageNoise(0, range(len(LABELS)), (4, 8, 8), device)
-    start = Start(noise(), noise, torch.tensor(LABELS, device=device))
+    labels = torch.tensor(LABELS, device=device)
+    drive = guided_drive(schedule, noise(), noise, labels, calibration_cfg_scale)
     judge = sqnr_judge(model, schedule, 0)
-    return model, quantize_model(model, recipe, 4, 8, schedule, start, judge=judge)
+    return model, quantize_model(
+        model, recipe, BitWidths(4, 8), drive, search=GroupSearch(judge))
 
 
 def save(path: Path, model: nn.Module, result: Result, recipe: Recipe) -> None:

@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import random_model, relative
+from conftest import block_linears, random_model, relative
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
-from architectures.dit import block_linears
 from diffusion import ddpm_step, make_schedule
 from diffusion.generate import generate_latents
 from download import load_model
@@ -55,7 +54,7 @@ def outlier_ratio(model):
     def see(name, x, _):
         a = x.abs().amax((0, 1))
         ratios[name] = float(a.max() / a.median())
-    with hooked(block_linears(model), see):
+    with hooked(model, list(block_linears(model)), see):
         model(torch.randn(8, 4, 8, 8), torch.full((8,), 500), torch.arange(8))
     return ratios
 

@@ -1,16 +1,20 @@
 
 """GPTQ: against its definition, published values, and plain rounding on the outlier twin."""
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
-from conftest import golden, relative
+from conftest import block_linears, golden, relative
 
-from architectures.dit import block_linears
+from architectures.registry import architecture_of
 from diffusion import ImageNoise, make_schedule
+from diffusion.generate import guided_drive
 from download import load_model
 from models import DiT_models
 from quant.calibration.observers import SecondMoment
 from quant.calibration.trajectory import record, replay
+from quant.calibration.watch import Watch
 from quant.numerics.uniform import QuantSpec, quantize
 from quant.weights.gptq import inverse_factor
 from quant.weights.rounding import gptq_quantizer, quantize_weight
@@ -105,10 +109,15 @@ def twin():
         for seed in (0, 7):
             noise = ImageNoise(seed, range(16), (4, 8, 8))
             labels = torch.arange(16) % 10
-            trajectory, _ = record(model, linears, schedule, labels, 1.5, noise(), noise)
-            observers = {name: [SecondMoment(linear, 10)] for name, linear in linears.items()}
-            replay(model, linears, trajectory, observers, 4096, "moments")
-            moments.append({name: observers[name][0].value for name in linears})
+            drive = guided_drive(schedule, noise(), noise, labels, 1.5)
+            sites = architecture_of(model).sites(model, "blocks")
+            trajectory, _ = record(model, sites, drive)
+            watch = Watch()
+            observers = {
+                name: watch.add(name, SecondMoment, partial(SecondMoment, linear, 10))
+                for name, linear in linears.items()}
+            replay(model, trajectory, watch, 4096, "moments")
+            moments.append({name: observer.value for name, observer in observers.items()})
         return linears, moments
 
 

@@ -6,11 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import random_model, relative
+from conftest import block_linears, modulation_linears, random_model, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from architectures.dit import block_linears, modulation_linears
 from config import RECIPES
 from errors import UserError
 from quant.activations.quantisers import Activation
@@ -23,6 +22,7 @@ from quant.layers.fold import fold
 from quant.layers.linear import QuantLinear
 from quant.layers.quantised import QuantizedLayer
 from quant.layers.weight_only import WeightOnlyLinear
+from quant.numerics.smoothing import Smoothing
 from quant.numerics.uniform import QuantSpec, fake_quantize, quantize
 from quant.recipe import act_spec, adaln_spec, weight_spec
 from quant.weights.low_rank import lowrank_quantize, without_branch
@@ -40,16 +40,16 @@ def layer(rows, columns, spec, rank=3, smooth=True, seed=0, act=TOKEN) -> Quanti
     factors = torch.exp(torch.randn(columns)) if smooth else None
     weight = 0.05 * torch.randn(rows, columns) * (1 if factors is None else factors)
     found = lowrank_quantize(weight, nearest_quantizer(spec), rank, 2, "best", "fast")
-    return QuantizedLayer(found.integer_branch(weight), act, factors, torch.rand(rows) + 0.5)
+    return QuantizedLayer(found.integer_branch(weight), act, Smoothing(factors), torch.rand(rows) + 0.5)
 
 
 def modules(made: QuantizedLayer, bias) -> dict:
     weight, half, act = integer_weight(made), nibbles(made), made.act.spec
-    every = {"reference": ReferenceLinear(weight, bias, made.smooth, act)}
+    every = {"reference": ReferenceLinear(weight, bias, made.smoothing.factors, act)}
     if INT8:
-        every["onednn"] = OneDNNLinear(weight, bias, made.smooth, act)
+        every["onednn"] = OneDNNLinear(weight, bias, made.smoothing.factors, act)
         if half is not None:
-            every["nibbles"] = OneDNNNibbleLinear(weight, half, bias, made.smooth, act)
+            every["nibbles"] = OneDNNNibbleLinear(weight, half, bias, made.smoothing.factors, act)
     return every
 
 
@@ -86,7 +86,7 @@ def test_codes_are_those_of_the_simulated_quantiser(granularity, bits):
     x[0, 0], x[1, 1] = 0, 4.0
     expected = quantize(x / 1.5, spec)  # the quantiser that weights take
     weight = without_branch(quantize(torch.randn(4, 50), QuantSpec(4, "channel")))
-    for module in modules(QuantizedLayer(weight, Activation(spec), torch.full((50,), 1.5)), None).values():
+    for module in modules(QuantizedLayer(weight, Activation(spec), Smoothing(torch.full((50,), 1.5))), None).values():
         seen = []
         product = module.product
         module.product = lambda codes: seen.append(codes) or product(codes)
@@ -166,7 +166,7 @@ def quantised(recipe, bits, adaln_bits, model):
         smooth = None if recipe.balance == "none" else torch.exp(torch.randn(linear.in_features, generator=torch.Generator().manual_seed(i)))
         weight = linear.weight if smooth is None else linear.weight * smooth
         found = lowrank_quantize(weight, nearest_quantizer(spec), 2 if recipe.rank is None else 0, 2, "best", "fast")
-        layers[name] = QuantizedLayer(found.integer_branch(weight), Activation(act_spec(recipe, 8)), smooth)
+        layers[name] = QuantizedLayer(found.integer_branch(weight), Activation(act_spec(recipe, 8)), Smoothing(smooth))
     if adaln_bits < 16:
         layers |= {name: QuantizedLayer(without_branch(quantize_weight(linear.weight, adaln_spec(adaln_bits, linear.in_features))), None)
                    for name, linear in modulation_linears(model).items()}

@@ -4,27 +4,37 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import golden, golden_model, random_model, relative, replayed
+from conftest import (
+    block_linears,
+    golden,
+    golden_model,
+    random_model,
+    relative,
+    replayed,
+)
 from torch import nn
 
 import config
-from architectures.dit import block_linears, scope_linears, timed
+from architectures.registry import architecture_of
 from benchmarks.calibration import alive_at_peak
 from config import RECIPES
 from diffusion import ImageNoise, guided_denoiser, make_schedule, sample
+from diffusion.generate import guided_drive
 from download import load_model
 from evaluation.metrics import sqnr_db
 from models import DiT_models
 from quant.activations.quantisers import Activation
 from quant.calibration.trajectory import record, replay
+from quant.calibration.watch import Watch
 from quant.install import install
 from quant.layers.fold import fold
 from quant.layers.linear import QuantLinear
 from quant.layers.quantised import QuantizedLayer
+from quant.numerics.smoothing import Smoothing
 from quant.numerics.tokens import matrix
 from quant.numerics.uniform import QuantSpec, quantize, signed_codes
-from quant.pipeline import Start, quantize_model
-from quant.recipe import act_spec, weight_spec
+from quant.pipeline import quantize_model
+from quant.recipe import BitWidths, act_spec, weight_spec
 from quant.weights.low_rank import LowRankWeight
 from quant.weights.rounding import quantize_weight
 
@@ -32,20 +42,23 @@ RECIPE = replace(RECIPES["ditas-published"], rank=4)
 TIE = 1e-4  # of a code; float32 sums taken in another order move a value by about 1e-5
 
 
-def start(values) -> Start:
-    return Start(torch.tensor(values["z"]), replayed(values["noise"][:, :4]), torch.tensor(values["labels"]))
+def start(values):
+    """Noise to start from, noise for the steps, and labels, as they were recorded."""
+    draw = replayed(values["noise"][:, :4])
+    return torch.tensor(values["z"]), draw, torch.tensor(values["labels"])
 
 
 @pytest.fixture(scope="module")
 def published():
     with torch.no_grad():
-        return quantize_model(golden_model(), RECIPE, 4, 8, make_schedule("50"), start(golden("diffusion")), svd="exact")
+        drive = guided_drive(make_schedule("50"), *start(golden("diffusion")), 1.5)
+        return quantize_model(golden_model(), RECIPE, BitWidths(4, 8), drive, svd="exact")
 
 
 def latents(model):
     values = golden("diffusion")
-    begin = start(values)
-    return sample(guided_denoiser(model, begin.labels, 1.5), make_schedule("50"), begin.x, begin.draw)
+    x, draw, labels = start(values)
+    return sample(guided_denoiser(model, labels, 1.5), make_schedule("50"), x, draw)
 
 
 def test_every_intermediate_matches_golden(published):
@@ -55,7 +68,7 @@ def test_every_intermediate_matches_golden(published):
         assert relative(published.absmax[name].amax(0), values[f"{name}/act_absmax"]) < 1e-5
         assert np.allclose(published.losses[name], values[f"{name}/alpha_loss"], rtol=1e-4, atol=0)
         assert published.alphas[name] == float(values[f"{name}/alpha"])
-        assert relative(layer.smooth, values[f"{name}/scale"]) < 1e-5
+        assert relative(layer.smoothing.factors, values[f"{name}/scale"]) < 1e-5
         expected = values[f"{name}/quant_weight"] + values[f"{name}/lora_left"] @ values[f"{name}/right"]
         assert relative(layer.weight.dense(), expected) < 1e-4
 
@@ -125,7 +138,7 @@ def golden_layers(weight_of) -> dict[str, QuantizedLayer]:
     for name, linear in block_linears(model).items():
         zeros = quantize(torch.zeros_like(linear.weight), QuantSpec(4, "channel"))
         weight = torch.tensor(weight_of(values, name))
-        layers[name] = QuantizedLayer(LowRankWeight(zeros, torch.eye(len(weight)), weight), None, torch.tensor(values[f"{name}/scale"]))
+        layers[name] = QuantizedLayer(LowRankWeight(zeros, torch.eye(len(weight)), weight), None, Smoothing(torch.tensor(values[f"{name}/scale"])))
     return layers
 
 
@@ -170,7 +183,9 @@ def test_calibration_runs_at_most_two_trajectories(name):
     calls = counted(model)
     row = RECIPES[name]
     recipe = replace(row, alphas=row.alphas[:2], rounds=1, group_sizes=(), weight="gptq" if row.weight == "adaround" else row.weight)
-    result = quantize_model(model, recipe, 4, 8, make_schedule(str(steps)), Start(noise(), noise, torch.arange(n)))
+    result = quantize_model(
+        model, recipe, BitWidths(4, 8),
+        guided_drive(make_schedule(str(steps)), noise(), noise, torch.arange(n), 1.5))
     assert sum(calls) == {"rtn": 0, "smoothquant": 1}.get(name, 2) * steps * 2 * n
     assert len(result.layers) == {"blocks": 20 if recipe.adaln_bits == 16 else 25, "adaln": 25, "all": 30}[recipe.scope]
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -182,11 +197,15 @@ def test_replay_shows_the_same_inputs_however_many_timesteps_go_at_once():
     noise = ImageNoise(0, range(n), (4, 8, 8))
     recorded = []
     handle = linears["blocks.1.mlp.fc2"].register_forward_hook(lambda m, i, o: recorded.append((i[0], o)))
-    trajectory, absmax = record(model, linears, make_schedule("7"), torch.tensor([3, 5]), 1.5, noise(), noise)
+    drive = guided_drive(make_schedule("7"), noise(), noise, torch.tensor([3, 5]), 1.5)
+    trajectory, absmax = record(model, architecture_of(model).sites(model, "blocks"), drive)
     handle.remove()
     for tokens in (1, 200, 10 ** 6):
-        seen = {name: [] for name in linears}
-        replay(model, linears, trajectory, {name: [lambda x, y, name=name: seen[name].append((x.clone(), y.clone()))] for name in linears}, tokens, "test")
+        seen, watch = {name: [] for name in linears}, Watch()
+        for name, pairs in seen.items():
+            watch.add(name, "test", lambda pairs=pairs: (
+                lambda x, y: pairs.append((x.clone(), y.clone()))))
+        replay(model, trajectory, watch, tokens, "test")
         inputs, outputs = (torch.cat(parts) for parts in zip(*seen["blocks.1.mlp.fc2"]))
         assert relative(inputs, torch.stack([i for i, _ in recorded])) < 1e-5
         assert relative(outputs, torch.stack([o for _, o in recorded])) < 1e-5
@@ -200,26 +219,31 @@ def test_a_model_that_gives_nan_is_refused():
     model.blocks[1].mlp.fc1.bias[3] = float("nan")
     noise = ImageNoise(0, range(2), (4, 8, 8))
     with pytest.raises(ValueError, match="blocks.1.mlp.fc2 is not finite"):
-        quantize_model(model, RECIPES["ditas"], 4, 8, make_schedule("3"), Start(noise(), noise, torch.arange(2)))
+        quantize_model(
+            model, RECIPES["ditas"], BitWidths(4, 8),
+            guided_drive(make_schedule("3"), noise(), noise, torch.arange(2), 1.5))
 
 
 def random_layers(model, recipe, bits, act_bits):
     """Any factors, shifts, branches and static ranges where the recipe has them."""
     generator = torch.Generator().manual_seed(0)
     layers = {}
-    for name, linear in scope_linears(model, recipe.scope).items():
-        weight, smooth, shift = matrix(linear), None, None
-        if recipe.balance != "none" and name.endswith(("qkv", "proj", "fc1", "fc2")) and name.startswith("blocks."):
+    for site in architecture_of(model).sites(model, recipe.scope):
+        name, weight = site.name, matrix(model.get_submodule(site.name))
+        smooth, shift = None, None
+        if recipe.balance != "none" and site.is_balanced:
             smooth = torch.exp(torch.randn(weight.shape[1], generator=generator))
-            shift = torch.randn(weight.shape[1], generator=generator) if recipe.balance == "reparameterise" and name.endswith(("qkv", "fc1")) else None
-        quantised = quantize_weight(weight if smooth is None else weight * smooth, weight_spec(recipe, bits))
+            if recipe.balance == "reparameterise" and site.follows_norm:
+                shift = torch.randn(weight.shape[1], generator=generator)
+        smoothing = Smoothing(smooth, shift)
+        quantised = quantize_weight(smoothing.of_weight(weight), weight_spec(recipe, bits))
         left, right = torch.randn(len(weight), 3, generator=generator), torch.randn(3, weight.shape[1], generator=generator)
-        act = Activation(act_spec(recipe, act_bits, name))
+        act = Activation(act_spec(recipe, act_bits, site.per_image))
         if recipe.act_range == "static":
             act = replace(act, scale=torch.tensor(0.05), zero=torch.tensor(120.0))
-            if recipe.act_steps == "each" and timed(name):
+            if recipe.act_steps == "each" and site.per_image:
                 act = replace(act, scale=torch.tensor([0.03, 0.05]), zero=torch.tensor([120.0, 9.0]), timesteps=torch.tensor([900, 10]))
-        layers[name] = QuantizedLayer(LowRankWeight(quantised, 0.01 * left, 0.01 * right), act, smooth, shift=shift)
+        layers[name] = QuantizedLayer(LowRankWeight(quantised, 0.01 * left, 0.01 * right), act, smoothing)
     return layers
 
 
@@ -246,7 +270,7 @@ def test_the_quantised_layer_is_the_papers_equation(spec):
     scale_of_weight = quantised.scale.reshape(24, -1, 1).double() * (1 if quantised.step is None else quantised.step[:, :, None].double())
     w_hat = ((quantised.codes.reshape(24, scale_of_weight.shape[1], -1).double() - quantised.zero.reshape(24, -1, 1)) * scale_of_weight).reshape(24, 64).numpy()
     left, right = torch.randn(24, 2), torch.randn(2, 64)
-    out = QuantLinear(QuantizedLayer(LowRankWeight(quantised, left, right), Activation(QuantSpec(8, "token")), smooth), bias)(x)
+    out = QuantLinear(QuantizedLayer(LowRankWeight(quantised, left, right), Activation(QuantSpec(8, "token")), Smoothing(smooth)), bias)(x)
     rows = []
     for token in (x / smooth).reshape(-1, 64).double().numpy():
         low, high = min(token.min(), 0), max(token.max(), 0)
@@ -266,5 +290,7 @@ def test_calibration_holds_no_more_than_25_activations_beside_the_model():
     model, n = load_model("DiT-Digits", DiT_models["DiT-Digits"], 16, 10, None, torch.device("cpu")), 16
     noise = ImageNoise(0, range(n), (4, 8, 8))
     largest = max(linear.in_features for linear in block_linears(model).values()) * 2 * n * 16 * 4 / 1e6  # MB: 16 tokens
-    alive = alive_at_peak(lambda: quantize_model(model, RECIPES["ditas"], 4, 8, make_schedule("4"), Start(noise(), noise, torch.arange(n) % 10)))
+    alive = alive_at_peak(lambda: quantize_model(
+        model, RECIPES["ditas"], BitWidths(4, 8),
+        guided_drive(make_schedule("4"), noise(), noise, torch.arange(n) % 10, 1.5)))
     assert largest < alive < 25 * largest

@@ -6,13 +6,14 @@ import torch
 
 from config import RECIPES
 from diffusion import ImageNoise, ddpm_step, make_schedule
-from diffusion.generate import generate_latents
+from diffusion.generate import generate_latents, guided_drive
 from download import load_model
 from evaluation.metrics import sqnr_db
 from models import DiT_models
 from quant.install import install
 from quant.layers.fold import fold
-from quant.pipeline import Start, quantize_model
+from quant.pipeline import quantize_model
+from quant.recipe import BitWidths
 
 STEPS, COUNT = 50, 32
 
@@ -31,7 +32,9 @@ def outliers():
 def sqnr(outliers, name, weight_bits, **changes) -> float:
     model, reference = outliers
     recipe, noise = replace(RECIPES[name], **changes), ImageNoise(0, range(16), (4, 8, 8))
-    result = quantize_model(model, recipe, weight_bits, 8, make_schedule(str(STEPS)), Start(noise(), noise, torch.arange(16) % 10))
+    result = quantize_model(
+        model, recipe, BitWidths(weight_bits, 8),
+        guided_drive(make_schedule(str(STEPS)), noise(), noise, torch.arange(16) % 10, 1.5))
     fresh = load_model("DiT-Digits-Outliers", DiT_models["DiT-Digits-Outliers"], 16, 10, None, torch.device("cpu"))
     return sqnr_db(reference, latents(install(fresh, fold(fresh, result.layers))))
 

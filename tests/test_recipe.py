@@ -5,19 +5,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_model, relative
+from conftest import random_model, relative, scope_linears
 
-from architectures.dit import scope_linears
+from architectures.registry import architecture_of
 from cli.recipe_flags import FLAGS, build_recipe
 from config import RECIPES
 from diffusion import ImageNoise, make_schedule
+from diffusion.generate import guided_drive
 from errors import UserError
 from evaluation.judge import Judge
 from quant.calibration.observers import ImageMaxima, Samples, StepRange, pick
 from quant.calibration.trajectory import record, replay
+from quant.calibration.watch import Watch
 from quant.numerics.tokens import matrix
-from quant.pipeline import Start, quantize_model
-from quant.recipe import check_recipe
+from quant.pipeline import quantize_model
+from quant.recipe import BitWidths, check_recipe
+from quant.refinement.allocation import GroupSearch
 from QuantDiT import make_parser
 
 
@@ -84,10 +87,12 @@ def recorded(observers, tokens):
     inputs = {name: [] for name in linears}
     for name, linear in linears.items():
         linear.register_forward_hook(lambda m, i, o, name=name: inputs[name].append(i[0]))
-    trajectory, _ = record(model, linears, make_schedule("6"), torch.arange(n), 1.5, noise(), noise)
+    drive = guided_drive(make_schedule("6"), noise(), noise, torch.arange(n), 1.5)
+    trajectory, _ = record(model, architecture_of(model).sites(model, "all"), drive)
     straight = {name: torch.stack(parts[:6]) for name, parts in inputs.items()}  # (steps, 2N, ...)
-    made = {name: observers() for name in linears}
-    replay(model, linears, trajectory, {name: [each] for name, each in made.items()}, tokens, "test")
+    watch = Watch()
+    made = {name: watch.add(name, "test", observers) for name in linears}
+    replay(model, trajectory, watch, tokens, "test")
     return linears, straight, made
 
 
@@ -95,11 +100,12 @@ class Both:
     """All tokens, four of them, and outputs."""
 
     def __init__(self, picks):
-        self.inputs, self.few, self.outputs = Samples(picks), Samples(picks, 4), Samples(picks, of_output=True)
+        self.inputs, self.few, self.outputs = Samples(picks), Samples(picks, 4), Samples(picks)
 
     def __call__(self, x, y):
-        for each in (self.inputs, self.few, self.outputs):
-            each(x, y)
+        self.inputs(x, y)
+        self.few(x, y)
+        self.outputs(y, y)
 
 
 @pytest.mark.parametrize("tokens", [1, 300])
@@ -151,7 +157,10 @@ def test_group_sizes_are_chosen_by_the_judge(tmp_path):
     def judge(quantised):
         sizes = {name: module.act.spec.group for name, module in quantised.named_modules() if hasattr(getattr(module, "act", None), "spec")}
         return sum(size / 32 if name.endswith("fc2") else -size / 32 for name, size in sizes.items())
-    result = quantize_model(model, recipe, 4, 8, make_schedule("2"), Start(noise(), noise, torch.arange(n)), judge=Judge(judge, "test"), history=tmp_path / "found.json")
+    result = quantize_model(
+        model, recipe, BitWidths(4, 8),
+        guided_drive(make_schedule("2"), noise(), noise, torch.arange(n), 1.5),
+        search=GroupSearch(Judge(judge, "test"), tmp_path / "found.json"))
     assert result.groups.keys() == result.layers.keys()
     assert all(result.groups[name] == (32 if name.endswith("fc2") else 128) for name in result.groups)
     for name, layer in result.layers.items():
@@ -163,13 +172,18 @@ def test_group_sizes_that_divide_nothing_are_refused():
     model, noise = random_model(), ImageNoise(0, range(1), (4, 8, 8))
     recipe = replace(RECIPES["qdit"], group_sizes=(7,), weight="nearest", weight_group=64)
     with pytest.raises(ValueError, match="none of the group sizes"):
-        quantize_model(model, recipe, 4, 8, make_schedule("1"), Start(noise(), noise, torch.arange(1)), judge=Judge(lambda _: 0.0, "test"))
+        quantize_model(
+            model, recipe, BitWidths(4, 8),
+            guided_drive(make_schedule("1"), noise(), noise, torch.arange(1), 1.5),
+            search=GroupSearch(Judge(lambda _: 0.0, "test")))
 
 
 @pytest.mark.parametrize("changes", [{"balance": "none"}, {"balance": "salience"}, {"scope": "all"}])
 def test_the_published_order_takes_other_parts_too(changes):
     model, noise = random_model(hidden_size=128), ImageNoise(0, range(2), (4, 8, 8))
     recipe = replace(RECIPES["ditas-published"], rounds=1, rank=2, **changes)
-    result = quantize_model(model, recipe, 4, 8, make_schedule("2"), Start(noise(), noise, torch.arange(2)))
-    smoothed = sum(layer.smooth is not None for layer in result.layers.values())
+    result = quantize_model(
+        model, recipe, BitWidths(4, 8),
+        guided_drive(make_schedule("2"), noise(), noise, torch.arange(2), 1.5))
+    smoothed = sum(layer.smoothing.factors is not None for layer in result.layers.values())
     assert smoothed == {"none": 0, "salience": 6}.get(changes.get("balance"), 8)

@@ -8,14 +8,16 @@ from conftest import random_model
 
 from config import RECIPES
 from diffusion import ImageNoise, make_schedule
+from diffusion.generate import guided_drive
 from download import load_model
 from models import DiT_models
-from quant.activations.attention import Operands, QuantAttention
+from quant.activations.attention import Operands, quantize_operands
 from quant.activations.quantisers import Activation, Static, TimestepIndex
 from quant.activations.softmax import PowersOfRootTwo
 from quant.install import install
 from quant.numerics.uniform import QuantSpec
-from quant.pipeline import Start, quantize_model
+from quant.pipeline import quantize_model
+from quant.recipe import BitWidths
 from quant.refinement.adaround import beta_at, rounding_loss
 from quant.refinement.soft_layers import LearnedStep, SoftLinear, rectified_sigmoid
 
@@ -34,7 +36,9 @@ def run(recipe):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     for i, key in enumerate(("x_embedder", "t_embedder", "y_embedder")):
         model.get_submodule(key).register_forward_pre_hook(lambda _, inputs, i=i: seen[i].append(inputs[0]))
-    result = quantize_model(model, recipe, 3, 8, make_schedule("5"), Start(noise(), noise, torch.arange(n)))
+    result = quantize_model(
+        model, recipe, BitWidths(3, 8),
+        guided_drive(make_schedule("5"), noise(), noise, torch.arange(n), 1.5))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     return model, result, [torch.cat(parts[:5]) for parts in seen]
 
@@ -52,7 +56,7 @@ def test_every_weight_is_rounded_down_or_up_and_blocks_come_nearer(name):
         if not key.startswith("blocks."):
             assert not difference.any()
             continue
-        weight = model.get_submodule(key).weight if layer.smooth is None else model.get_submodule(key).weight * layer.smooth
+        weight = layer.smoothing.of_weight(model.get_submodule(key).weight)
         quantised = layer.weight.base
         exact = weight / quantised.scale + quantised.zero
         inside = (exact > 0) & (exact < quantised.spec.top)
@@ -93,12 +97,12 @@ def test_a_soft_layer_starts_as_the_float_one():
     _, result, _ = run(replace(RECIPES["ptq4dit"], weight="nearest"))
     model, layer = digits(), result.layers["blocks.0.mlp.fc1"]
     linear, x = model.blocks[0].mlp.fc1, 0.1 * torch.randn(2, 5, 128)
-    soft = SoftLinear(linear.weight * layer.smooth, replace(layer, act=None), linear.bias, None)
+    soft = SoftLinear(linear.weight * layer.smoothing.factors, replace(layer, act=None), linear.bias, None)
     weight = soft.down + soft.step * rectified_sigmoid(soft.v)
     inside = soft.gap == 1
     scale = layer.weight.base.scale
     assert inside.float().mean() > 0.9
-    assert ((weight - linear.weight * layer.smooth).abs() / scale)[inside].max() < 0.011  # h starts at the fraction, cut to 0.01 to 0.99
+    assert ((weight - linear.weight * layer.smoothing.factors).abs() / scale)[inside].max() < 0.011  # h starts at the fraction, cut to 0.01 to 0.99
     assert (soft(x) - linear(x)).norm() < 0.1 * linear(x).norm()
 
 
@@ -114,25 +118,27 @@ def test_steps_learn_with_the_gradient_of_lsq():
     assert torch.equal(codes, Static(act)(x)[0])
 
 
-def test_a_range_per_timestep_follows_the_clock():
+def test_a_range_per_timestep_follows_the_timestep():
     act = Activation(QuantSpec(8, "tensor"), torch.tensor([0.1, 1.0]), torch.tensor([0.0, 100.0]), torch.tensor([900, 10]))
-    clock = TimestepIndex(act.timesteps)
-    clock.see(torch.tensor([10, 899, 3]))
-    assert clock.index.tolist() == [1, 0, 1]
-    codes, scale = LearnedStep(act, clock)(torch.full((3, 2), 5.04))
+    index = TimestepIndex(act.timesteps)
+    index.update(torch.tensor([10, 899, 3]))
+    assert index.index.tolist() == [1, 0, 1]
+    codes, scale = LearnedStep(act, index)(torch.full((3, 2), 5.04))
     assert scale[:, 0].tolist() == pytest.approx([1.0, 0.1, 1.0]) and codes[:, 0].tolist() == [5, 50, 5]
 
 
 def test_quantised_attention_without_rounding_is_attention():
     model = random_model()
     attention, x = model.blocks[0].attn, torch.randn(2, 16, 64)
+    expected, coarse = attention(x), deepcopy(attention)
     fine = Activation(QuantSpec(16, "tensor"))
-    smooth = torch.rand(64) + 0.5
-    ours = QuantAttention(attention, Operands(fine, fine, fine, fine, smooth))
-    assert np.allclose(ours(x), attention(x), atol=1e-5)
+    factors = torch.rand(64) + 0.5
+    quantize_operands(attention, Operands(fine, fine, fine, fine, factors))
+    assert np.allclose(attention(x), expected, atol=1e-5)
     static = Activation(QuantSpec(8, "tensor"), torch.tensor(0.02), torch.tensor(128.0))
-    coarse = QuantAttention(attention, Operands(static, static, static, PowersOfRootTwo(8, torch.tensor(1.0))))
-    error = (coarse(x) - attention(x)).norm() / attention(x).norm()
+    powers = PowersOfRootTwo(8, torch.tensor(1.0))
+    quantize_operands(coarse, Operands(static, static, static, powers))
+    error = (coarse(x) - expected).norm() / expected.norm()
     assert 1e-4 < error < 0.2
 
 
@@ -144,7 +150,7 @@ def test_a_small_step_does_not_cross_zero(monkeypatch):
     assert all(act.scale > 0 for each in result.operands.values() for act in (each.query, each.key, each.value, each.probabilities))
 
 
-def test_a_copy_of_a_model_has_its_own_clock():
+def test_a_copy_of_a_model_has_its_own_timestep_index():
     _, result, _ = run(replace(RECIPES["tfmq-dm"], weight="nearest"))
     model = install(digits(), result.layers)
     copy, x = deepcopy(model), torch.randn(1, 4, 8, 8)

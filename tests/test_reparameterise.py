@@ -10,14 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import RECIPES
-from diffusion import ImageNoise, make_schedule
+from diffusion import ImageNoise
+from diffusion.generate import guided_drive
 from quant.activations.quantisers import Activation
 from quant.balancing.reparameterise import PerChannel, channel_ranges, reparameterize
 from quant.layers.linear import QuantLinear
 from quant.layers.quantised import QuantizedLayer
 from quant.numerics.ranges import static_codes
+from quant.numerics.smoothing import Smoothing
 from quant.numerics.uniform import QuantSpec
-from quant.pipeline import Start, quantize_model
+from quant.pipeline import quantize_model
+from quant.recipe import BitWidths
 from quant.weights.low_rank import without_branch
 from quant.weights.rounding import quantize_weight
 
@@ -63,7 +66,7 @@ def test_the_linear_computes_the_same(seed):
     changed = reparameterize(scale, zero, spec)
     rounded = quantize_weight(weight * changed.smooth, QuantSpec(8, "channel"))
     act = Activation(QuantSpec(16, "tensor"))
-    layer = QuantizedLayer(without_branch(rounded), act, changed.smooth, shift=changed.shift)
+    layer = QuantizedLayer(without_branch(rounded), act, Smoothing(changed.smooth, changed.shift))
     expected_weight = (rounded.dequantize() / changed.smooth).double()
     expected = F.linear(x.double(), expected_weight, bias.double())
     assert relative(QuantLinear(layer, layer.bias(bias))(x), expected) < 1e-4
@@ -123,15 +126,17 @@ def test_the_recipe_takes_both_kinds_of_ranges():
     model, results = random_model(), {}
     for clip in ("minmax", "percentile"):
         noise = ImageNoise(0, range(16), (4, 8, 8))
-        start = Start(noise(), noise, torch.arange(16) % 10)
+        labels = torch.arange(16) % 10
+        drive = guided_drive(make_schedule("10"), noise(), noise, labels, 1.5)
         recipe = replace(RECIPES["repq-vit"], act_clip=clip)
-        results[clip] = quantize_model(model, recipe, 4, 8, make_schedule("10"), start)
+        results[clip] = quantize_model(model, recipe, BitWidths(4, 8), drive)
     for name in ("blocks.1.attn.qkv", "blocks.1.mlp.fc1"):
         whole = results["minmax"].layers[name]
         cut = results["percentile"].layers[name]
         assert cut.act.scale < whole.act.scale
         # The channels' own scales.
-        own, widest = cut.smooth * cut.act.scale, whole.smooth * whole.act.scale
+        own = cut.smoothing.factors * cut.act.scale
+        widest = whole.smoothing.factors * whole.act.scale
         assert (own <= widest * 1.0001).all()
     for name, whole in results["minmax"].operands.items():
         cut = results["percentile"].operands[name]

@@ -9,43 +9,50 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_model
+from conftest import block_linears, random_model
 from PIL import Image
 
 import config
-from architectures.dit import block_linears, layer_places
 from config import RECIPES
 from diffusion import ImageNoise, guided_denoiser, make_schedule, sample_loop
+from diffusion.generate import guided_drive
 from quant.layers.linear import QuantLinear
-from quant.pipeline import Start, quantize_model
+from quant.pipeline import quantize_model
+from quant.recipe import BitWidths
 from report import figures
-from report.layers import default_layers, observe
+from report.layers import default_layers, observe, places_of
 from report.page import Figure, Section, html_table, write_page
 from report.quantisation import quantisation_figures
 
 STEPS = 3
 
 
-def begin(model, count=2) -> Start:
+def start(model, count=2):
+    """Noise to start from, noise for the steps, and labels."""
     noise = ImageNoise(0, range(count), (model.in_channels, model.input_size, model.input_size))
-    return Start(noise(), noise, torch.arange(count))
+    return noise(), noise, torch.arange(count)
+
+
+def drive(model, schedule):
+    return guided_drive(schedule, *start(model), config.calibration_cfg_scale)
 
 
 @pytest.fixture(scope="module")
 def quantised():
     model, schedule, recipe = random_model(), make_schedule(str(STEPS)), RECIPES["ditas"]
-    return model, schedule, recipe, quantize_model(model, recipe, 4, 8, schedule, begin(model))
+    return model, schedule, recipe, quantize_model(
+        model, recipe, BitWidths(4, 8), drive(model, schedule))
 
 
 def test_layer_errors_equal_those_of_the_installed_layers(quantised):
     model, schedule, recipe, result = quantised
-    seen = observe(model, result.layers, schedule, begin(model), ["blocks.1.mlp.fc2"])
-    name, start = "blocks.1.mlp.fc2", begin(model)
+    seen = observe(model, result.layers, drive(model, schedule), ["blocks.1.mlp.fc2"])
+    name, (x, draw, labels) = "blocks.1.mlp.fc2", start(model)
     linear = block_linears(model)[name]
     inputs = []
     handle = linear.register_forward_hook(lambda _, args, __: inputs.append(args[0]))
     with torch.no_grad():
-        list(sample_loop(guided_denoiser(model, start.labels, config.calibration_cfg_scale), schedule, start.x, start.draw))
+        list(sample_loop(guided_denoiser(model, labels, config.calibration_cfg_scale), schedule, x, draw))
         handle.remove()
         module = QuantLinear(result.layers[name], linear.bias)
         signal = sum(F.linear(x, linear.weight).square().sum() for x in inputs)
@@ -59,9 +66,9 @@ def test_layer_errors_equal_those_of_the_installed_layers(quantised):
 
 def test_all_figures_of_a_run_are_drawn(quantised):
     model, schedule, recipe, result = quantised
-    layers = default_layers(layer_places(model))
+    layers = default_layers(places_of(model))
     assert layers == ["blocks.1.mlp.fc2", "blocks.1.attn.qkv"]
-    observed = observe(model, result.layers, schedule, begin(model), layers)
+    observed = observe(model, result.layers, drive(model, schedule), layers)
     made = quantisation_figures(observed, recipe, result, Image.new("RGB", (40, 20), "red"))
     assert [figure.name for figure in made] == ["images", "layer-errors", "alpha-losses", *(
         f"channel-{kind}-{name}" for name in observed.inputs for kind in ("magnitude", "maxima"))]

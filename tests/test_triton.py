@@ -30,7 +30,7 @@ def cuda():
 
 def pair(cuda, made, bias, act):
     weight = integer_weight(made)
-    return (cuda.TritonLinear(weight, nibbles(made), bias, made.smooth, act).to(DEVICE), ReferenceLinear(weight, bias, made.smooth, act).to(DEVICE))
+    return (cuda.TritonLinear(weight, nibbles(made), bias, made.smoothing.factors, act).to(DEVICE), ReferenceLinear(weight, bias, made.smoothing.factors, act).to(DEVICE))
 
 
 @pytest.mark.parametrize("recipe_name", ["rtn", "smoothquant", "ditas", "ditas-plus"])
