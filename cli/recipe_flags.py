@@ -3,7 +3,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from architectures.dit import SCOPES
+from architectures.sites import SCOPES
 from cli.parser import Parser
 from cli.values import at_least, one_of
 from config import RECIPES, Recipe, alpha_grid

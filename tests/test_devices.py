@@ -16,13 +16,15 @@ from metrics import sqnr_db
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from config import RECIPES, Recipe
+from config import RECIPES, Recipe, calibration_cfg_scale
 from diffusion import ImageNoise, ddpm_step, make_schedule
-from diffusion.generate import generate_latents
+from diffusion.generate import generate_latents, guided_drive
 from evaluation.judge import sqnr_judge
 from models import DiT_models, ModelCard
 from quant import checkpoint
 from quant.pipeline import Result, quantize_model
+from quant.recipe import BitWidths
+from quant.refinement.allocation import GroupSearch
 
 MODEL, WIDTH, DEPTH, HEADS, CLASSES = "DiT-Tiny", 64, 2, 4, 10
 STEPS, LABELS = "2", (1, 7)

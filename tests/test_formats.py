@@ -25,12 +25,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import GOLDEN, golden
-from metrics import sqnr_db
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from config import UserError
+from errors import UserError
+from evaluation.metrics import sqnr_db
 from quant import checkpoint
 
 WEIGHT_ONLY = ("format-1", "format-2", "format-4")

@@ -18,6 +18,7 @@ from quant.install import install
 from quant.numerics.uniform import QuantSpec
 from quant.pipeline import quantize_model
 from quant.recipe import BitWidths
+from quant.refinement.block_chain import BlockChain
 from quant.refinement.adaround import beta_at, rounding_loss
 from quant.refinement.soft_layers import LearnedStep, SoftLinear, rectified_sigmoid
 
@@ -66,7 +67,9 @@ def test_every_weight_is_rounded_down_or_up_and_blocks_come_nearer(name):
 
     def error(result):
         quantised = install(digits(), result.layers, operands=result.operands)
-        return (quantised.blocks[0](*quantised.embed(*inputs)) - model.blocks[0](*model.embed(*inputs))).norm()
+        call = dict(zip("xty", inputs))
+        outputs = BlockChain(quantised, call).outputs(quantised.blocks[0])
+        return (outputs - BlockChain(model, call).outputs(model.blocks[0])).norm()
     print(f"{name}: {error(learned) / error(nearest):.3f} of the error of rounding to the nearest")
     assert error(learned) < 0.8 * error(nearest)
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import RECIPES
-from diffusion import ImageNoise
+from diffusion import ImageNoise, make_schedule
 from diffusion.generate import guided_drive
 from quant.activations.quantisers import Activation
 from quant.balancing.reparameterise import PerChannel, channel_ranges, reparameterize

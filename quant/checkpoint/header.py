@@ -118,10 +118,14 @@ def _parse(fields: dict[str, Any], version: int) -> Header:
     parts = {key: tuple(value) if isinstance(value, list) else value
              for key, value in fields.pop("recipe").items()}
     header = Header(recipe=Recipe(**parts), **fields)
-    if version < FIRST_WITH_ARCHITECTURE:
+    if header.image_size is not None:
         architecture, configuration = registered_configuration(
             header.model, header.image_size, _class_count(header))
-        header = replace(header, architecture=architecture, configuration=configuration)
+        if version < FIRST_WITH_ARCHITECTURE:
+            header = replace(header, architecture=architecture, configuration=configuration)
+        if (header.architecture, header.configuration) != (architecture, configuration):
+            raise ValueError(f"its configuration is not that of {header.model} at "
+                             f"{header.image_size} pixels with {header.num_classes} classes")
     _check(header)
     return header
 
