@@ -1,6 +1,7 @@
-"""A pretended accelerator: tensors that report a device of their own, hold CPU data and refuse to meet CPU tensors.
+"""A pretended accelerator: its tensors hold CPU data and refuse to meet tensors on the CPU.
 
-PyTorch keeps the dispatch key PrivateUse1 for devices that it does not know, and lets Python implement one.
+PyTorch keeps the dispatch key PrivateUse1 for devices that it does not know, and lets
+Python implement one.
 Every operator runs on the CPU data. So results are those of the CPU, and a tensor left on the wrong
 device is an error, as it is on a GPU.
 """
@@ -23,7 +24,7 @@ OWN = ("copy_", "arange", "arange.start", "arange.start_step", "eye", "eye.m")
 
 
 class DeviceTensor(torch.Tensor):
-    """A tensor on the pretended accelerator; ``data_on_cpu`` has the same shape, strides and dtype."""
+    """A tensor on the pretended accelerator; ``data_on_cpu`` has its shape, strides and dtype."""
 
     @staticmethod
     def __new__(cls, data_on_cpu: Tensor):
@@ -50,7 +51,9 @@ class DeviceTensor(torch.Tensor):
         return self.data_on_cpu.tolist()
 
     def __matmul__(self, other: Tensor) -> Tensor:
-        return torch.mm(self[None], other)[0] if self.dim() == 1 and other.dim() == 2 else torch.matmul(self, other)
+        if self.dim() == 1 and other.dim() == 2:
+            return torch.mm(self[None], other)[0]
+        return torch.matmul(self, other)
 
     def new_tensor(self, data, dtype: torch.dtype | None = None) -> Tensor:
         return torch.tensor(data, dtype=dtype or self.dtype).to(self.device)
@@ -65,7 +68,7 @@ def check_device(operator, args: tuple, kwargs: dict) -> None:
     """Refuse an operator on tensors of the accelerator that would read others.
 
     Raises:
-        RuntimeError: a CPU tensor of one or more dimensions is among the arguments, and it is not a copy.
+        RuntimeError: an argument is a CPU tensor with dimensions, and this is no copy.
     """
     if operator.overloadpacket in COPIES:
         return
@@ -114,7 +117,7 @@ def run(operator, *args, **kwargs):
 
 @cache
 def accelerator() -> tuple[torch.device, tuple[torch.library.Library, ...]]:
-    """The device and what keeps it alive; the first call registers it, which a process can do once."""
+    """The device and what keeps it alive; the first call registers it, once in a process."""
     _setup_privateuseone_for_python_backend(NAME)
     # Operators without tensors, such as torch.zeros, reach PrivateUse1.
     others = torch.library.Library("_", "IMPL")
@@ -122,5 +125,6 @@ def accelerator() -> tuple[torch.device, tuple[torch.library.Library, ...]]:
     own = torch.library.Library("aten", "IMPL")
     for name in OWN:
         packet, _, overload = name.partition(".")
-        own.impl(name, partial(run, getattr(getattr(aten, packet), overload or "default")), "PrivateUse1")
+        operator = getattr(getattr(aten, packet), overload or "default")
+        own.impl(name, partial(run, operator), "PrivateUse1")
     return torch.device(f"{NAME}:0"), (others, own)

@@ -1,9 +1,9 @@
-"""Every recipe on a pretended accelerator: a tensor left on the wrong device is noticed without a GPU too.
+"""Every recipe on a pretended accelerator: a tensor on the wrong device is noticed without a GPU.
 
-The device runs the CPU's own kernels (see ``accelerator``), so that results have to be those of the CPU.
-Two things may differ in last bits: the search of migration strengths, which is compiled for the CPU alone,
-and gradients, which go through other operators. So the two strengths to choose from here are far apart.
-AdaRound also learns ranges, and an input may then lie on another side of a rounding tie: one code in millions.
+The device runs the CPU's own kernels (see ``accelerator``), so results have to be those of the CPU.
+Two things may differ in last bits: the search of migration strengths, which is compiled for the CPU
+alone, and gradients, which go through other operators. So the strengths offered are far apart.
+AdaRound also learns ranges, and then a few codes may lie on the other side of a rounding tie.
 """
 from dataclasses import replace
 from pathlib import Path
@@ -34,10 +34,11 @@ CPU = torch.device("cpu")
 # The product's API, in one place.
 
 def quick(recipe: Recipe) -> Recipe:
-    """Every step of the recipe, on groups that divide the width, and none for longer than it takes to run it."""
+    """Every step of the recipe, as short as can be, on groups that divide the width."""
     alphas = (0.1, 0.9) if len(recipe.alphas) > 1 else recipe.alphas
     sizes = (32, 64) if recipe.group_sizes else ()
-    return replace(recipe, alphas=alphas, rounds=2, iterations=2, weight_group=min(recipe.weight_group, 32),
+    group = min(recipe.weight_group, 32)
+    return replace(recipe, alphas=alphas, rounds=2, iterations=2, weight_group=group,
                    group_sizes=sizes, population=2, generations=1)
 
 
@@ -53,9 +54,11 @@ def quantise(recipe: Recipe, device: torch.device) -> tuple[nn.Module, Result]:
 
 
 def save(path: Path, model: nn.Module, result: Result, recipe: Recipe) -> None:
-    checkpoint.save(path, model, result, checkpoint.Header(
-        model=MODEL, image_size=16, num_classes=CLASSES, weight_bit=4, act_bit=8, recipe_name="quick", recipe=recipe,
-        seed=0, num_sampling_steps=STEPS, svd="fast", alphas=result.alphas, groups=result.groups))
+    header = checkpoint.Header(
+        model=MODEL, image_size=16, num_classes=CLASSES, weight_bit=4, act_bit=8,
+        recipe_name="quick", recipe=recipe, seed=0, num_sampling_steps=STEPS, svd="fast", alphas=result.alphas,
+        groups=result.groups)
+    checkpoint.save(path, model, result, header)
 
 
 def load(path: Path, device: torch.device, folded: bool) -> nn.Module:
@@ -64,8 +67,8 @@ def load(path: Path, device: torch.device, folded: bool) -> nn.Module:
 
 def sample(model: nn.Module) -> Tensor:
     """Latents after all steps, where the model is."""
-    labels = torch.tensor(LABELS)
-    return generate_latents(model, make_schedule(STEPS), range(len(LABELS)), labels, 0, 1.5, ddpm_step)
+    labels, schedule = torch.tensor(LABELS), make_schedule(STEPS)
+    return generate_latents(model, schedule, range(len(labels)), labels, 0, 1.5, ddpm_step)
 
 
 def learned(recipe: Recipe) -> bool:
@@ -88,7 +91,8 @@ def tiny(monkeypatch):
 def test_the_accelerator_refuses_cpu_tensors(device):
     ours, theirs = torch.ones(2, 2).to(device), torch.ones(2, 2)
     assert ours.device == device and (ours + 1).device == device
-    for wrong in (lambda: ours + theirs, lambda: theirs + ours, lambda: ours.add_(theirs), lambda: theirs.add_(ours),
+    for wrong in (lambda: ours + theirs, lambda: theirs + ours,
+                  lambda: ours.add_(theirs), lambda: theirs.add_(ours),
                   lambda: torch.cat([ours, theirs]), lambda: theirs[ours.long()],
                   lambda: nn.functional.linear(theirs, ours)):
         with pytest.raises(RuntimeError, match=NAME):
@@ -114,7 +118,8 @@ def test_gradients_work_on_the_accelerator(device):
 
 def test_a_buffer_left_behind_is_noticed(device):
     model = random_model(hidden_size=WIDTH, depth=DEPTH).to(device)
-    inputs = torch.randn(2, 4, 8, 8, device=device), torch.tensor([10, 800], device=device), torch.tensor(LABELS, device=device)
+    timesteps, labels = torch.tensor([10, 800], device=device), torch.tensor(LABELS, device=device)
+    inputs = torch.randn(2, 4, 8, 8, device=device), timesteps, labels
     assert model(*inputs).device == device
     model.blocks[1].mlp.fc2.bias = nn.Parameter(model.blocks[1].mlp.fc2.bias.cpu())
     with pytest.raises(RuntimeError, match=NAME):

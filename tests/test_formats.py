@@ -1,20 +1,20 @@
-"""Checkpoints written by this repository's older commits are still read, and compute what they computed then.
+"""Checkpoints of this repository's older commits are still read, and compute the same.
 
 The files in ``tests/golden/`` are of a DiT-Digits with random weights, calibrated for three steps.
 They are compressed. adaLN weights repeat every four columns, so that 5.4 MB of format 1 become 1.4.
 
-    format-1          commit 242d8d3  ditas W2A16: zero points a byte each, float32 factors, scales and adaLN
+    format-1          commit 242d8d3  ditas W2A16: a byte a zero point; float32 factors, scales, adaLN
     format-2          commit b2b1b51  ditas W4A16: two-level scales, integer branch, adaLN of 8 bits
-    format-3          commit 73e547f  repq-vit W2A8: static ranges, shifts, powers of root 2 that begin at 1
+    format-3          commit 73e547f  repq-vit W2A8: static ranges, shifts, powers of root 2 from 1
     format-4          commit b4f607d  qdit W2A16: group sizes that differ from layer to layer
-    format-4-static   commit b4f607d  repq-vit W2A8, a range per timestep: powers begin where the file says
+    format-4-static   commit b4f607d  repq-vit W2A8: ranges per timestep, powers from a scale
 
-``formats.npz`` holds inputs, and what the same commit computed from the file it had written, not folded.
+``formats.npz`` holds inputs, and what the same commit computed from its own file, not folded.
 
 Without activation quantisers outputs differ by rounding errors alone, and have to agree to 90 dB.
-With them an input may lie on a rounding tie, and its code may flip on another processor or after folding.
-Through ten blocks flips grow to what 8 bits lose at all, 34 dB, so that one whole forward tells little there.
-So each block also gets a recorded input. There a flip leaves 44 dB and more, and most blocks have none.
+With them an input may lie on a rounding tie: its code may flip on another processor or after folding.
+Through ten blocks flips grow to what 8 bits lose at all, 34 dB, so one whole forward tells little.
+So each block also gets a recorded input. A flip leaves 44 dB and more there, and most blocks have none.
 A range that is 2 % off leaves no block more than 41 dB, so that the median of ten tells them apart.
 """
 import json
@@ -50,7 +50,8 @@ WRITTEN = {
 # What a format did not know yet, and the only thing that its recipes did then.
 IMPLIED = {
     "format-1": {"adaln_bits": 16, "scope": "blocks", "act_range": "dynamic"},
-    "format-2": {"scope": "blocks", "act_range": "dynamic", "attention": "none", "weight": "nearest"},
+    "format-2": {"scope": "blocks", "act_range": "dynamic", "attention": "none",
+                 "weight": "nearest"},
     "format-3": {},
     "format-4": {},
     "format-4-static": {},
@@ -103,8 +104,9 @@ def renumbered(old: Path, version: int) -> Path:
 
 def recorded(name: str) -> dict[str, Tensor]:
     prefix = f"{name.replace('-', '', 1)}/"
-    arrays = golden("formats").items()
-    return {key.removeprefix(prefix): torch.tensor(value) for key, value in arrays if key.startswith(prefix)}
+    arrays = golden("formats")
+    keys = [key for key in arrays if key.startswith(prefix)]
+    return {key.removeprefix(prefix): torch.tensor(arrays[key]) for key in keys}
 
 
 def listed(value):
