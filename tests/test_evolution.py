@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from architectures.dit import BLOCK_LINEARS, LayerPlace
+from architectures.sites import single
 from quant.refinement.evolution import Budget, evolve
 from quant.refinement.group_sizes import (
     bit_ops,
@@ -34,6 +34,8 @@ UNIFORM = dict.fromkeys(CHOICES, 128)
 BUDGET = Budget(population=20, parents=6, crossovers=8, mutations=8, probability=0.2, rounds=15, seed=0)
 SHORT = replace(BUDGET, rounds=5)
 CONSTRAINTS = {"mean": mean_at_least(128), "bit_ops": bit_ops_at_most(bit_ops(UNIFORM, SHAPES, 4, 8), SHAPES, 4, 8)}
+
+BLOCK_LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
 def separable(seed=0):
@@ -263,7 +265,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_first_evaluation(tm
 def test_figure_of_a_search(blocks):
     chance = random.Random(0)
     groups = {f"blocks.{i}.{kind}": chance.choice(SIZES) for i in range(blocks) for kind in BLOCK_LINEARS}
-    places = {name: LayerPlace(name.split(".")[3], name.rsplit(".", 2)[0]) for name in groups}
+    places = {name: single(name, name.split(".")[3], name.rsplit(".", 2)[0]) for name in groups}
     drawn = [np.asarray(Image.open(io.BytesIO(figures.group_allocation([3.0, 2.0, 2.0], [4.0, 3.0, 2.5], chosen, places))).convert("RGB"))
              for chosen in (groups, dict.fromkeys(groups, 64))]
     assert drawn[0].shape == drawn[1].shape and (drawn[0] != drawn[1]).any()

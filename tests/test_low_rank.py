@@ -7,7 +7,6 @@ from conftest import golden, golden_model, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from architectures.dit import BLOCK_LINEARS
 from config import RECIPES, lowrank_rank
 from download import find_state_dict
 from quant.numerics.uniform import QuantSpec, quantize
@@ -16,6 +15,8 @@ from quant.weights.rounding import nearest_quantizer
 
 PUBLISHED = QuantSpec(4, "strided", 32, "published")
 GROUPS = QuantSpec(4, "group", 64)
+
+BLOCK_LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
 def best_error(weight, spec, rank, solver):

@@ -18,8 +18,8 @@ from quant.install import install
 from quant.numerics.uniform import QuantSpec
 from quant.pipeline import quantize_model
 from quant.recipe import BitWidths
-from quant.refinement.block_chain import BlockChain
 from quant.refinement.adaround import beta_at, rounding_loss
+from quant.refinement.block_chain import BlockChain
 from quant.refinement.soft_layers import LearnedStep, SoftLinear, rectified_sigmoid
 
 
