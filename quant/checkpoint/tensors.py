@@ -121,7 +121,8 @@ def read_branch(tensors: Tensors, name: str, shape: tuple[int, int]) -> tuple[Te
 def write_smoothing(smoothing: Smoothing) -> Tensors:
     """Write ``smooth``, the factors, and ``shift``, float32, as far as there are any."""
     both = {"smooth": smoothing.factors, "shift": smoothing.shift}
-    return {key: value for key, value in both.items() if value is not None}
+    # The linears of a site share one tensor, which safetensors refuses to write twice.
+    return {key: value.clone() for key, value in both.items() if value is not None}
 
 
 def read_smoothing(tensors: Tensors, name: str, columns: int) -> Smoothing:
