@@ -1,20 +1,25 @@
-"""How fast quantisation is, against the same recipe done the published way, and what it costs in memory.
+"""How fast quantisation is against the published way, and what it costs in memory.
 
-    python benchmarks/calibration.py                 # everything; the published way alone takes minutes
+    python benchmarks/calibration.py                 # everything; the published way takes minutes
     python benchmarks/calibration.py --only lowrank
 
-calibration  whole quantisation of the digits model: one trajectory per layer, each layer's input history stored and searched
-             candidate by candidate (as the published code does), against two trajectories for all layers; same low-rank solver
-forward      fake-quantised against float forward of a DiT-B/2 with random weights, batch 8
-lowrank      ten alternations of a 1152 x 4608 layer at rank 32: full SVDs against the warm-started solver
-memory       tensors alive during calibration, and growth of the resident set, against float model + 25 x the largest layer activation
+calibration  The whole quantisation of the digits model, ours and the published way. Ours samples
+             and replays one trajectory for all layers. The published code samples one per layer,
+             stores the layer's inputs and searches candidate by candidate. The recipe and the
+             low-rank solver are equal.
+forward      A forward pass of DiT-B/2 with random weights, batch 8: fake-quantised against float.
+lowrank      Ten alternations at rank 32: full SVDs against the warm-started solver.
+gptq         GPTQ of a 1152 x 4608 layer.
+memory       Tensors alive during calibration, and growth of the resident set, against the bound:
+             float model + 25 x the largest activation of a layer.
 """
 import json
 import resource
 import statistics
 import sys
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -22,14 +27,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import config
 from architectures.dit import block_linears
-from benchmarks.sections import run_sections
-from config import RECIPES
-from diffusion import ImageNoise, guided_denoiser, make_schedule, sample
-from download import load_model
+from benchmarks.sections import run_sections, timed
+from benchmarks.subjects import calibration_start, load_digits
+from config import RECIPES, Recipe
+from diffusion import Schedule, guided_denoiser, make_schedule, sample
 from models import DiT, DiT_models
 from quant.activations.quantisers import Activation
 from quant.balancing.maxima import aggregate, smoothing_factors
@@ -37,169 +43,312 @@ from quant.calibration.trajectory import hooked, record
 from quant.install import install
 from quant.layers.quantised import QuantizedLayer
 from quant.numerics.uniform import QuantSpec, fake_quantize
-from quant.pipeline import Start, quantize_model
+from quant.pipeline import Result, Start, quantize_model
 from quant.recipe import act_spec, weight_spec
-from quant.weights.low_rank import lowrank_quantize, without_branch
-from quant.weights.rounding import gptq_quantizer, nearest_quantizer, quantize_weight
+from quant.weights.low_rank import LowRankWeight, lowrank_quantize, without_branch
+from quant.weights.rounding import (
+    WeightQuantizer,
+    gptq_quantizer,
+    nearest_quantizer,
+    quantize_weight,
+)
 from quant.weights.two_level import round_to_int8
 
-STEPS, LABELS = 50, 16
+STEPS = 50  # of a calibration trajectory
+IMAGES = 16
+WEIGHT_BITS = 4
+ACT_BITS = 8
 
 
-def start(model) -> Start:
-    noise = ImageNoise(0, range(LABELS), (model.in_channels, model.input_size, model.input_size))
-    return Start(noise(), noise, torch.arange(LABELS) % model.num_classes)
+@dataclass(frozen=True)
+class StoredLayer:
+    """A linear, and what the published procedure keeps of it."""
+
+    linear: nn.Linear
+    absmax: Tensor  # (steps, I), maxima of the input
+    inputs: list[Tensor]  # of every call
+    base: LowRankWeight | None  # the weight, where it is quantised before it is smoothed
+    balanced: Tensor  # (O, I), the weight whose maxima decide on smoothing factors
+
+    def factors(self, recipe: Recipe, alpha: float) -> Tensor:
+        """Compute the smoothing factors (I,) of a migration strength."""
+        act_max = aggregate(self.absmax, recipe.balance, recipe.timestep)
+        return smoothing_factors(act_max, self.balanced, alpha, config.factor_floor)
 
 
 @torch.no_grad()
-def published_procedure(model, recipe, weight_bits, act_bits, schedule) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    """The same recipe with one trajectory per layer whose inputs are all stored, and every candidate a full product."""
+def published_procedure(
+    model: DiT,
+    recipe: Recipe,
+    schedule: Schedule,
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Quantise with a trajectory per layer, all of its inputs stored, every candidate a product.
+
+    Returns:
+        Each layer's migration strength, and the losses (A,) of all that were tried.
+    """
     linears = block_linears(model)
-    spec, act = weight_spec(recipe, weight_bits), act_spec(recipe, act_bits)
-    alphas, losses = {}, {}
+    spec = weight_spec(recipe, WEIGHT_BITS)
     bases = {}
     if recipe.order == "lowrank-first":
         for name, linear in linears.items():
-            bases[name] = lowrank_quantize(linear.weight, nearest_quantizer(spec), config.lowrank_rank(recipe, min(linear.weight.shape)), recipe.rounds, recipe.keep, "fast")
-    begin = start(model)
-    _, absmax = record(model, linears, schedule, begin.labels, config.calibration_cfg_scale, begin.x, begin.draw)
+            bases[name] = branch(linear.weight, recipe, nearest_quantizer(spec))
+    absmax = record_maxima(model, linears, schedule)
+
+    alphas = {}
+    losses = {}
     for name, linear in linears.items():
-        history, begin = [], start(model)
-        with hooked({name: linear}, lambda _, inputs, __: history.append(inputs)):
-            sample(guided_denoiser(model, begin.labels, config.calibration_cfg_scale), schedule, begin.x, begin.draw)
-        loss = torch.zeros(len(recipe.alphas), dtype=torch.float64)
-        balanced = bases[name].weight.dequantize() if bases else linear.weight
-        for i, alpha in enumerate(recipe.alphas):
-            s = smoothing_factors(aggregate(absmax[name], recipe.balance, recipe.timestep), balanced, alpha, config.factor_floor)
-            rounded = None if bases else round_to_int8(linear.weight * s, spec)
-            for x in history:
-                wanted = F.linear(x, linear.weight, linear.bias)
-                q = fake_quantize(x / s, act)
-                if bases:
-                    weight, right = balanced * s, bases[name].right * s
-                    got = F.linear(q, weight) + F.linear(F.linear(q, right), bases[name].left) + linear.bias
-                else:
-                    values, step = rounded
-                    got = F.linear(q, values * step[:, None], linear.bias)
-                loss[i] += (got - wanted).square().mean().double()
-        losses[name] = loss
-        alphas[name] = recipe.alphas[int(loss.argmin())]
-        if not bases:
-            s = smoothing_factors(aggregate(absmax[name], recipe.balance, recipe.timestep), balanced, alphas[name], config.factor_floor)
-            weight, importance = linear.weight * s, (absmax[name] / s).square().mean(0)
-            rank = config.lowrank_rank(recipe, min(weight.shape))
-            lowrank_quantize(weight, nearest_quantizer(spec, importance), rank, recipe.rounds, recipe.keep, "fast").integer_branch(weight)
+        inputs = store_inputs(model, name, linear, schedule)
+        base = bases.get(name)
+        balanced = linear.weight if base is None else base.base.dequantize()
+        layer = StoredLayer(linear, absmax[name], inputs, base, balanced)
+        losses[name] = torch.stack([alpha_loss(layer, recipe, alpha) for alpha in recipe.alphas])
+        alphas[name] = recipe.alphas[int(losses[name].argmin())]
+        if base is None:
+            s = layer.factors(recipe, alphas[name])
+            weight = linear.weight * s
+            importance = (absmax[name] / s).square().mean(0)
+            quantizer = nearest_quantizer(spec, importance)
+            branch(weight, recipe, quantizer).integer_branch(weight)
     return alphas, losses
 
 
-def timed(call: Callable):
-    begin = time.perf_counter()
-    return call(), time.perf_counter() - begin
+def branch(weight: Tensor, recipe: Recipe, quantizer: WeightQuantizer) -> LowRankWeight:
+    """Quantise a weight with a low-rank branch, by the recipe."""
+    rank = config.lowrank_rank(recipe, min(weight.shape))
+    return lowrank_quantize(weight, quantizer, rank, recipe.rounds, recipe.keep, "fast")
+
+
+def record_maxima(
+    model: DiT,
+    linears: dict[str, nn.Linear],
+    schedule: Schedule,
+) -> dict[str, Tensor]:
+    """Sample once for the maxima (steps, I) of every layer's input."""
+    start = calibration_start(model, IMAGES)
+    scale = config.calibration_cfg_scale
+    _, absmax = record(model, linears, schedule, start.labels, scale, start.x, start.draw)
+    return absmax
+
+
+def store_inputs(model: DiT, name: str, linear: nn.Linear, schedule: Schedule) -> list[Tensor]:
+    """Sample once for the inputs (2N, T, I) of one layer in every step."""
+    history = []
+    start = calibration_start(model, IMAGES)
+    denoise = guided_denoiser(model, start.labels, config.calibration_cfg_scale)
+    with hooked({name: linear}, lambda _, inputs, __: history.append(inputs)):
+        sample(denoise, schedule, start.x, start.draw)
+    return history
+
+
+def alpha_loss(layer: StoredLayer, recipe: Recipe, alpha: float) -> Tensor:
+    """Compute the loss of one migration strength: mean squared errors of the output, summed."""
+    linear, base = layer.linear, layer.base
+    act = act_spec(recipe, ACT_BITS)
+    s = layer.factors(recipe, alpha)
+    if base is None:
+        values, step = round_to_int8(linear.weight * s, weight_spec(recipe, WEIGHT_BITS))
+    loss = torch.zeros((), dtype=torch.float64)
+    for x in layer.inputs:
+        expected = F.linear(x, linear.weight, linear.bias)
+        q = fake_quantize(x / s, act)
+        if base is None:
+            output = F.linear(q, values * step[:, None], linear.bias)
+        else:
+            low_rank = F.linear(F.linear(q, base.right * s), base.left)
+            output = F.linear(q, layer.balanced * s) + low_rank + linear.bias
+        loss += (output - expected).square().mean().double()
+    return loss
 
 
 def calibration() -> None:
     schedule = make_schedule(str(STEPS))
-    model = load_model("DiT-Digits", DiT_models["DiT-Digits"], 16, 10, None, torch.device("cpu"))
-    print("\n| recipe | published way, s | ours, s (once before, twice after) | ratio to the median | same α | losses agree to |")
+    model = load_digits()
+    print("\n| recipe | published way, s | ours, s (once before, twice after) "
+          "| ratio to the median | same α | losses agree to |")
     print("|---|---|---|---|---|---|")
     for name in ("ditas-published", "ditas"):
         recipe = RECIPES[name]
-
-        def ours():
-            return quantize_model(model, recipe, 4, 8, schedule, start(model))
+        ours = partial(calibrate, model, recipe, schedule)
         result, first = timed(ours)
-        (alphas, losses), slow = timed(lambda: published_procedure(model, recipe, 4, 8, schedule))
-        times = [first, timed(ours)[1], timed(ours)[1]]
-        worst = max(((result.losses[k] - losses[k]) / losses[k]).abs().max().item() for k in losses)
-        same = sum(result.alphas[k] == alphas[k] for k in alphas)
-        print(f"| {name} | {slow:.1f} | {' / '.join(f'{t:.1f}' for t in times)} | {slow / statistics.median(times):.1f}x | {same} of {len(alphas)} | {worst:.1e} |", flush=True)
+        (alphas, losses), slow = timed(partial(published_procedure, model, recipe, schedule))
+        _, second = timed(ours)
+        _, third = timed(ours)
+        times = [first, second, third]
+        seconds = " / ".join(f"{t:.1f}" for t in times)
+        ratio = slow / statistics.median(times)
+        same = sum(result.alphas[layer] == alpha for layer, alpha in alphas.items())
+        worst = max(largest_difference(result.losses[layer], losses[layer]) for layer in losses)
+        print(f"| {name} | {slow:.1f} | {seconds} | {ratio:.1f}x | {same} of {len(alphas)} "
+              f"| {worst:.1e} |", flush=True)
+
+
+def calibrate(
+    model: DiT,
+    recipe: Recipe,
+    schedule: Schedule,
+    start: Start | None = None,
+) -> Result:
+    """Quantise the way this repository does; None starts the trajectory afresh."""
+    if start is None:
+        start = calibration_start(model, IMAGES)
+    return quantize_model(model, recipe, WEIGHT_BITS, ACT_BITS, schedule, start)
+
+
+def largest_difference(values: Tensor, expected: Tensor) -> float:
+    """Return the largest relative difference of two lists of losses."""
+    return ((values - expected) / expected).abs().max().item()
+
+
+def build_base() -> DiT:
+    torch.manual_seed(0)
+    return DiT_models["DiT-B/2"].build(256).eval()
+
+
+def fake_quantised(model: DiT, recipe: Recipe) -> DiT:
+    """Install layers that compute as the recipe's do, without calibration."""
+    spec = weight_spec(recipe, WEIGHT_BITS)
+    act = Activation(act_spec(recipe, ACT_BITS))
+    layers = {}
+    for name, linear in block_linears(model).items():
+        # Only fc2 divides its input when sampling; the factors of the others are folded.
+        divides = recipe.balance != "none" and name.endswith("fc2")
+        factors = torch.ones(linear.in_features) if divides else None
+        weight = without_branch(quantize_weight(linear.weight, spec))
+        layers[name] = QuantizedLayer(weight, act, factors)
+    return install(model, layers)
 
 
 @torch.inference_mode()
 def forward() -> None:
-    def build():
-        torch.manual_seed(0)
-        return DiT_models["DiT-B/2"].build(256).eval()
-    model, quantised = build(), build()
-    x, t, y = torch.randn(8, 4, 32, 32), torch.full((8,), 500), torch.arange(8)
+    model = build_base()
+    inputs = torch.randn(8, 4, 32, 32), torch.full((8,), 500), torch.arange(8)
     print("\n| recipe (W4A8) | float, ms | fake-quantised, ms | ratio (median of pairs) |")
     print("|---|---|---|---|")
     for name in ("rtn", "ditas", "ditas-published"):
-        recipe, quantised = RECIPES[name], build()
-        layers = {}
-        for key, linear in block_linears(quantised).items():
-            divides = recipe.balance != "none" and key.endswith("fc2")  # the others are folded when sampling
-            layers[key] = QuantizedLayer(without_branch(quantize_weight(linear.weight, weight_spec(recipe, 4))), Activation(act_spec(recipe, 8)),
-                                         torch.ones(linear.in_features) if divides else None)
-        install(quantised, layers)
+        quantised = fake_quantised(build_base(), RECIPES[name])
         pairs = []
-        for i in range(9):
-            pairs.append((timed(lambda: model(x, t, y))[1], timed(lambda: quantised(x, t, y))[1]))
-        pairs = pairs[2:]
-        a, b = (statistics.median(pair[k] for pair in pairs) * 1e3 for k in (0, 1))
-        print(f"| {name} | {a:.0f} | {b:.0f} | {statistics.median(q / p for p, q in pairs):.2f} |", flush=True)
+        for _ in range(9):
+            _, before = timed(partial(model, *inputs))
+            _, after = timed(partial(quantised, *inputs))
+            pairs.append((before, after))
+        pairs = pairs[2:]  # the first calls prepare
+        before = statistics.median(pair[0] for pair in pairs) * 1e3
+        after = statistics.median(pair[1] for pair in pairs) * 1e3
+        ratio = statistics.median(pair[1] / pair[0] for pair in pairs)
+        print(f"| {name} | {before:.0f} | {after:.0f} | {ratio:.2f} |", flush=True)
 
 
 def lowrank() -> None:
     print("\n| layer | exact, s | fast, s | ratio | error of fast above exact |")
     print("|---|---|---|---|---|")
-    spec = QuantSpec(4, "group", 64)
+    quantizer = nearest_quantizer(QuantSpec(4, "group", 64))
     for rows, columns in ((1152, 1152), (1152, 4608), (4608, 1152)):
         weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * 0.02
-        timings, errors = {}, {}
-        for solver in ("fast", "exact", "fast"):
-            result, timings[solver] = timed(lambda: lowrank_quantize(weight, nearest_quantizer(spec), 32, 10, "best", solver))
+        seconds = {}
+        errors = {}
+        for solver in ("fast", "exact", "fast"):  # the first call warms up
+            solve = partial(lowrank_quantize, weight, quantizer, 32, 10, "best", solver)
+            result, seconds[solver] = timed(solve)
             errors[solver] = (weight - result.dense()).norm().item()
-        print(f"| {rows} x {columns} | {timings['exact']:.1f} | {timings['fast']:.2f} | {timings['exact'] / timings['fast']:.1f}x "
-              f"| {errors['fast'] / errors['exact'] - 1:+.3%} |", flush=True)
+        ratio = seconds["exact"] / seconds["fast"]
+        excess = errors["fast"] / errors["exact"] - 1
+        print(f"| {rows} x {columns} | {seconds['exact']:.1f} | {seconds['fast']:.2f} "
+              f"| {ratio:.1f}x | {excess:+.3%} |", flush=True)
 
 
 def gptq() -> None:
     rows, columns = 1152, 4608
     generator = torch.Generator().manual_seed(0)
-    weight, x = 0.02 * torch.randn(rows, columns, generator=generator), torch.randn(2 * columns, columns, generator=generator)
+    weight = 0.02 * torch.randn(rows, columns, generator=generator)
+    x = torch.randn(2 * columns, columns, generator=generator)
     hessian = x.T @ x
-    print("\n| GPTQ of 1152 x 4608, W4, groups of 64 | factor, s | scales and rounding, s | output error over nearest |")
+    print("\n| GPTQ of 1152 x 4608, W4, groups of 64 | factor, s | scales and rounding, s "
+          "| output error over nearest |")
     print("|---|---|---|---|")
-    for convention in ("affine", "two-level"):
+    for label, convention in (("float scales", "affine"), ("two-level", "two-level")):
         spec = QuantSpec(4, "group", 64, convention)
-        quantizer, scales = timed(lambda: gptq_quantizer(spec, hessian))
-        result, seconds = timed(lambda: quantizer(weight))
-        errors = [(x @ (each.dequantize() - weight).T).norm().item() for each in (result, quantize_weight(weight, spec))]
-        print(f"| {'float scales' if convention == 'affine' else convention} | {scales:.2f} | {seconds:.2f} | {errors[0] / errors[1]:.3f} |", flush=True)
+        quantizer, factor_seconds = timed(partial(gptq_quantizer, spec, hessian))
+        result, seconds = timed(partial(quantizer, weight))
+        error = output_error(x, result.dequantize(), weight)
+        nearest = output_error(x, quantize_weight(weight, spec).dequantize(), weight)
+        print(f"| {label} | {factor_seconds:.2f} | {seconds:.2f} | {error / nearest:.3f} |",
+              flush=True)
 
 
-def alive_at_peak(call: Callable) -> float:
-    """MB of tensors that ``call`` held at once, at most."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        call()
-    with TemporaryDirectory() as folder:
-        recorded.export_chrome_trace(f"{folder}/trace.json")
-        events = json.loads(Path(f"{folder}/trace.json").read_text())["traceEvents"]
-    return max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]") / 1e6
+def output_error(x: Tensor, quantised: Tensor, weight: Tensor) -> float:
+    """Return the norm of what a quantised weight (O, I) changes for inputs (N, I)."""
+    return (x @ (quantised - weight).T).norm().item()
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A model that was calibrated once, and the megabytes that this took."""
+
+    name: str
+    model: DiT
+    start: Start
+    weights: float  # of the float model
+    activation: float  # the largest of a layer
+    growth: float  # of the largest resident set
 
 
 def memory() -> None:
+    # Library code should be in memory before.
     tiny = DiT(input_size=8, hidden_size=64, depth=1, num_heads=2, num_classes=10).eval()
-    quantize_model(tiny, RECIPES["ditas"], 4, 8, make_schedule("2"), start(tiny))  # so that library code is in memory before
-    found = []
-    for name, size, steps in (("DiT-Digits", 16, "50"), ("DiT-S/4", 256, "2")):
-        card = DiT_models[name]
-        torch.manual_seed(0)
-        model = card.build(size).eval()
-        begin = start(model)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        quantize_model(model, RECIPES["ditas"], 4, 8, make_schedule(steps), begin)
-        growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-        weights = sum(p.numel() for p in model.parameters()) * 4 / 1e6
-        activation = 2 * LABELS * (model.input_size // model.patch_size) ** 2 * card.hidden_size * 4 * 4 / 1e6
-        found.append((name, model, begin, weights, activation, growth))
-    print("\n| model | float model, MB | largest activation of a layer, MB | bound, MB | model and tensors alive at the peak (4 steps), MB | growth of the resident set, MB |")
+    calibrate(tiny, RECIPES["ditas"], make_schedule("2"))
+
+    # Resident sets first, because the profiler takes memory.
+    models = [calibrate_once("DiT-Digits", 16, "50"), calibrate_once("DiT-S/4", 256, "2")]
+    print("\n| model | float model, MB | largest activation of a layer, MB | bound, MB "
+          "| model and tensors alive at the peak (4 steps), MB | growth of the resident set, MB |")
     print("|---|---|---|---|---|---|")
-    for name, model, begin, weights, activation, growth in found:  # after the resident sets, because recording takes memory
-        alive = weights + alive_at_peak(lambda: quantize_model(model, RECIPES["ditas"], 4, 8, make_schedule("4"), begin))
-        print(f"| {name} | {weights:.0f} | {activation:.1f} | {weights + 25 * activation:.0f} | {alive:.0f} | {growth:.0f} |", flush=True)
+    for each in models:
+        schedule = make_schedule("4")
+        again = partial(calibrate, each.model, RECIPES["ditas"], schedule, each.start)
+        alive = each.weights + alive_at_peak(again)
+        bound = each.weights + 25 * each.activation
+        print(f"| {each.name} | {each.weights:.0f} | {each.activation:.1f} | {bound:.0f} "
+              f"| {alive:.0f} | {each.growth:.0f} |", flush=True)
+
+
+def calibrate_once(name: str, image_size: int, steps: str) -> Calibrated:
+    """Build a model with random weights, and measure how the resident set grows."""
+    card = DiT_models[name]
+    torch.manual_seed(0)
+    model = card.build(image_size).eval()
+    start = calibration_start(model, IMAGES)
+    before = largest_resident_mb()
+    calibrate(model, RECIPES["ditas"], make_schedule(steps), start)
+    growth = largest_resident_mb() - before
+
+    weights = 4 * sum(p.numel() for p in model.parameters()) / 1e6
+    tokens = 2 * IMAGES * (model.input_size // model.patch_size) ** 2  # with and without label
+    activation = 4 * tokens * 4 * card.hidden_size / 1e6  # the input of fc2, float32
+    return Calibrated(name, model, start, weights, activation, growth)
+
+
+def largest_resident_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def alive_at_peak(call: Callable[[], object]) -> float:
+    """Return the megabytes of tensors that ``call`` held at once, at most."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    with TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        recorded.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    memory_events = [event for event in events if event.get("name") == "[memory]"]
+    return max(event["args"]["Total Allocated"] for event in memory_events) / 1e6
 
 
 if __name__ == "__main__":
-    run_sections(__doc__, {"memory": memory, "lowrank": lowrank, "gptq": gptq, "forward": forward, "calibration": calibration})
+    run_sections(__doc__, {
+        "memory": memory,
+        "lowrank": lowrank,
+        "gptq": gptq,
+        "forward": forward,
+        "calibration": calibration,
+    })

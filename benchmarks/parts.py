@@ -1,37 +1,40 @@
-"""What each part of recipe ditas-plus gains, on the outlier twin and layer by layer on a model of DiT-B/2's size.
+"""What each part of recipe ditas-plus gains.
 
     python benchmarks/parts.py                    # everything; about an hour on one CPU core
     python benchmarks/parts.py --only twin        # less than ten minutes
 
 twin    SQNR of the outlier twin's latents, for all recipes below
-layers  SQNR of every layer's output on held-out inputs, without searches for α but the first row's
-search  the same for them, on two of the twelve blocks, because clipping for every candidate takes long
+layers  SQNR of every layer's output on held-out inputs, on a model of DiT-B/2's size, without
+        searches for α but the first row's
+search  the same for the searches, on two of the twelve blocks, because clipping for every candidate
+        takes long
 """
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
 from unittest.mock import patch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch import Tensor, nn
 
 from architectures.dit import block_linears
 from benchmarks.sections import run_sections
+from benchmarks.subjects import calibration_start, load_digits, randomise
 from config import RECIPES, Recipe, calibration_cfg_scale
-from diffusion import ImageNoise, Schedule, ddpm_step, make_schedule
+from diffusion import Schedule, ddpm_step, make_schedule
 from diffusion.generate import generate_latents
-from download import load_model
 from evaluation.metrics import sqnr_db
 from examples.digits.outliers import add_outliers
-from models import DiT, DiT_models
+from models import DiT
 from quant import evidence
 from quant.balancing.candidates import Candidates
 from quant.balancing.losses import FUSED
-from quant.calibration.trajectory import record, replay
+from quant.calibration.trajectory import Trajectory, record, replay
 from quant.install import install
 from quant.layers.fold import fold
 from quant.layers.linear import QuantLinear
@@ -40,10 +43,13 @@ from quant.numerics.uniform import QuantSpec
 from quant.pipeline import Start, quantize_model
 from quant.weights.rounding import quantize_weight
 
-IMAGES, SEEDS = 64, (0,)  # of the twin's samples, and of its calibration noise
+IMAGES = 64  # of the twin's samples
+SEEDS = (0,)  # of its calibration noise
+ROLES = ("qkv", "proj", "fc1", "fc2")
 
 JOINT = "ditas-plus, α searched jointly with clipping"
-DITAS, PLUS = RECIPES["ditas"], RECIPES["ditas-plus"]
+DITAS = RECIPES["ditas"]
+PLUS = RECIPES["ditas-plus"]
 HALF = replace(DITAS, alphas=PLUS.alphas)
 BUILT = {
     "ditas": DITAS,
@@ -56,93 +62,139 @@ SEARCHED = {
     "ditas-plus, α searched": replace(PLUS, alphas=DITAS.alphas),
     JOINT: replace(PLUS, alphas=DITAS.alphas),
 }
+FLOATING = replace(PLUS, weight_scales="float")
 LEFT_OUT = {
     "ditas-plus without the low-rank branch": replace(PLUS, rank=0),
     "ditas-plus, nearest instead of GPTQ": replace(PLUS, weight="nearest"),
     "ditas-plus without smoothing": replace(PLUS, balance="none"),
     "ditas-plus, a range per image instead of token": replace(PLUS, act_granularity="image"),
     "ditas-plus, adaLN in floating point": replace(PLUS, adaln_bits=16),
-    "ditas-plus, floating scales": replace(PLUS, weight_scales="float"),
-    "ditas-plus, floating scales, shrunk ranges": replace(PLUS, weight_scales="float", weight_range="shrink"),
+    "ditas-plus, floating scales": FLOATING,
+    "ditas-plus, floating scales, shrunk ranges": replace(FLOATING, weight_range="shrink"),
 }
 
 
-def start(model: nn.Module, images: int, seed: int) -> Start:
-    noise = ImageNoise(seed, range(images), (model.in_channels, model.input_size, model.input_size))
-    return Start(noise(), noise, torch.arange(images) % model.num_classes)
-
-
 def clipped(weight: Tensor, factors: Tensor, spec: QuantSpec) -> Candidates:
-    """Each α's weight clipped as is best for it: two-level scales of least error, as they are found after the search elsewhere."""
-    values, step = zip(*(quantize_weight(weight * s, spec).integers() for s in factors))
-    values = torch.stack(values)
-    return Candidates(factors, values.to(torch.int8), torch.stack(step), values.sum(2, dtype=torch.float32))
+    """Clip each α's weight as is best for it: two-level scales of least error.
+
+    Elsewhere these are found after the search.
+    """
+    rounded = [quantize_weight(weight * s, spec).integers() for s in factors]
+    values = torch.stack([candidate[0] for candidate in rounded])
+    step = torch.stack([candidate[1] for candidate in rounded])
+    sums = values.sum(2, dtype=torch.float32)
+    return Candidates(factors, values.to(torch.int8), step, sums)
 
 
-def quantized(model: nn.Module, label: str, recipe: Recipe, schedule: Schedule, begin: Start) -> dict[str, QuantizedLayer]:
+def quantise(
+    model: nn.Module,
+    label: str,
+    recipe: Recipe,
+    schedule: Schedule,
+    start: Start,
+) -> dict[str, QuantizedLayer]:
+    """Quantise at W4A8; row ``JOINT`` searches among clipped candidates."""
     arithmetic = replace(FUSED, candidates=clipped) if label == JOINT else FUSED
     with patch.object(evidence, "fastest", lambda device, act: arithmetic):
-        return quantize_model(model, recipe, 4, 8, schedule, begin).layers
-
-
-def load_twin() -> DiT:
-    return load_model("DiT-Digits-Outliers", DiT_models["DiT-Digits-Outliers"], 16, 10, None, torch.device("cpu"))
+        return quantize_model(model, recipe, 4, 8, schedule, start).layers
 
 
 @torch.no_grad()
 def twin() -> None:
-    schedule, model = make_schedule("50"), load_twin()
-
-    def latents(each):
-        return generate_latents(each, schedule, range(IMAGES), torch.arange(IMAGES) % 10, 0, calibration_cfg_scale, ddpm_step)
-    reference = latents(model)
-    print(f"\nDiT-Digits-Outliers (outliers put in by construction), W4A8, {IMAGES} images, 50 steps, means over calibration seeds {SEEDS}")
-    print("\n| recipe | SQNR of all latents, dB | mean of every image's, dB |\n|---|---|---|")
+    schedule = make_schedule("50")
+    model = load_digits("DiT-Digits-Outliers")
+    reference = twin_latents(model, schedule)
+    print("\nDiT-Digits-Outliers (outliers put in by construction), W4A8, "
+          f"{IMAGES} images, 50 steps, means over calibration seeds {SEEDS}")
+    print("\n| recipe | SQNR of all latents, dB | mean of every image's, dB |")
+    print("|---|---|---|")
     for label, recipe in (BUILT | SEARCHED | LEFT_OUT).items():
-        together, single = [], []
+        together = []
+        single = []
         for seed in SEEDS:
-            found, fresh = quantized(model, label, recipe, schedule, start(model, 16, seed)), load_twin()
-            got = latents(install(fresh, fold(fresh, found)))
-            together.append(sqnr_db(reference, got))
-            single += [sqnr_db(a, b) for a, b in zip(reference, got)]
-        print(f"| {label} | {' / '.join(f'{each:.1f}' for each in together)} | {mean(single):.2f} |", flush=True)
+            start = calibration_start(model, 16, seed)
+            layers = quantise(model, label, recipe, schedule, start)
+            fresh = load_digits("DiT-Digits-Outliers")
+            latents = twin_latents(install(fresh, fold(fresh, layers)), schedule)
+            together.append(sqnr_db(reference, latents))
+            single += [sqnr_db(a, b) for a, b in zip(reference, latents)]
+        decibels = " / ".join(f"{value:.1f}" for value in together)
+        print(f"| {label} | {decibels} | {mean(single):.2f} |", flush=True)
+
+
+def twin_latents(model: nn.Module, schedule: Schedule) -> Tensor:
+    """Sample the images that the table compares, (N, C, H, W)."""
+    labels = torch.arange(IMAGES) % 10
+    scale = calibration_cfg_scale
+    return generate_latents(model, schedule, range(IMAGES), labels, 0, scale, ddpm_step)
 
 
 def wide_model(depth: int) -> DiT:
-    """DiT-B/2, or some of its blocks, for latents of 16 x 16: random weights, non-zero modulation, outlier channels put in as in the twin."""
+    """Build DiT-B/2, or some of its blocks, for latents of 16 x 16.
+
+    Weights are random, modulation is not zero, and outlier channels are put in as in the twin.
+    """
     torch.manual_seed(0)
     model = DiT(input_size=16, hidden_size=768, depth=depth, num_heads=12, num_classes=10)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.normal_(std=0.03)
+    randomise(model, std=0.03)
     model.load_state_dict(add_outliers(model.state_dict(), 1))
     return model.eval()
 
 
 @torch.no_grad()
 def layers(recipes: dict[str, Recipe], depth: int) -> None:
-    model, schedule = wide_model(depth), make_schedule("8")
-    linears, begin = block_linears(model), start(model, 4, 99)
-    held_out, _ = record(model, linears, schedule, begin.labels, calibration_cfg_scale, begin.x, begin.draw)
-    print(f"\n{depth} blocks of DiT-B/2, random weights, outliers put in, W4A8: SQNR of each layer's output on the inputs of another trajectory, dB")
-    print("\n| recipe | all | qkv | proj | fc1 | fc2 |\n|---|---|---|---|---|---|")
+    model = wide_model(depth)
+    schedule = make_schedule("8")
+    linears = block_linears(model)
+    other = calibration_start(model, 4, 99)
+    scale = calibration_cfg_scale
+    held_out, _ = record(model, linears, schedule, other.labels, scale, other.x, other.draw)
+    print(f"\n{depth} blocks of DiT-B/2, random weights, outliers put in, W4A8: "
+          "SQNR of each layer's output on the inputs of another trajectory, dB")
+    print(f"\n| recipe | all | {' | '.join(ROLES)} |")
+    print("|---|---|---|---|---|---|")
     for label, recipe in recipes.items():
-        found = quantized(model, label, recipe, schedule, start(model, 4, 0))
-        energies = {name: torch.zeros(2, dtype=torch.float64) for name in linears}
+        quantised = quantise(model, label, recipe, schedule, calibration_start(model, 4, 0))
+        decibels = output_sqnr(model, linears, quantised, held_out)
+        means = [mean(decibels.values())]
+        for role in ROLES:
+            means.append(mean(value for name, value in decibels.items() if name.endswith(role)))
+        cells = " | ".join(f"{value:.2f}" for value in means)
+        print(f"| {label} | {cells} |", flush=True)
 
-        def observer(name, found=found, energies=energies):
-            layer = QuantLinear(found[name], None)
 
-            def see(x, y):
-                product = y - linears[name].bias
-                error = layer(x.flatten(0, 1)).view_as(y) - product
-                energies[name] += torch.stack([product.square().sum(dtype=torch.float64), error.square().sum(dtype=torch.float64)])
-            return see
-        replay(model, linears, held_out, {name: [observer(name)] for name in linears}, 4096, "held out")
-        decibels = {name: float(10 * torch.log10(signal / noise)) for name, (signal, noise) in energies.items()}
-        kinds = [mean(value for name, value in decibels.items() if name.endswith(kind)) for kind in ("", "qkv", "proj", "fc1", "fc2")]
-        print(f"| {label} | {' | '.join(f'{each:.2f}' for each in kinds)} |", flush=True)
+def output_sqnr(
+    model: DiT,
+    linears: dict[str, nn.Linear],
+    quantised: dict[str, QuantizedLayer],
+    trajectory: Trajectory,
+) -> dict[str, float]:
+    """Measure the SQNR in dB of each layer's output, bias aside, on a trajectory's inputs."""
+    # The squared sums of the output and of its error.
+    squares = {name: torch.zeros(2, dtype=torch.float64) for name in linears}
+
+    def observer(name: str) -> Callable[[Tensor, Tensor], None]:
+        layer = QuantLinear(quantised[name], None)
+
+        def add(x: Tensor, y: Tensor) -> None:  # (K, 2N, T, I), (K, 2N, T, O)
+            product = y - linears[name].bias
+            error = layer(x.flatten(0, 1)).view_as(y) - product
+            signal = product.square().sum(dtype=torch.float64)
+            squares[name] += torch.stack([signal, error.square().sum(dtype=torch.float64)])
+
+        return add
+
+    observers = {name: [observer(name)] for name in linears}
+    replay(model, linears, trajectory, observers, 4096, "held out")
+    return {
+        name: float(10 * torch.log10(signal / noise))
+        for name, (signal, noise) in squares.items()
+    }
 
 
 if __name__ == "__main__":
-    run_sections(__doc__, {"twin": twin, "layers": partial(layers, BUILT | LEFT_OUT, 12), "search": partial(layers, {"ditas-plus": PLUS} | SEARCHED, 2)})
+    run_sections(__doc__, {
+        "twin": twin,
+        "layers": partial(layers, BUILT | LEFT_OUT, 12),
+        "search": partial(layers, {"ditas-plus": PLUS} | SEARCHED, 2),
+    })

@@ -1,10 +1,12 @@
-"""What surrounds the model when sampling: the npz stage, waiting for the disk, and two processes against one.
+"""What surrounds the model when sampling: the npz stage, waiting for the disk, two processes.
 
     python benchmarks/sampling.py
     python benchmarks/sampling.py --only npz
 
-npz      10K images of 256x256: streamed from PNGs against all of them in one array (the published way), each in a process of its own
-waiting  share of the sampling loop's wall time for which the model waits for encoding and writing, digits model
+npz      10K images of 256x256: streamed from PNGs against all of them in one array (the published
+         way), each in a process of its own
+waiting  share of the sampling loop's wall time for which the model waits for encoding and writing,
+         digits model
 scaling  images per second of 1 and 2 processes, one thread each, digits model
 """
 import re
@@ -21,14 +23,22 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from benchmarks.sections import run_sections
+from benchmarks.subjects import load_digits
+from diffusion import ddpm_step, make_schedule
+from diffusion.generate import batch_indices, decode_images, generate_latents, labels_for
+from download import load_decoder
+from models import DiT_models
+from sampling.folder import ImageFolder
+from sampling.writer import BackgroundWriter
 
 IMAGES = 10_000
 
+# Programs that run in processes of their own, so that each has its own peak of memory.
 PREPARE = """
 import numpy as np
 from PIL import Image
-base = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)).resize((256, 256), Image.BICUBIC)
-base = np.asarray(base)
+base = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+base = np.asarray(Image.fromarray(base).resize((256, 256), Image.BICUBIC))
 for i in range({count}):
     folder.save(i, np.roll(base, i, axis=1))
 """
@@ -49,63 +59,88 @@ import resource, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from sampling.folder import ImageFolder
-folder, out = ImageFolder(Path({images!r}), "0" * 16, 256), Path({out!r})
-before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+folder = ImageFolder(Path({images!r}), "0" * 16, 256)
+out = Path({out!r})
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+began = time.perf_counter()
 {body}
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, time.perf_counter() - began)
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print((after - before) / 1024, time.perf_counter() - began)
 """
 
 
 def npz() -> None:
     with tempfile.TemporaryDirectory() as place:
         images = Path(place) / "images"
+        published = Path(place) / "published.npz"
+        streamed = Path(place) / "streamed.npz"
         images.mkdir()
-
-        def program(body: str, out: str) -> list[float]:
-            text = FRAME.format(root=str(ROOT), images=str(images), out=f"{place}/{out}", body=body.format(count=IMAGES))
-            return [float(word) for word in subprocess.run([sys.executable, "-c", text], check=True, capture_output=True, text=True).stdout.split()]
-        program(PREPARE, "none")
-        print(f"\n| npz of {IMAGES} images of 256x256 | peak memory above the start, MB | s |\n|---|---|---|")
-        for name, body in (("published", PUBLISHED), ("streamed", STREAMED)):
-            memory, seconds = program(body, f"{name}.npz")
-            print(f"| {name} | {memory:.0f} | {seconds:.1f} |", flush=True)
-        same = subprocess.run(["cmp", f"{place}/published.npz", f"{place}/streamed.npz"]).returncode == 0
+        run_program(PREPARE, images, Path(place) / "none")
+        print(f"\n| npz of {IMAGES} images of 256x256 | peak memory above the start, MB | s |")
+        print("|---|---|---|")
+        for body, out in ((PUBLISHED, published), (STREAMED, streamed)):
+            megabytes, seconds = run_program(body, images, out)
+            print(f"| {out.stem} | {megabytes:.0f} | {seconds:.1f} |", flush=True)
+        same = subprocess.run(["cmp", published, streamed]).returncode == 0
         print(f"\nsame bytes: {same}")
 
 
+def run_program(body: str, images: Path, out: Path) -> tuple[float, float]:
+    """Run a program in the frame; return its peak memory above the start in MB, and seconds."""
+    body = body.format(count=IMAGES)
+    text = FRAME.format(root=str(ROOT), images=str(images), out=str(out), body=body)
+    command = [sys.executable, "-c", text]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    megabytes, seconds = done.stdout.split()
+    return float(megabytes), float(seconds)
+
+
 def waiting() -> None:
-    from diffusion import ddpm_step, make_schedule
-    from diffusion.generate import batch_indices, generate_images, labels_for
-    from download import load_decoder, load_model
-    from models import DiT_models
-    from sampling.folder import ImageFolder
-    from sampling.writer import BackgroundWriter
-    card, device = DiT_models["DiT-Digits"], torch.device("cpu")
-    model, decode = load_model("DiT-Digits", card, 16, 10, None, device), load_decoder(card, "ema", device)
+    model = load_digits()
+    decode = load_decoder(DiT_models["DiT-Digits"], "ema", torch.device("cpu"))
     with tempfile.TemporaryDirectory() as place:
+        folder = ImageFolder(Path(place), "0" * 16, 16)
         began = time.perf_counter()
-        with BackgroundWriter(ImageFolder(Path(place), "0" * 16, 16).save, 64) as writer:
+        with BackgroundWriter(folder.save, 64) as writer:
             for batch in range(6):
                 indices = batch_indices(batch, 64)
-                images = generate_images(model, decode, make_schedule("20"), indices, labels_for(indices, 0, 10, None), 0, 1.5, ddpm_step)
-                for index, pixels in zip(indices, images):
+                labels = labels_for(indices, 0, 10, None)
+                schedule = make_schedule("20")
+                latents = generate_latents(model, schedule, indices, labels, 0, 1.5, ddpm_step)
+                for index, pixels in zip(indices, decode_images(decode, latents)):
                     writer.put(index, pixels)
         seconds = time.perf_counter() - began
-    print(f"\n| sampling loop, s | waiting for encoding and writing, s | share |\n|---|---|---|\n| {seconds:.1f} | {writer.waited:.3f} | {writer.waited / seconds:.2%} |")
+    print("\n| sampling loop, s | waiting for encoding and writing, s | share |")
+    print("|---|---|---|")
+    print(f"| {seconds:.1f} | {writer.waited:.3f} | {writer.waited / seconds:.2%} |")
 
 
 def scaling() -> None:
     rates = {1: [], 2: []}
     for _ in range(3):
         for processes in rates:
-            with tempfile.TemporaryDirectory() as place:
-                command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc_per_node={processes}", str(ROOT / "sample_merge_TAS.py"),
-                           "--model", "DiT-Digits", "--num-fid-samples", "384", "--per-proc-batch-size", "32", "--num-sampling-steps", "20", "--threads", "1",
-                           "--sample-dir", place, "--log-file", f"{place}/log"]
-                subprocess.run(command, check=True, capture_output=True)
-                rates[processes].append(float(re.search(r"384/384 images, ([\d.]+) images/s", Path(f"{place}/log").read_text())[1]))
-    one, two = (statistics.median(rates[processes]) for processes in (1, 2))
-    print(f"\n| processes, one thread each | images/s (median of 3) | ratio |\n|---|---|---|\n| 1 | {one:.1f} | 1 |\n| 2 | {two:.1f} | {two / one:.2f} |")
+            rates[processes].append(sampling_rate(processes))
+    one = statistics.median(rates[1])
+    two = statistics.median(rates[2])
+    print("\n| processes, one thread each | images/s (median of 3) | ratio |")
+    print("|---|---|---|")
+    print(f"| 1 | {one:.1f} | 1 |")
+    print(f"| 2 | {two:.1f} | {two / one:.2f} |")
+
+
+def sampling_rate(processes: int) -> float:
+    """Sample 384 images; return how many came per second."""
+    with tempfile.TemporaryDirectory() as place:
+        log = Path(place) / "log"
+        launcher = [sys.executable, "-m", "torch.distributed.run"]
+        launcher += ["--nnodes=1", f"--nproc_per_node={processes}"]
+        script = [str(ROOT / "sample_merge_TAS.py"), "--model", "DiT-Digits"]
+        script += ["--num-fid-samples", "384", "--per-proc-batch-size", "32"]
+        script += ["--num-sampling-steps", "20", "--threads", "1"]
+        script += ["--sample-dir", place, "--log-file", str(log)]
+        subprocess.run(launcher + script, check=True, capture_output=True)
+        match = re.search(r"384/384 images, ([\d.]+) images/s", log.read_text())
+    return float(match[1])
 
 
 if __name__ == "__main__":

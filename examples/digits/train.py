@@ -32,7 +32,7 @@ def learning_rate(
     warmup: int = 200,
     floor: float = 0.05,
 ) -> float:
-    """Return the rate of a step: a linear warm-up, then a cosine from ``peak`` to ``floor`` of it."""
+    """Return a step's rate: a linear warm-up, then a cosine from ``peak`` to ``floor`` of it."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
