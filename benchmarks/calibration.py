@@ -31,9 +31,14 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import config
-from architectures.dit import block_linears
 from benchmarks.sections import run_sections, timed
-from benchmarks.subjects import calibration_start, load_digits
+from benchmarks.subjects import (
+    Start,
+    block_linears,
+    block_sites,
+    calibration_start,
+    load_digits,
+)
 from config import RECIPES, Recipe
 from diffusion import Schedule, guided_denoiser, make_schedule, sample
 from models import DiT, DiT_models
@@ -42,9 +47,10 @@ from quant.balancing.maxima import aggregate, smoothing_factors
 from quant.calibration.trajectory import hooked, record
 from quant.install import install
 from quant.layers.quantised import QuantizedLayer
+from quant.numerics.smoothing import Smoothing
 from quant.numerics.uniform import QuantSpec, fake_quantize
-from quant.pipeline import Result, Start, quantize_model
-from quant.recipe import act_spec, weight_spec
+from quant.pipeline import Result, quantize_model
+from quant.recipe import BitWidths, act_spec, weight_spec
 from quant.weights.low_rank import LowRankWeight, lowrank_quantize, without_branch
 from quant.weights.rounding import (
     WeightQuantizer,
@@ -93,12 +99,12 @@ def published_procedure(
     if recipe.order == "lowrank-first":
         for name, linear in linears.items():
             bases[name] = branch(linear.weight, recipe, nearest_quantizer(spec))
-    absmax = record_maxima(model, linears, schedule)
+    absmax = record_maxima(model, schedule)
 
     alphas = {}
     losses = {}
     for name, linear in linears.items():
-        inputs = store_inputs(model, name, linear, schedule)
+        inputs = store_inputs(model, name, schedule)
         base = bases.get(name)
         balanced = linear.weight if base is None else base.base.dequantize()
         layer = StoredLayer(linear, absmax[name], inputs, base, balanced)
@@ -119,24 +125,19 @@ def branch(weight: Tensor, recipe: Recipe, quantizer: WeightQuantizer) -> LowRan
     return lowrank_quantize(weight, quantizer, rank, recipe.rounds, recipe.keep, "fast")
 
 
-def record_maxima(
-    model: DiT,
-    linears: dict[str, nn.Linear],
-    schedule: Schedule,
-) -> dict[str, Tensor]:
+def record_maxima(model: DiT, schedule: Schedule) -> dict[str, Tensor]:
     """Sample once for the maxima (steps, I) of every layer's input."""
-    start = calibration_start(model, IMAGES)
-    scale = config.calibration_cfg_scale
-    _, absmax = record(model, linears, schedule, start.labels, scale, start.x, start.draw)
+    drive = calibration_start(model, IMAGES).drive(schedule)
+    _, absmax = record(model, block_sites(model), drive)
     return absmax
 
 
-def store_inputs(model: DiT, name: str, linear: nn.Linear, schedule: Schedule) -> list[Tensor]:
+def store_inputs(model: DiT, name: str, schedule: Schedule) -> list[Tensor]:
     """Sample once for the inputs (2N, T, I) of one layer in every step."""
     history = []
     start = calibration_start(model, IMAGES)
     denoise = guided_denoiser(model, start.labels, config.calibration_cfg_scale)
-    with hooked({name: linear}, lambda _, inputs, __: history.append(inputs)):
+    with hooked(model, [name], lambda _, inputs, __: history.append(inputs)):
         sample(denoise, schedule, start.x, start.draw)
     return history
 
@@ -192,7 +193,8 @@ def calibrate(
     """Quantise the way this repository does; None starts the trajectory afresh."""
     if start is None:
         start = calibration_start(model, IMAGES)
-    return quantize_model(model, recipe, WEIGHT_BITS, ACT_BITS, schedule, start)
+    bits = BitWidths(WEIGHT_BITS, ACT_BITS)
+    return quantize_model(model, recipe, bits, start.drive(schedule))
 
 
 def largest_difference(values: Tensor, expected: Tensor) -> float:
@@ -215,7 +217,7 @@ def fake_quantised(model: DiT, recipe: Recipe) -> DiT:
         divides = recipe.balance != "none" and name.endswith("fc2")
         factors = torch.ones(linear.in_features) if divides else None
         weight = without_branch(quantize_weight(linear.weight, spec))
-        layers[name] = QuantizedLayer(weight, act, factors)
+        layers[name] = QuantizedLayer(weight, act, Smoothing(factors))
     return install(model, layers)
 
 

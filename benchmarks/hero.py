@@ -86,7 +86,7 @@ def main(args: argparse.Namespace) -> None:
     decode = load_decoder(CARD, "ema", device)
 
     def sample(model: nn.Module) -> fidelity.Run:
-        return fidelity.run(
+        return fidelity.sample_run(
             model, decode, schedule, labels, args.seed, args.cfg_scale, ddpm_step, IMAGES)
 
     # The float model first: the others are measured against it.
@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
     with TemporaryDirectory() as folder:
         for recipe, title in TITLES.items():
             run = sample(quantized(recipe, weight_bits, act_bits, Path(folder)))
-            decibels = fidelity.fidelity(reference, run).sqnr_db[-1]
+            decibels = fidelity.compare_runs(reference, run).sqnr_db[-1]
             panels.append((title, panel(run.images[:DRAWN]), f"{args.bits}: {decibels:.1f} dB"))
             print(f"{recipe}: {decibels:.1f} dB", flush=True)
 

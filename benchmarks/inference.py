@@ -30,9 +30,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from architectures.dit import block_linears, modulation_linears
+from architectures.registry import architecture_of
+from architectures.sites import modulations
 from benchmarks.sections import timed
-from benchmarks.subjects import randomise
+from benchmarks.subjects import block_linears, randomise
 from cli.memory import keep_freed_memory
 from config import RECIPES, lowrank_rank
 from errors import UserError
@@ -40,6 +41,7 @@ from models import DiT, DiT_models
 from quant import checkpoint
 from quant.activations.quantisers import Activation
 from quant.layers.quantised import QuantizedLayer
+from quant.numerics.smoothing import Smoothing
 from quant.pipeline import Result
 from quant.recipe import act_spec, adaln_spec, weight_spec
 from quant.weights.low_rank import LowRankWeight, without_branch
@@ -90,7 +92,8 @@ def write_checkpoint(path: Path, name: str, weight_bits: int) -> None:
     """Lay a random model out as recipe ditas does; factors and branches are random too."""
     model = random_float(name)
     layers = {}
-    for key, linear in modulation_linears(model).items():
+    for site in modulations(architecture_of(model).sites(model, "adaln")):
+        key, linear = site.name, model.get_submodule(site.name)
         spec = adaln_spec(RECIPE.adaln_bits, linear.in_features)
         layers[key] = QuantizedLayer(without_branch(quantize_weight(linear.weight, spec)), None)
 
@@ -102,7 +105,8 @@ def write_checkpoint(path: Path, name: str, weight_bits: int) -> None:
         base = quantize_weight(linear.weight, weight_spec(RECIPE, weight_bits))
         factors = torch.rand(inputs) + 0.5
         activation = Activation(act_spec(RECIPE, 8))
-        layers[key] = QuantizedLayer(LowRankWeight(base, left, right), activation, factors)
+        layers[key] = QuantizedLayer(
+            LowRankWeight(base, left, right), activation, Smoothing(factors))
 
     header = checkpoint.Header(
         model=name,

@@ -10,7 +10,6 @@ search  the same for the searches, on two of the twelve blocks, because clipping
         takes long
 """
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,26 +21,34 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor, nn
 
-from architectures.dit import block_linears
 from benchmarks.sections import run_sections
-from benchmarks.subjects import calibration_start, load_digits, randomise
+from benchmarks.subjects import (
+    Start,
+    block_linears,
+    block_sites,
+    calibration_start,
+    load_digits,
+    randomise,
+)
 from config import RECIPES, Recipe, calibration_cfg_scale
 from diffusion import Schedule, ddpm_step, make_schedule
 from diffusion.generate import generate_latents
 from evaluation.metrics import sqnr_db
 from examples.digits.outliers import add_outliers
 from models import DiT
-from quant import evidence
+from quant import parts
 from quant.balancing.candidates import Candidates
 from quant.balancing.losses import FUSED
 from quant.calibration.trajectory import Trajectory, record, replay
+from quant.calibration.watch import Watch
 from quant.install import install
 from quant.layers.fold import fold
-from quant.layers.linear import QuantLinear
 from quant.layers.quantised import QuantizedLayer
 from quant.numerics.uniform import QuantSpec
-from quant.pipeline import Start, quantize_model
+from quant.pipeline import quantize_model
+from quant.recipe import BitWidths
 from quant.weights.rounding import quantize_weight
+from report.layers import OutputErrors
 
 IMAGES = 64  # of the twin's samples
 SEEDS = (0,)  # of its calibration noise
@@ -95,8 +102,8 @@ def quantise(
 ) -> dict[str, QuantizedLayer]:
     """Quantise at W4A8; row ``JOINT`` searches among clipped candidates."""
     arithmetic = replace(FUSED, candidates=clipped) if label == JOINT else FUSED
-    with patch.object(evidence, "fastest", lambda device, act: arithmetic):
-        return quantize_model(model, recipe, 4, 8, schedule, start).layers
+    with patch.object(parts, "fastest", lambda device, act: arithmetic):
+        return quantize_model(model, recipe, BitWidths(4, 8), start.drive(schedule)).layers
 
 
 @torch.no_grad()
@@ -145,17 +152,15 @@ def wide_model(depth: int) -> DiT:
 def layers(recipes: dict[str, Recipe], depth: int) -> None:
     model = wide_model(depth)
     schedule = make_schedule("8")
-    linears = block_linears(model)
-    other = calibration_start(model, 4, 99)
-    scale = calibration_cfg_scale
-    held_out, _ = record(model, linears, schedule, other.labels, scale, other.x, other.draw)
+    drive = calibration_start(model, 4, 99).drive(schedule)
+    held_out, _ = record(model, block_sites(model), drive)
     print(f"\n{depth} blocks of DiT-B/2, random weights, outliers put in, W4A8: "
           "SQNR of each layer's output on the inputs of another trajectory, dB")
     print(f"\n| recipe | all | {' | '.join(ROLES)} |")
     print("|---|---|---|---|---|---|")
     for label, recipe in recipes.items():
         quantised = quantise(model, label, recipe, schedule, calibration_start(model, 4, 0))
-        decibels = output_sqnr(model, linears, quantised, held_out)
+        decibels = output_sqnr(model, quantised, held_out)
         means = [mean(decibels.values())]
         for role in ROLES:
             means.append(mean(value for name, value in decibels.items() if name.endswith(role)))
@@ -165,31 +170,16 @@ def layers(recipes: dict[str, Recipe], depth: int) -> None:
 
 def output_sqnr(
     model: DiT,
-    linears: dict[str, nn.Linear],
     quantised: dict[str, QuantizedLayer],
     trajectory: Trajectory,
 ) -> dict[str, float]:
     """Measure the SQNR in dB of each layer's output, bias aside, on a trajectory's inputs."""
-    # The squared sums of the output and of its error.
-    squares = {name: torch.zeros(2, dtype=torch.float64) for name in linears}
-
-    def observer(name: str) -> Callable[[Tensor, Tensor], None]:
-        layer = QuantLinear(quantised[name], None)
-
-        def add(x: Tensor, y: Tensor) -> None:  # (K, 2N, T, I), (K, 2N, T, O)
-            product = y - linears[name].bias
-            error = layer(x.flatten(0, 1)).view_as(y) - product
-            signal = product.square().sum(dtype=torch.float64)
-            squares[name] += torch.stack([signal, error.square().sum(dtype=torch.float64)])
-
-        return add
-
-    observers = {name: [observer(name)] for name in linears}
-    replay(model, linears, trajectory, observers, 4096, "held out")
-    return {
-        name: float(10 * torch.log10(signal / noise))
-        for name, (signal, noise) in squares.items()
-    }
+    errors = OutputErrors(block_linears(model), quantised)
+    watch = Watch()
+    for name in quantised.keys() & block_linears(model).keys():
+        watch.add(name, OutputErrors, partial(errors.observer, name))
+    replay(model, trajectory, watch, 4096, "held out")
+    return errors.decibels()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,18 @@
 """What the benchmarks measure on: models, and where their calibration starts."""
-import torch
-from torch import nn
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from diffusion.generate import latent_noise
+import torch
+from torch import Tensor, nn
+
+import config
+from architectures.registry import architecture_of
+from architectures.sites import Site
+from diffusion import Schedule
+from diffusion.generate import guided_drive, latent_noise
 from download import load_model
 from models import DiT, DiT_models
-from quant.pipeline import Start
+from quant.calibration.trajectory import Drive
 
 
 def load_digits(name: str = "DiT-Digits") -> DiT:
@@ -19,6 +26,36 @@ def randomise(model: nn.Module, std: float) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.normal_(std=std)
+
+
+def block_sites(model: nn.Module) -> list[Site]:
+    """List the sites of attention and MLP in every block, each of a single linear."""
+    return architecture_of(model).sites(model, "blocks")
+
+
+def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Find the linears of attention and MLP in every block, by name."""
+    return {site.name: model.get_submodule(site.name) for site in block_sites(model)}
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a calibration trajectory starts from.
+
+    Attributes:
+        x: (N, C, H, W) noise.
+        draw: noise like it for every step.
+        labels: (N,) int64.
+    """
+
+    x: Tensor
+    draw: Callable[[], Tensor]
+    labels: Tensor
+
+    def drive(self, schedule: Schedule) -> Drive:
+        """Make the drive of a calibration."""
+        scale = config.calibration_cfg_scale
+        return guided_drive(schedule, self.x, self.draw, self.labels, scale)
 
 
 def calibration_start(model: DiT, images: int, seed: int = 0) -> Start:

@@ -353,7 +353,8 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_first_evaluation(tm
 @pytest.mark.parametrize("blocks", [1, 28])
 def test_figure_of_a_search(blocks):
     def draw(groups):
-        png = figures.group_allocation([3.0, 2.0, 2.0], [4.0, 3.0, 2.5], groups)
+        places = {name: single(name, name.split(".")[3], name.rsplit(".", 2)[0]) for name in groups}
+        png = figures.group_allocation([3.0, 2.0, 2.0], [4.0, 3.0, 2.5], groups, places)
         return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
     chance = random.Random(0)
