@@ -1,4 +1,7 @@
-"""How near to the float model the quantised one stays on the outlier twin: the orderings that the paper claims."""
+"""How near to the float model the quantised one stays on the outlier twin.
+
+The orderings are those that the paper claims.
+"""
 from dataclasses import replace
 
 import pytest
@@ -14,25 +17,35 @@ from quant.install import install
 from quant.layers.fold import fold
 from quant.pipeline import Start, quantize_model
 
-STEPS, COUNT = 50, 32
+STEPS = 50
+COUNT = 32
+
+
+def load_twin():
+    name = "DiT-Digits-Outliers"
+    return load_model(name, DiT_models[name], 16, 10, None, torch.device("cpu"))
 
 
 def latents(model):
-    return generate_latents(model, make_schedule(str(STEPS)), range(COUNT), torch.arange(COUNT) % 10, 1, 1.5, ddpm_step)
+    labels = torch.arange(COUNT) % 10
+    schedule = make_schedule(str(STEPS))
+    return generate_latents(model, schedule, range(COUNT), labels, 1, 1.5, ddpm_step)
 
 
 @pytest.fixture(scope="module")
 def outliers():
     with torch.no_grad():
-        model = load_model("DiT-Digits-Outliers", DiT_models["DiT-Digits-Outliers"], 16, 10, None, torch.device("cpu"))
+        model = load_twin()
         return model, latents(model)
 
 
 def sqnr(outliers, name, weight_bits, **changes) -> float:
     model, reference = outliers
-    recipe, noise = replace(RECIPES[name], **changes), ImageNoise(0, range(16), (4, 8, 8))
-    result = quantize_model(model, recipe, weight_bits, 8, make_schedule(str(STEPS)), Start(noise(), noise, torch.arange(16) % 10))
-    fresh = load_model("DiT-Digits-Outliers", DiT_models["DiT-Digits-Outliers"], 16, 10, None, torch.device("cpu"))
+    recipe = replace(RECIPES[name], **changes)
+    noise = ImageNoise(0, range(16), (4, 8, 8))
+    start = Start(noise(), noise, torch.arange(16) % 10)
+    result = quantize_model(model, recipe, weight_bits, 8, make_schedule(str(STEPS)), start)
+    fresh = load_twin()
     return sqnr_db(reference, latents(install(fresh, fold(fresh, result.layers))))
 
 
