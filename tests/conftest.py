@@ -34,8 +34,9 @@ hypothesis.settings.load_profile("untimed")
 
 
 def relative(value: Tensor, expected) -> float:
-    """``|value - expected| / |expected|``."""
-    expected = torch.as_tensor(np.asarray(expected)) if not isinstance(expected, Tensor) else expected
+    """Return ``|value - expected| / |expected|``."""
+    if not isinstance(expected, Tensor):
+        expected = torch.as_tensor(np.asarray(expected))
     return float((value.double() - expected.double()).norm() / expected.double().norm())
 
 
@@ -45,9 +46,16 @@ def golden(name: str) -> dict[str, np.ndarray]:
 
 
 def golden_model() -> DiT:
-    values = golden("dit")
-    model = DiT(**{key[4:]: int(value) for key, value in values.items() if key.startswith("cfg/")})
-    model.load_state_dict({key[3:]: torch.tensor(value) for key, value in values.items() if key.startswith("sd/")})
+    shape = {}
+    state = {}
+    for key, value in golden("dit").items():
+        kind, _, name = key.partition("/")
+        if kind == "cfg":
+            shape[name] = int(value)
+        elif kind == "sd":
+            state[name] = torch.tensor(value)
+    model = DiT(**shape)
+    model.load_state_dict(state)
     return model.eval()
 
 
@@ -69,15 +77,16 @@ def modulation_linears(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def replayed(noise: np.ndarray):
-    """A ``draw`` that hands out recorded noise (steps, N, C, H, W) in order."""
+    """Make a ``draw`` that hands out recorded noise (steps, N, C, H, W) in order."""
     draws = iter(noise)
     return lambda: torch.tensor(next(draws))
 
 
 def random_model(seed: int = 0, **kwargs) -> DiT:
-    """A small DiT whose every tensor is random, modulation and output included."""
+    """Make a small DiT whose every tensor is random, modulation and output included."""
     torch.manual_seed(seed)
-    model = DiT(**{"input_size": 8, "hidden_size": 64, "depth": 2, "num_heads": 4, "num_classes": 10, **kwargs})
+    small = {"input_size": 8, "hidden_size": 64, "depth": 2, "num_heads": 4, "num_classes": 10}
+    model = DiT(**{**small, **kwargs})
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -92,7 +101,10 @@ def _no_gradients():
 
 
 def call(script, *argv) -> None:
-    """A script (its module) with a command line, in this process: starting one takes longer than most of what is tested."""
+    """Run a script (its module) with a command line, in this process.
+
+    Starting one takes longer than most of what is tested.
+    """
     threads = torch.get_num_threads()
     try:
         run(script.main, script.make_parser(), [str(word) for word in argv])
@@ -101,11 +113,19 @@ def call(script, *argv) -> None:
 
 
 def error_line(capsys, call) -> str:
-    """The one line that a wrong command line leaves on stderr, progress bars aside; its exit status is 2."""
+    """Return the one line that a wrong command line leaves on stderr, progress bars aside.
+
+    Its exit status is 2.
+    """
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
         call()
     assert caught.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if "it/s" not in line and "step" not in line.split(":")[0]]
+    lines = capsys.readouterr().err.splitlines()
+    lines = [line for line in lines if not is_progress(line)]
     assert len(lines) == 1, lines
     return lines[0]
+
+
+def is_progress(line: str) -> bool:
+    return "it/s" in line or "step" in line.split(":")[0]

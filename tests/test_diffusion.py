@@ -27,22 +27,29 @@ def test_schedule_matches_the_published_one(respacing):
     schedule = make_schedule("1000" if respacing == "full" else respacing)
     for key in values:
         if key.startswith(respacing + "/"):
-            assert np.allclose(getattr(schedule, key.split("/")[1]), values[key], rtol=1e-12, atol=0), key
+            ours = getattr(schedule, key.split("/")[1])
+            assert np.allclose(ours, values[key], rtol=1e-12, atol=0), key
 
 
 def test_sections_are_spaced_one_by_one():
     steps = space_timesteps("10,5,1")
-    assert len(steps) == 16 and steps[0] == 0 and steps[9] == 333 and steps[10] == 334 and steps[14] == 666 and steps[15] == 667
+    assert len(steps) == 16
+    assert steps[0] == 0 and steps[9] == 333
+    assert steps[10] == 334 and steps[14] == 666
+    assert steps[15] == 667
 
 
 @given(st.integers(1, 1000))
 def test_any_number_of_steps_spans_the_range(count):
     steps = space_timesteps(str(count))
-    assert len(set(steps)) == count and steps == sorted(steps) and steps[0] == 0 and (count == 1 or steps[-1] == 999)
+    assert len(set(steps)) == count and steps == sorted(steps)
+    assert steps[0] == 0
+    assert count == 1 or steps[-1] == 999
     assert len(make_schedule(str(count))) == count
 
 
-@pytest.mark.parametrize("bad", ["0", "-3", "1001", "abc", "", "10,,5", "ddim0", "ddim7.5", "ddim999", "400,400,400", "1e2"])
+@pytest.mark.parametrize("bad", [
+    "0", "-3", "1001", "abc", "", "10,,5", "ddim0", "ddim7.5", "ddim999", "400,400,400", "1e2"])
 def test_bad_respacing_is_refused(bad):
     with pytest.raises(ValueError, match="expected|try"):
         space_timesteps(bad)
@@ -51,8 +58,10 @@ def test_bad_respacing_is_refused(bad):
 @pytest.mark.parametrize("key, step", [("ddpm", ddpm_step), ("ddim", ddim_step)])
 def test_guided_loops_match_the_published_samplers(key, step):
     values = golden("diffusion")
-    denoise = guided_denoiser(golden_model(), torch.tensor(values["labels"]), float(values["cfg_scale"]))
-    out = sample(denoise, make_schedule("50"), torch.tensor(values["z"]), replayed(values["noise"][:, :4]), step)
+    labels, x = torch.tensor(values["labels"]), torch.tensor(values["z"])
+    denoise = guided_denoiser(golden_model(), labels, float(values["cfg_scale"]))
+    draw = replayed(values["noise"][:, :4])
+    out = sample(denoise, make_schedule("50"), x, draw, step)
     assert relative(out, values[f"{key}_latents"]) < 1e-4
 
 
@@ -86,7 +95,12 @@ class FakeModel:
 def test_ddpm_matches_diffusers(monkeypatch):
     from diffusers import DDPMScheduler
     from diffusers.schedulers import scheduling_ddpm
-    theirs = DDPMScheduler(1000, 1e-4, 2e-2, "linear", variance_type="learned_range", timestep_spacing="linspace", clip_sample=False)
+    theirs = DDPMScheduler(
+        1000, 1e-4, 2e-2, "linear",
+        variance_type="learned_range",
+        timestep_spacing="linspace",
+        clip_sample=False,
+    )
     theirs.set_timesteps(50)
     ours = make_schedule("50")
     assert theirs.timesteps.tolist() == ours.timestep_map[::-1].tolist()
@@ -105,7 +119,12 @@ def test_ddpm_matches_diffusers(monkeypatch):
 def test_ddim_matches_diffusers(respacing, eta):
     from diffusers import DDIMScheduler
     steps = int(respacing[4:])
-    theirs = DDIMScheduler(1000, 1e-4, 2e-2, "linear", timestep_spacing="leading", clip_sample=False, set_alpha_to_one=True)
+    theirs = DDIMScheduler(
+        1000, 1e-4, 2e-2, "linear",
+        timestep_spacing="leading",
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )
     theirs.set_timesteps(steps)
     ours = make_schedule(respacing)
     assert theirs.timesteps.tolist() == ours.timestep_map[::-1].tolist()
@@ -115,7 +134,8 @@ def test_ddim_matches_diffusers(respacing, eta):
         out = FakeModel()(x, t.expand(2))[:, :4]
         x = theirs.step(out, t, x, eta=eta, variance_noise=z if eta else None).prev_sample
     draws = iter(noise)
-    assert relative(sample(FakeModel(), ours, start, lambda: next(draws), partial(ddim_step, eta=eta)), x) < 1e-4
+    step = partial(ddim_step, eta=eta)
+    assert relative(sample(FakeModel(), ours, start, lambda: next(draws), step), x) < 1e-4
 
 
 def test_noise_of_an_image_depends_on_seed_and_index_alone():
@@ -123,8 +143,11 @@ def test_noise_of_an_image_depends_on_seed_and_index_alone():
     first, second = together(), together()
     for i in range(6):
         alone = ImageNoise(7, [i], (4, 8, 8))
-        assert torch.equal(alone()[0], first[i]) and torch.equal(alone()[0], second[i])
-    assert not torch.equal(first[0], first[1]) and not torch.equal(first, ImageNoise(8, range(6), (4, 8, 8))())
+        assert torch.equal(alone()[0], first[i])
+        assert torch.equal(alone()[0], second[i])
+    assert not torch.equal(first[0], first[1])
+    other_seed = ImageNoise(8, range(6), (4, 8, 8))
+    assert not torch.equal(first, other_seed())
     assert torch.equal(image_labels(3, [5, 9], 10), image_labels(3, range(20), 10)[[5, 9]])
 
 
@@ -137,14 +160,18 @@ def test_noise_is_standard_normal_and_labels_uniform():
 
 def test_loss_terms_match_distributions():
     m1, v1, m2, v2 = torch.randn(4, 100, dtype=torch.float64)
-    p, q = (torch.distributions.Normal(m, torch.exp(0.5 * v)) for m, v in ((m1, v1), (m2, v2)))
+    p = torch.distributions.Normal(m1, torch.exp(0.5 * v1))
+    q = torch.distributions.Normal(m2, torch.exp(0.5 * v2))
     assert torch.allclose(gaussian_kl(m1, v1, m2, v2), torch.distributions.kl_divergence(p, q))
-    values = torch.linspace(-1, 1, 256, dtype=torch.float64)  # the 256 grey levels carry all the probability
-    mass = torch.exp(-discretised_nll(values, torch.full_like(values, 0.2), torch.full_like(values, -3.0)))
+
+    # The 256 grey levels carry all the probability.
+    values = torch.linspace(-1, 1, 256, dtype=torch.float64)
+    mean, logvar = torch.full_like(values, 0.2), torch.full_like(values, -3.0)
+    mass = torch.exp(-discretised_nll(values, mean, logvar))
     assert abs(mass.sum().item() - 1) < 1e-6
     inner = torch.distributions.Normal(torch.tensor(0.2), torch.exp(torch.tensor(-1.5)))
     exact = inner.cdf(values[1:-1] + 1 / 255) - inner.cdf(values[1:-1] - 1 / 255)
-    assert torch.allclose(mass[1:-1], exact, atol=2e-5)  # the tanh approximation of the normal CDF
+    assert torch.allclose(mass[1:-1], exact, atol=2e-5)  # a tanh approximates the normal CDF
 
 
 def test_loss_matches_the_published_formula_by_hand():
@@ -160,6 +187,8 @@ def test_loss_matches_the_published_formula_by_hand():
     def off(x, timesteps, y):  # right noise, variance beta: KL of two normals of one mean
         return torch.cat([noise, torch.ones_like(noise)], dim=1)
 
-    beta, posterior = (torch.as_tensor(v[t.numpy()]) for v in (schedule.betas, np.exp(schedule.posterior_log_variance_clipped)))
+    beta = torch.as_tensor(schedule.betas[t.numpy()])
+    posterior = torch.as_tensor(np.exp(schedule.posterior_log_variance_clipped)[t.numpy()])
     expected = 0.5 * (torch.log(beta / posterior) - 1 + posterior / beta) / np.log(2)
-    assert torch.allclose(training_loss(off, schedule, x0, t, None, noise).double(), expected, rtol=1e-3, atol=1e-5)
+    loss = training_loss(off, schedule, x0, t, None, noise)
+    assert torch.allclose(loss.double(), expected, rtol=1e-3, atol=1e-5)

@@ -32,7 +32,8 @@ def test_data_are_the_real_digits():
     original = load_digits()
     assert labels.tolist() == original.target.tolist()
     means = (images.mean((1, 2, 3)) + 1) * 8
-    assert np.allclose(means, original.images.mean((1, 2)), atol=0.3)  # bilinear resizing keeps the mean but for the rim
+    # Bilinear resizing keeps the mean but for the rim.
+    assert np.allclose(means, original.images.mean((1, 2)), atol=0.3)
     latents = encode(images)
     assert latents.shape == (1797, 4, 8, 8) and torch.equal(decode(latents), images)
 
@@ -48,7 +49,7 @@ def test_classifier_reads_the_real_digits():
 
 
 def outlier_ratio(model):
-    """Per quantised linear: largest channel magnitude over the median one, on one forward pass."""
+    """Run the model once; return each linear's largest channel magnitude over the median one."""
     ratios = {}
 
     def see(name, x, _):
@@ -61,9 +62,12 @@ def outlier_ratio(model):
 
 @pytest.fixture(scope="module")
 def samples():
+    schedule, labels = make_schedule("50"), torch.arange(60) % 10
     with torch.no_grad():
-        return {name: generate_latents(model_of(name), make_schedule("50"), range(60), torch.arange(60) % 10, 0, 1.5, ddpm_step)
-                for name in ("DiT-Digits", "DiT-Digits-Outliers")}
+        return {
+            name: generate_latents(model_of(name), schedule, range(60), labels, 0, 1.5, ddpm_step)
+            for name in ("DiT-Digits", "DiT-Digits-Outliers")
+        }
 
 
 def test_the_model_draws_the_digit_it_is_asked_for(samples):
@@ -73,8 +77,10 @@ def test_the_model_draws_the_digit_it_is_asked_for(samples):
 
 
 def test_the_twin_has_outliers_and_draws_nearly_the_same(samples):
-    plain, twin = outlier_ratio(model_of("DiT-Digits")), outlier_ratio(model_of("DiT-Digits-Outliers"))
-    assert np.median(list(plain.values())) < 10 and np.median(list(twin.values())) > 15
+    plain = outlier_ratio(model_of("DiT-Digits"))
+    twin = outlier_ratio(model_of("DiT-Digits-Outliers"))
+    assert np.median(list(plain.values())) < 10
+    assert np.median(list(twin.values())) > 15
     assert sqnr_db(*samples.values()) > 30
 
 
@@ -86,7 +92,8 @@ def test_outliers_are_exact_but_for_gelu():
     assert not torch.equal(state["blocks.0.attn.qkv.weight"], before["blocks.0.attn.qkv.weight"])
     inputs = torch.randn(3, 4, 8, 8), torch.tensor([3, 300, 900]), torch.tensor([1, 2, 10])
     expected = model(*inputs)
-    for i in range(2):  # undo the rows of fc1 (but not its columns, which go with adaLN) and the columns of fc2
+    # Undo the rows of fc1 (but not its columns, which go with adaLN) and the columns of fc2.
+    for i in range(2):
         rows = state[f"blocks.{i}.mlp.fc1.bias"] / before[f"blocks.{i}.mlp.fc1.bias"]
         state[f"blocks.{i}.mlp.fc1.weight"] /= rows[:, None]
         state[f"blocks.{i}.mlp.fc1.bias"] /= rows
@@ -99,15 +106,21 @@ def test_outliers_are_exact_but_for_gelu():
 
 
 def test_training_runs_and_writes_both_files(tmp_path):
-    subprocess.run([sys.executable, "-m", "examples.digits.train", "--steps", "3", "--batch", "8", "--epochs", "1", "--out", str(tmp_path)],
-                   cwd=ROOT, check=True, capture_output=True)
-    model = DiT_models["DiT-Digits"].build(16)
-    state = load_file(tmp_path / "dit.safetensors")
-    assert {key: value.shape for key, value in state.items()} == {key: value.shape for key, value in model.state_dict().items()}
-    assert load_file(tmp_path / "classifier.safetensors").keys() == classifier.DigitClassifier().state_dict().keys()
+    command = [sys.executable, "-m", "examples.digits.train", "--out", str(tmp_path)]
+    command += ["--steps", "3", "--batch", "8", "--epochs", "1"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
 
+    model = DiT_models["DiT-Digits"].build(16)
+    assert shapes(load_file(tmp_path / "dit.safetensors")) == shapes(model.state_dict())
+    written = load_file(tmp_path / "classifier.safetensors")
+    assert written.keys() == classifier.DigitClassifier().state_dict().keys()
+
+
+def shapes(state):
+    return {key: value.shape for key, value in state.items()}
 
 
 def test_sqnr_is_in_decibels():
     x = torch.ones(100)
-    assert sqnr_db(x, x + 0.1) == pytest.approx(20, abs=1e-5) and sqnr_db(x, x) == float("inf")
+    assert sqnr_db(x, x + 0.1) == pytest.approx(20, abs=1e-5)
+    assert sqnr_db(x, x) == float("inf")

@@ -7,9 +7,12 @@ from models import DiT_models, TanhGELU, sincos_position_embedding
 
 
 def test_forward_and_guidance_match_the_published_model():
-    values, model = golden("dit"), golden_model()
-    assert relative(model(*(torch.tensor(values[k]) for k in "xty")), values["out"]) < 1e-4
-    guided = model.forward_with_cfg(*(torch.tensor(values["cfg_" + k]) for k in "xty"), float(values["cfg_scale"]))
+    values = golden("dit")
+    model = golden_model()
+    inputs = [torch.tensor(values[key]) for key in ("x", "t", "y")]
+    assert relative(model(*inputs), values["out"]) < 1e-4
+    inputs = [torch.tensor(values[key]) for key in ("cfg_x", "cfg_t", "cfg_y")]
+    guided = model.forward_with_cfg(*inputs, float(values["cfg_scale"]))
     assert relative(guided, values["cfg_out"]) < 1e-4
 
 
@@ -25,7 +28,8 @@ def test_guidance_touches_the_first_three_channels_only():
     plain, guided = model(x, t, y), model.forward_with_cfg(x, t, y, 3.0)
     assert torch.equal(guided[:, 3:], plain[:, 3:])
     expected = plain[2:, :3] + 3.0 * (plain[:2, :3] - plain[2:, :3])
-    assert torch.allclose(guided[:2, :3], expected, atol=1e-6) and torch.equal(guided[:2, :3], guided[2:, :3])
+    assert torch.allclose(guided[:2, :3], expected, atol=1e-6)
+    assert torch.equal(guided[:2, :3], guided[2:, :3])
 
 
 def test_forward_hooks_see_guided_calls():
@@ -42,16 +46,26 @@ def test_forward_hooks_see_guided_calls():
 
 
 def diffusers_twin(shift: float | None):
-    """A random diffusers DiT; ``shift`` sets the frequency spread of its timestep embedding."""
+    """Make a random diffusers DiT; ``shift`` sets its timestep embedding's frequency spread."""
     from diffusers import DiTTransformer2DModel
     torch.manual_seed(1)
-    theirs = DiTTransformer2DModel(num_attention_heads=4, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
-                                   patch_size=2, num_embeds_ada_norm=10, norm_eps=1e-6).eval()
+    theirs = DiTTransformer2DModel(
+        num_attention_heads=4,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=10,
+        norm_eps=1e-6,
+    ).eval()
     for parameter in theirs.parameters():
         parameter.normal_(std=0.08)
     first = theirs.transformer_blocks[0].norm1.emb
     for block in theirs.transformer_blocks:
-        block.norm1.emb.load_state_dict(first.state_dict())  # one embedder, as in the published model
+        # One embedder for all blocks, as in the published model.
+        block.norm1.emb.load_state_dict(first.state_dict())
         if shift is not None:
             block.norm1.emb.time_proj.downscale_freq_shift = shift
     return theirs
@@ -68,12 +82,21 @@ def test_diffusers_model_converts_and_agrees_at_the_published_frequencies(shift,
     assert low <= relative(ours(x, t, y), theirs(x, timestep=t, class_labels=y).sample) < high
 
 
-@pytest.mark.parametrize("name, millions", [("DiT-XL/2", 675), ("DiT-L/4", 458), ("DiT-B/2", 130), ("DiT-S/8", 33), ("DiT-Digits", 3.06)])
+@pytest.mark.parametrize("name, millions", [
+    ("DiT-XL/2", 675),
+    ("DiT-L/4", 458),
+    ("DiT-B/2", 130),
+    ("DiT-S/8", 33),
+    ("DiT-Digits", 3.06),
+])
 def test_registry_has_the_parameter_counts_of_the_paper(name, millions):
     with torch.device("meta"):
         model = DiT_models[name].build(DiT_models[name].image_sizes[0])
     count = sum(p.numel() for p in model.parameters()) / 1e6
-    assert abs(count - millions) < max(1.0, 0.01 * millions) if millions > 10 else round(count, 2) == millions
+    if millions > 10:
+        assert abs(count - millions) < max(1.0, 0.01 * millions)
+    else:
+        assert round(count, 2) == millions
 
 
 def test_registry_is_complete_and_refuses_other_sizes():

@@ -1,4 +1,7 @@
-"""How near to the float model the quantised one stays on the outlier twin: the orderings that the paper claims."""
+"""How near to the float model the quantised one stays on the outlier twin.
+
+The orderings are those that the paper claims.
+"""
 from dataclasses import replace
 
 import pytest
@@ -15,27 +18,36 @@ from quant.layers.fold import fold
 from quant.pipeline import quantize_model
 from quant.recipe import BitWidths
 
-STEPS, COUNT = 50, 32
+STEPS = 50
+COUNT = 32
+
+
+def load_twin():
+    name = "DiT-Digits-Outliers"
+    return load_model(name, DiT_models[name], 16, 10, None, torch.device("cpu"))
 
 
 def latents(model):
-    return generate_latents(model, make_schedule(str(STEPS)), range(COUNT), torch.arange(COUNT) % 10, 1, 1.5, ddpm_step)
+    labels = torch.arange(COUNT) % 10
+    schedule = make_schedule(str(STEPS))
+    return generate_latents(model, schedule, range(COUNT), labels, 1, 1.5, ddpm_step)
 
 
 @pytest.fixture(scope="module")
 def outliers():
     with torch.no_grad():
-        model = load_model("DiT-Digits-Outliers", DiT_models["DiT-Digits-Outliers"], 16, 10, None, torch.device("cpu"))
+        model = load_twin()
         return model, latents(model)
 
 
 def sqnr(outliers, name, weight_bits, **changes) -> float:
     model, reference = outliers
-    recipe, noise = replace(RECIPES[name], **changes), ImageNoise(0, range(16), (4, 8, 8))
-    result = quantize_model(
-        model, recipe, BitWidths(weight_bits, 8),
-        guided_drive(make_schedule(str(STEPS)), noise(), noise, torch.arange(16) % 10, 1.5))
-    fresh = load_model("DiT-Digits-Outliers", DiT_models["DiT-Digits-Outliers"], 16, 10, None, torch.device("cpu"))
+    recipe = replace(RECIPES[name], **changes)
+    noise = ImageNoise(0, range(16), (4, 8, 8))
+    labels = torch.arange(16) % 10
+    drive = guided_drive(make_schedule(str(STEPS)), noise(), noise, labels, 1.5)
+    result = quantize_model(model, recipe, BitWidths(weight_bits, 8), drive)
+    fresh = load_twin()
     return sqnr_db(reference, latents(install(fresh, fold(fresh, result.layers))))
 
 
