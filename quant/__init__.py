@@ -1,4 +1,22 @@
-"""Post-training quantisation of diffusion transformers: one file per step of the method.
+"""Post-training quantisation of diffusion transformers: the method, room by room.
 
-quantizer -> linear -> calibrate -> smoothing -> search -> lowrank -> merge -> checkpoint, tied together by pipeline.
+A layer passes through the rooms in this order.
+
+==================  ===========================================================================
+``pipeline``        The order of the steps: start reading here.
+``recipe``          What a recipe's choices mean in numbers, and which do not go together.
+``parts``           Which part does which job; a new method is a line here.
+``calibration/``    The model samples once; its calls are recorded, and replayed for observers.
+``balancing/``      Smoothing factors: TAS and SmoothQuant, PTQ4DiT's salience, RepQ-ViT; the search.
+``weights/``        Rounding to nearest, GPTQ, two-level scales, the low-rank branch.
+``activations/``    Ranges of activations, dynamic or found once; attention's operands.
+``refinement/``     What is learned or searched afterwards: AdaRound, group sizes by evolution.
+``layers/``         The quantised linear, simulated; folding factors into the layers before.
+``integer/``        The same on integers: exact reference, CPUs (oneDNN), GPUs (Triton).
+``install``         Quantised layers into a model; ``backend`` says in which arithmetic.
+``checkpoint/``     All of that as one file.
+``numerics/``       What every room uses: codes and scales, ranges, smoothing, compiled passes.
+==================  ===========================================================================
+
+Of a model's insides this package knows sites only (see ``architectures``).
 """

@@ -1,0 +1,1 @@
+"""Quantising activations: modules, and the parts that find their ranges."""

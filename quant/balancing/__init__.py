@@ -1,0 +1,1 @@
+"""Moving outliers from activations into weights: one file per method, and the grid search."""

@@ -1,0 +1,1 @@
+"""The calibration trajectory: the calls of the model, and what observers see of them."""

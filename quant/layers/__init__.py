@@ -1,0 +1,1 @@
+"""The quantised linear as a module, and folding."""

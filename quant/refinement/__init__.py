@@ -1,0 +1,1 @@
+"""What comes after rounding: learned rounding, and group sizes by evolution."""

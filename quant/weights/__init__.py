@@ -1,0 +1,1 @@
+"""Rounding weights, and the low-rank branch beside them."""
