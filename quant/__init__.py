@@ -7,7 +7,7 @@ A layer passes through the rooms in this order.
 ``recipe``          What a recipe's choices mean in numbers, and which do not go together.
 ``parts``           Which part does which job; a new method is a line here.
 ``calibration/``    The model samples once; its calls are recorded, and replayed for observers.
-``balancing/``      Smoothing factors: TAS and SmoothQuant, PTQ4DiT's salience, RepQ-ViT; the search.
+``balancing/``      Smoothing factors: TAS, SmoothQuant, PTQ4DiT, RepQ-ViT; the grid search.
 ``weights/``        Rounding to nearest, GPTQ, two-level scales, the low-rank branch.
 ``activations/``    Ranges of activations, dynamic or found once; attention's operands.
 ``refinement/``     What is learned or searched afterwards: AdaRound, group sizes by evolution.

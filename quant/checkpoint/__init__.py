@@ -12,6 +12,18 @@ from quant.checkpoint.header import (
 from quant.checkpoint.store import Stored, backend_for, build, load, read, save
 
 __all__ = [
-    "FORMAT_VERSION", "HEADER_KEY", "READABLE", "SUFFIX", "Header", "Stored", "backend_for", "build",
-    "default_name", "find", "load", "read", "read_header", "save",
+    "FORMAT_VERSION",
+    "HEADER_KEY",
+    "READABLE",
+    "SUFFIX",
+    "Header",
+    "Stored",
+    "backend_for",
+    "build",
+    "default_name",
+    "find",
+    "load",
+    "read",
+    "read_header",
+    "save",
 ]
