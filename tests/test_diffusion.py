@@ -16,7 +16,7 @@ from diffusion import (
     make_schedule,
     sample,
 )
-from diffusion.generate import guided_drive
+from diffusion.generate import device_of, guided_drive
 from diffusion.loss import discretised_nll, gaussian_kl, training_loss
 from diffusion.schedule import space_timesteps
 
@@ -82,6 +82,12 @@ def test_a_guided_drive_runs_every_step_of_the_published_sampler():
     half = last_x[: len(x)]
     latents = ddpm_step(make_schedule("50"), 0, half, denoise(half, last_t[: len(x)]), draw)
     assert relative(latents, values["ddpm_latents"]) < 1e-4
+
+
+def test_the_device_of_a_model_that_has_buffers_alone():
+    model = torch.nn.Module()
+    model.register_buffer("codes", torch.empty(2, device="meta"))
+    assert device_of(torch.nn.Sequential(model)) == torch.device("meta")
 
 
 class FakeModel:
