@@ -1,4 +1,4 @@
-"""The comparison: its numbers against the scripts it stands for, resuming, wrong command lines, fidelity."""
+"""The comparison against the scripts it stands for, resuming, wrong command lines, fidelity."""
 import csv
 import json
 from pathlib import Path
@@ -11,6 +11,10 @@ from torchvision.models import alexnet
 
 import compare
 import evaluate
+from comparison import runner
+from comparison.kept import KeptStep
+from comparison.quantdit import parse_arguments
+from comparison.rows import Row
 from diffusion import ddpm_step, make_schedule
 from diffusion.generate import generate_latents, labels_for
 from download import load_decoder, load_model
@@ -24,36 +28,54 @@ from quant import checkpoint
 MODEL, STEPS, COUNT = "DiT-Digits-Outliers", 3, 12
 
 
-def words(folder, *more):
-    return ["--model", MODEL, "--recipes", "rtn", "ditas:lowrank=0,group-size=32", "--num-sampling-steps", str(STEPS), "--num-fid-samples", str(COUNT),
-            "--per-proc-batch-size", "4", "--num-fidelity-samples", "6", "--output", str(folder), *more]
+def arguments(folder, *more):
+    return [
+        "--model", MODEL,
+        "--recipes", "rtn", "ditas:lowrank=0,group-size=32",
+        "--num-sampling-steps", str(STEPS),
+        "--num-fid-samples", str(COUNT),
+        "--per-proc-batch-size", "4",
+        "--num-fidelity-samples", "6",
+        "--output", str(folder),
+        *more]
 
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare")
     with torch.no_grad():
-        call(compare, *words(folder / "out", "--report", folder / "report"))
+        call(compare, *arguments(folder / "out", "--report", folder / "report"))
     with open(folder / "out/table.csv") as file:
         return folder, list(csv.DictReader(file))
 
 
+def row_folder(folder, name: str) -> Path:
+    return folder / "out" / f"{MODEL}-16-{STEPS}" / name
+
+
 def test_table_has_every_row_and_says_where_outliers_came_from(compared):
     folder, rows = compared
-    assert [(row["recipe"], row["W/A"]) for row in rows] == [("float", "32/32"), ("rtn", "4/8"), ("ditas:lowrank=0,group-size=32", "4/8")]
-    assert all(row["N"] == str(COUNT) and row["steps"] == str(STEPS) and row["LPIPS"] in ("-", "n/a") for row in rows)
+    assert [(row["recipe"], row["W/A"]) for row in rows] == [
+        ("float", "32/32"), ("rtn", "4/8"), ("ditas:lowrank=0,group-size=32", "4/8")]
+    assert all(row["N"] == str(COUNT) and row["steps"] == str(STEPS) for row in rows)
+    assert all(row["LPIPS"] in ("-", "n/a") for row in rows)
     text = (folder / "out/table.md").read_text()
     assert "by construction" in text and text.count("\n| ") == 4 + 1
-    assert float(rows[0]["MB"]) > float(rows[1]["MB"]) > float(rows[2]["MB"])  # ditas keeps adaLN at 8 bits, rtn in floating point
+    # ditas keeps adaLN at 8 bits, rtn in floating point.
+    assert float(rows[0]["MB"]) > float(rows[1]["MB"]) > float(rows[2]["MB"])
 
 
 def test_scores_equal_those_of_evaluate(compared, capsys):
     folder, rows = compared
-    files = [json.loads((folder / "out" / f"{MODEL}-16-{STEPS}" / name / "row.json").read_text())["npz"]
-             for name in ("float-W32A32", "rtn-W4A8", "ditas-lowrank=0-group-size=32-W4A8")]
-    call(evaluate, folder / "out/digits-reference.npz", *files, "--features", "digits", "--json")
+    names = ("float-W32A32", "rtn-W4A8", "ditas-lowrank=0-group-size=32-W4A8")
+    notes = [json.loads((row_folder(folder, name) / "row.json").read_text()) for name in names]
+    files = [note["npz"] for note in notes]
+    reference = folder / "out/digits-reference.npz"
+    call(evaluate, reference, *files, "--features", "digits", "--json")
     for row, expected in zip(rows, json.loads(capsys.readouterr().out)):
-        assert row["FID"] == f"{expected['fid']:.3f}" and row["sFID"] == f"{expected['sfid']:.3f}" and row["recall"] == f"{expected['recall']:.4f}"
+        assert row["FID"] == f"{expected['fid']:.3f}"
+        assert row["sFID"] == f"{expected['sfid']:.3f}"
+        assert row["recall"] == f"{expected['recall']:.4f}"
 
 
 def test_overrides_reach_the_checkpoint_and_sqnr_is_that_of_the_final_latents(compared):
@@ -81,26 +103,64 @@ def test_report_shows_the_comparison_and_each_row(compared):
     folder, _ = compared
     page = (folder / "report/report.html").read_text()
     assert page.count("data:image/png;base64,") == 2 and "ditas:lowrank=0,group-size=32" in page
-    assert sorted(path.parent.name for path in folder.glob("report/*/*/report.html")) == ["ditas-lowrank=0-group-size=32-W4A8", "rtn-W4A8"]
+    reported = sorted(path.parent.name for path in folder.glob("report/*/*/report.html"))
+    assert reported == ["ditas-lowrank=0-group-size=32-W4A8", "rtn-W4A8"]
 
 
 def test_finished_rows_are_kept_and_changed_settings_make_them_anew(compared, monkeypatch, capsys):
     folder, rows = compared
-    made = []
-    monkeypatch.setattr(compare.QuantDiT, "main", lambda args: made.append(args.recipe) or 0.0)
-    monkeypatch.setattr(compare.Comparison, "sample", lambda self, *_: pytest.fail("sampled again"))
-    call(compare, *words(folder / "out", "--report", folder / "report"))
+    again = arguments(folder / "out", "--report", folder / "report")
+    quantised = []
+
+    def quantize(words):
+        quantised.append(parse_arguments(words).recipe)
+        return 0.0
+
+    def refuse(self, *_):
+        pytest.fail("sampled again")
+
+    monkeypatch.setattr(runner, "quantize", quantize)
+    monkeypatch.setattr(runner.Comparison, "sample", refuse)
+    call(compare, *again)
     with open(folder / "out/table.csv") as file:
         assert list(csv.DictReader(file)) == rows
-    assert not made and capsys.readouterr().out.count("done before") == 3
+    assert not quantised and capsys.readouterr().out.count("done before") == 3
+
+    # Neither of these changes a checkpoint.
     for change in ("--global-seed", "--num-fid-samples"):
         with pytest.raises(pytest.fail.Exception, match="sampled again"):
-            call(compare, *words(folder / "out", "--report", folder / "report"), change, "13")
-    assert not made  # neither changes a checkpoint
+            call(compare, *again, change, "13")
+    assert not quantised
+
     sampled = json.loads(next(folder.glob("out/*/rtn-W4A8/row.json")).read_text())["npz"]
-    monkeypatch.setattr(compare.Comparison, "sample", lambda self, *_: Path(sampled))
-    call(compare, *words(folder / "out"), "--recipes", "rtn", "--seed", "1")
-    assert made == ["rtn"]
+    monkeypatch.setattr(runner.Comparison, "sample", lambda self, *_: Path(sampled))
+    call(compare, *arguments(folder / "out"), "--recipes", "rtn", "--seed", "1")
+    assert quantised == ["rtn"]
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "{", '{"key": []}', "{}"])
+def test_damaged_notes_mean_that_a_step_is_done_again(tmp_path, damage):
+    result = tmp_path / "result"
+    step = KeptStep(tmp_path / "note.json", ["settings"], [result])
+    assert step.load() is None
+    step.keep(seconds=1.5)
+    assert step.load() is None  # without its result
+    result.write_text("made")
+    assert step.load() == {"seconds": 1.5, "key": ["settings"]}
+    assert KeptStep(tmp_path / "note.json", ["other settings"], [result]).load() is None
+    (tmp_path / "note.json").write_text(damage)
+    assert step.load() is None
+
+
+def test_notes_of_rows_keep_their_entries(compared):
+    folder, _ = compared
+    note = json.loads((row_folder(folder, "rtn-W4A8") / "row.json").read_text())
+    assert list(note) == [
+        "label", "bits", "megabytes", "seconds", "scores", "fidelity", "npz", "key"]
+    row = Row.from_note(note)
+    assert {**row.as_note(), "key": note["key"]} == note
+    assert Row.from_note({**note, "more": 1}) is None
+    assert Row.from_note({**note, "scores": {"fid": 1.0}}) is None
 
 
 @pytest.mark.parametrize("change, expected", [
@@ -109,7 +169,8 @@ def test_finished_rows_are_kept_and_changed_settings_make_them_anew(compared, mo
     (["--recipes", "ditas:rank"], "bad override 'rank'"),
     (["--recipes", "ditas:colour=red"], "bad override 'colour=red'"),
     (["--recipes", "ditas:weight-bit=8"], "bad override 'weight-bit=8'"),
-    (["--recipes", "smoothquant:smooth-timestep=3"], "timestep index 3 is outside a trajectory of 3 steps"),
+    (["--recipes", "smoothquant:smooth-timestep=3"],
+     "timestep index 3 is outside a trajectory of 3 steps"),
     (["--recipes", "ditas:class-labels=99"], "bad class labels '99'"),
     (["--recipes", "ditas:lowrank=-1"], "--lowrank -1 is too small"),
     (["--bits", "4/8"], "bad bit width '4/8'"),
@@ -121,12 +182,13 @@ def test_finished_rows_are_kept_and_changed_settings_make_them_anew(compared, mo
     (["--cfg-scale", "0.5"], "--cfg-scale 0.5 is too small"),
     (["--reference", "a.npz", "b.npz"], "--reference has 2 files"),
     (["--reference", "missing.npz"], "'missing.npz' does not exist"),
-    (["--reference", "large.npz"], "'large.npz' holds images of 32x32 pixels: features digits need 16x16"),
+    (["--reference", "large.npz"],
+     "'large.npz' holds images of 32x32 pixels: features digits need 16x16"),
 ])
 def test_wrong_command_lines(tmp_path, monkeypatch, capsys, change, expected):
     monkeypatch.chdir(tmp_path)
     np.savez("large.npz", arr_0=np.zeros((4, 32, 32, 3), np.uint8))
-    line = error_line(capsys, lambda: call(compare, *words(tmp_path / "out"), *change))
+    line = error_line(capsys, lambda: call(compare, *arguments(tmp_path / "out"), *change))
     assert expected in line and not list(tmp_path.glob("out/*/*"))
 
 
@@ -137,23 +199,30 @@ def test_a_model_without_bundled_data_needs_a_reference(tmp_path, capsys):
 
 def digits_run(model, count=5, batch=2):
     decode = load_decoder(DiT_models["DiT-Digits"], "ema", torch.device("cpu"))
-    return fidelity.sample_run(model, decode, make_schedule("4"), [1, 2, 3, 4, 5][:count], 0, 1.5, batch)
+    labels = [1, 2, 3, 4, 5][:count]
+    return fidelity.sample_run(model, decode, make_schedule("4"), labels, 0, 1.5, batch)
 
 
 def test_fidelity_of_a_model_to_itself_is_infinite_and_of_a_changed_one_per_step():
-    model = load_model("DiT-Digits", DiT_models["DiT-Digits"], 16, 10, None, torch.device("cpu"))
+    card = DiT_models["DiT-Digits"]
+    model = load_model("DiT-Digits", card, 16, 10, None, torch.device("cpu"))
     one = digits_run(model)
     assert one.latents.shape == (4, 5, 4, 8, 8) and one.images.shape == (5, 16, 16, 3)
     same = fidelity.compare_runs(one, digits_run(model))
     assert same == fidelity.Fidelity([float("inf")] * 4, float("inf"), None)
-    model.blocks[0].mlp.fc1.weight += 0.02 * torch.randn(model.blocks[0].mlp.fc1.weight.shape, generator=torch.Generator().manual_seed(0))
+
+    weight = model.blocks[0].mlp.fc1.weight
+    weight += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
     other = digits_run(model)
-    near = fidelity.compare_runs(one, other)
+    measured = fidelity.compare_runs(one, other)
     a, b = one.latents.double().numpy(), other.latents.double().numpy()
-    expected = [10 * np.log10((a[i] ** 2).sum() / ((a[i] - b[i]) ** 2).sum()) for i in range(4)]
-    assert near.sqnr_db == pytest.approx(expected)
+    expected = [
+        10 * np.log10((a[i] ** 2).sum() / ((a[i] - b[i]) ** 2).sum())
+        for i in range(4)
+    ]
+    assert measured.sqnr_db == pytest.approx(expected)
     mse = np.mean((one.images.astype(float) - other.images.astype(float)) ** 2)
-    assert near.psnr_db == pytest.approx(20 * np.log10(255 / np.sqrt(mse)))
+    assert measured.psnr_db == pytest.approx(20 * np.log10(255 / np.sqrt(mse)))
 
 
 def test_lpips_runs_on_the_trunk_it_is_given():
@@ -161,15 +230,23 @@ def test_lpips_runs_on_the_trunk_it_is_given():
     trunk = alexnet(weights=None).eval()
     model = build_lpips(trunk.state_dict())
     x = torch.rand(2, 3, 64, 64) * 2 - 1
-    torch.testing.assert_close(model.net(x).relu5, trunk.features[:12](x))  # AlexNet's fifth ReLU
+    # AlexNet's fifth ReLU.
+    torch.testing.assert_close(model.net(x).relu5, trunk.features[:12](x))
+
     images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
-    runs = [fidelity.Run(torch.ones(1, 3, 1), pixels) for pixels in (images, images[::-1].copy())]
+    reversed_images = images[::-1].copy()
+    runs = [
+        fidelity.Run(torch.ones(1, 3, 1), pixels)
+        for pixels in (images, reversed_images)
+    ]
     assert fidelity.compare_runs(runs[0], runs[0], model).lpips == pytest.approx(0, abs=1e-7)
     pair = [torch.tensor(run.images).permute(0, 3, 1, 2) / 127.5 - 1 for run in runs]
-    assert fidelity.compare_runs(*runs, model, batch=2).lpips == pytest.approx(float(model(*pair).mean()), rel=1e-5)
+    expected = float(model(*pair).mean())
+    assert fidelity.compare_runs(*runs, model, batch=2).lpips == pytest.approx(expected, rel=1e-5)
 
 
 def test_npz_of_a_row_holds_its_images(compared):
     folder, _ = compared
     files = list((folder / "out").glob("*/*/samples-*/*.npz"))
-    assert len(files) == 3 and all(read_arrays(file)["arr_0"].shape == (COUNT, 16, 16, 3) for file in files)
+    assert len(files) == 3
+    assert all(read_arrays(file)["arr_0"].shape == (COUNT, 16, 16, 3) for file in files)

@@ -1,0 +1,90 @@
+"""A filled row of the table: what is kept of it, and how it is shown."""
+import csv
+import io
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+from evaluation.fidelity import Fidelity
+from evaluation.scores import HEADINGS, Scores, cells
+
+COLUMNS = (
+    "recipe", "W/A", "MB", "calibration s", *HEADINGS, "SQNR dB", "PSNR dB", "LPIPS")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A filled row.
+
+    Attributes:
+        label: the recipe as it was given.
+        bits: weight and activation bits, such as ``4/8``.
+        megabytes: of the checkpoint, or of the float weights.
+        seconds: that quantisation took; None for the float model.
+        fidelity: None where it was not measured.
+        npz: the file of samples.
+    """
+
+    label: str
+    bits: str
+    megabytes: float
+    seconds: float | None
+    scores: Scores
+    fidelity: Fidelity | None
+    npz: str
+
+    @property
+    def title(self) -> str:
+        """What figures call the row."""
+        return f"{self.label} {self.bits}"
+
+    def cells(self) -> list[str]:
+        """Format the row under ``COLUMNS``."""
+        seconds = "-" if self.seconds is None else f"{self.seconds:.0f}"
+        size = f"{self.megabytes:.1f}"
+        return [
+            self.label, self.bits, size, seconds,
+            *cells(self.scores), *fidelity_cells(self.fidelity),
+        ]
+
+    def as_note(self) -> dict:
+        """Convert to what JSON can hold."""
+        return asdict(self)
+
+    @staticmethod
+    def from_note(note: dict) -> "Row | None":
+        """Make the row that a note describes; None where another version wrote other fields."""
+        values = {name: value for name, value in note.items() if name != "key"}
+        try:
+            values["scores"] = Scores(**values["scores"])
+            if values["fidelity"] is not None:
+                values["fidelity"] = Fidelity(**values["fidelity"])
+            return Row(**values)
+        except (KeyError, TypeError):
+            return None
+
+
+def fidelity_cells(fidelity: Fidelity | None) -> list[str]:
+    """Format SQNR and PSNR in dB and LPIPS; "-" where none was measured."""
+    if fidelity is None:
+        return ["-", "-", "-"]
+    lpips = "n/a" if fidelity.lpips is None else f"{fidelity.lpips:.4f}"
+    return [f"{fidelity.sqnr_db[-1]:.1f}", f"{fidelity.psnr_db:.1f}", lpips]
+
+
+def markdown(header: Iterable[str], rows: list[list[str]]) -> str:
+    """Write a table in Markdown, its columns aligned."""
+    header = list(header)
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    rule = ["-" * width for width in widths]
+    lines = []
+    for line in (header, rule, *rows):
+        padded = [cell.ljust(width) for cell, width in zip(line, widths)]
+        lines.append(f"| {' | '.join(padded)} |")
+    return "\n".join(lines)
+
+
+def csv_text(header: Iterable[str], rows: list[list[str]]) -> str:
+    """Write a table as CSV."""
+    buffer = io.StringIO()
+    csv.writer(buffer).writerows([header, *rows])
+    return buffer.getvalue()

@@ -1,0 +1,160 @@
+"""The checked command line of compare.py."""
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cli.parser import find_card
+from cli.values import at_least, one_of
+from errors import UserError
+from evaluation.networks import load_reference
+from files.atomic import writable_folder
+from models import ModelCard
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """The checked command line of compare.py.
+
+    Recipes and numbers of steps are checked where they are used, because they need each other.
+
+    Attributes:
+        model, card: the model's name, and what is known of it.
+        image_sizes: pixels per side; several give a table each.
+        references: the ``.npz`` of real images for each of them.
+        steps: of calibration and sampling, as ``make_schedule`` takes them; several give a table
+            each.
+        recipes: rows, ``recipe[:flag=value,…]``; None for the default ones.
+        bits: bit widths of every recipe, such as ``W4A8``.
+        num_fid_samples: images per row.
+        num_fidelity_samples: how many of them are compared with the float model's.
+        per_proc_batch_size: images in a batch.
+        decode_batch_size: latents that the VAE decodes at once; None for the whole batch.
+        threads: CPU threads per sampling process.
+        nproc: sampling processes.
+        cfg_scale: guidance of the samples.
+        seed: of the calibration noise.
+        global_seed: of the samples.
+        ckpt: float weights; None for the published or bundled ones.
+        vae: which Stable Diffusion VAE.
+        inception: Inception weights; None for the fetched ones.
+        pr_dtype: of the distances behind precision and recall.
+        output: folder of checkpoints, samples and tables.
+        report: folder of figures and pages; None for none.
+        report_layers: as in QuantDiT.py.
+    """
+
+    model: str
+    card: ModelCard
+    image_sizes: tuple[int, ...]
+    references: tuple[Path, ...]
+    steps: tuple[str, ...]
+    recipes: tuple[str, ...] | None
+    bits: tuple[str, ...]
+    num_fid_samples: int
+    num_fidelity_samples: int
+    per_proc_batch_size: int
+    decode_batch_size: int | None
+    threads: int
+    nproc: int
+    cfg_scale: float
+    seed: int
+    global_seed: int
+    ckpt: str | None
+    vae: str
+    inception: str | None
+    pr_dtype: str
+    output: Path
+    report: Path | None
+    report_layers: str | None
+
+
+def compare_settings(args: argparse.Namespace) -> CompareSettings:
+    """Check the command line and fill in what depends on the machine and the model.
+
+    Raises:
+        UserError: a value is not allowed, or the output folder cannot be written to.
+    """
+    # What depends on the machine and the model.
+    card = find_card(args.model)
+    cores = os.cpu_count() or 1
+    nproc = (torch.cuda.device_count() or cores) if args.nproc is None else args.nproc
+    threads = args.threads or max(1, cores // max(1, nproc))
+    image_sizes = args.image_size or [card.image_sizes[0]]
+
+    # Check what was given.
+    check_numbers(args, nproc, threads)
+    for size in image_sizes:
+        one_of(size, card.image_sizes, "--image-size")
+    references = find_references(args.reference, image_sizes, card, Path(args.output))
+
+    return CompareSettings(
+        model=args.model,
+        card=card,
+        image_sizes=tuple(image_sizes),
+        references=references,
+        steps=tuple(args.num_sampling_steps),
+        recipes=tuple(args.recipes) if args.recipes else None,
+        bits=tuple(args.bits),
+        num_fid_samples=args.num_fid_samples,
+        num_fidelity_samples=args.num_fidelity_samples,
+        per_proc_batch_size=args.per_proc_batch_size,
+        decode_batch_size=args.decode_batch_size,
+        threads=threads,
+        nproc=nproc,
+        cfg_scale=args.cfg_scale,
+        seed=args.seed,
+        global_seed=args.global_seed,
+        ckpt=args.ckpt or None,
+        vae=args.vae,
+        inception=args.inception or None,
+        pr_dtype=args.pr_dtype,
+        output=Path(args.output),
+        report=Path(args.report) if args.report else None,
+        report_layers=args.report_layers or None)
+
+
+def check_numbers(args: argparse.Namespace, nproc: int, threads: int) -> None:
+    """Check that no number is too small.
+
+    Raises:
+        UserError: one is.
+    """
+    limits = (
+        ("--num-fid-samples", args.num_fid_samples, 4),
+        ("--per-proc-batch-size", args.per_proc_batch_size, 1),
+        ("--nproc", nproc, 1),
+        ("--num-fidelity-samples", args.num_fidelity_samples, 0),
+        ("--cfg-scale", args.cfg_scale, 1.0),
+        ("--global-seed", args.global_seed, 0),
+        ("--seed", args.seed, 0),
+        ("--threads", threads, 1),
+        ("--decode-batch-size", args.decode_batch_size, 1),
+    )
+    for flag, value, minimum in limits:
+        if value is not None:
+            at_least(value, minimum, flag)
+
+
+def find_references(
+    given: list[str] | None,
+    image_sizes: list[int],
+    card: ModelCard,
+    output: Path,
+) -> tuple[Path, ...]:
+    """Choose a file of real images for every image size.
+
+    Those of a bundled model are written into the folder ``output``.
+
+    Raises:
+        UserError: there are not as many files as sizes, or the folder cannot be written to.
+    """
+    if given is not None and len(given) != len(image_sizes):
+        raise UserError(
+            f"--reference has {len(given)} files and --image-size {len(image_sizes)} sizes: "
+            "expected one file per size")
+    folder = writable_folder(output)
+    paths = given or [None] * len(image_sizes)
+    return tuple(load_reference(card, path, folder) for path in paths)
