@@ -30,7 +30,7 @@ from examples.digits.outliers import add_outliers
 from models import DiT, DiT_models
 from quant import evidence
 from quant.balancing.candidates import Candidates
-from quant.balancing.losses import FUSED
+from quant.balancing.compiled import FUSED
 from quant.calibration.trajectory import record, replay
 from quant.install import install
 from quant.layers.fold import fold

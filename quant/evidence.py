@@ -14,11 +14,10 @@ from config import Recipe
 from quant.activations.attention import Operands, softmax_of
 from quant.activations.quantisers import Activation
 from quant.activations.softmax import fit_powers
-from quant.balancing.losses import fastest
 from quant.balancing.maxima import aggregate, smoothing_factors
 from quant.balancing.reparameterise import Reparameterized, channel_ranges, reparameterize
 from quant.balancing.salience import salience_factors
-from quant.balancing.search import AlphaSearch
+from quant.balancing.search import AlphaSearch, fastest
 from quant.calibration.observers import ImageMaxima, Samples, SecondMoment, StepRange, pick
 from quant.calibration.trajectory import Trajectory, replay
 from quant.install import install
