@@ -38,7 +38,7 @@ from examples.digits.outliers import add_outliers
 from models import DiT
 from quant import parts
 from quant.balancing.candidates import Candidates
-from quant.balancing.losses import FUSED
+from quant.balancing.compiled import FUSED
 from quant.calibration.trajectory import Trajectory, record, replay
 from quant.calibration.watch import Watch
 from quant.install import install

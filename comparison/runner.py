@@ -231,7 +231,8 @@ def parse_jobs(settings: CompareSettings, steps: int) -> list[Job]:
         UserError: unknown recipe, flag or bit width.
     """
     card = settings.card
-    recipes = settings.recipes or default_recipes(steps, dict(card.budgets))
+    budgets = config.small_model_budgets if card.is_small else {}
+    recipes = settings.recipes or default_recipes(steps, budgets)
     jobs = [FLOAT]
     for bits in settings.bits:
         jobs += [parse_job(recipe, bits, steps, card.num_classes) for recipe in recipes]

@@ -20,12 +20,11 @@ from quant.activations.static import (
     StaticRanges,
     TimestepRanges,
 )
-from quant.balancing.losses import fastest
 from quant.balancing.maxima import ChannelMaxima, aggregate
 from quant.balancing.none import NoBalance
 from quant.balancing.reparameterise import Reparameterisation
 from quant.balancing.salience import Salience
-from quant.balancing.search import AlphaSearch
+from quant.balancing.search import AlphaSearch, fastest
 from quant.calibration.observers import OperandSamples, Samples, pick
 from quant.calibration.trajectory import Trajectory, joint_weight
 from quant.calibration.watch import Balance, Watch

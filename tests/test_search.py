@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from quant.balancing.candidates import fused_rounded, rounded
-from quant.balancing.losses import DEFINITION, FUSED
+from quant.balancing.candidates import rounded
+from quant.balancing.compiled import FUSED, fused_rounded
+from quant.balancing.losses import DEFINITION
 from quant.balancing.maxima import aggregate, check_step, smoothing_factors
 from quant.balancing.search import AlphaSearch
 from quant.numerics.uniform import QuantSpec, fake_quantize
@@ -88,7 +89,7 @@ def test_compiled_candidates_are_those_of_the_definition(rows, columns, group, b
 
 def test_compiled_kernels_leave_the_number_of_threads_as_it_was():
     code = """import torch
-from quant.balancing.candidates import fused_rounded
+from quant.balancing.compiled import fused_rounded
 from quant.numerics.uniform import QuantSpec
 before = torch.get_num_threads()
 fused_rounded(torch.ones(8, 64), torch.ones(2, 64), QuantSpec(4, "group", 64, "two-level"))
