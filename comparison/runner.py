@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+import config
 from cli.values import user_value
 from comparison.jobs import FLOAT, Job, default_recipes, parse_job
 from comparison.judging import ImageJudge, load_float
