@@ -89,11 +89,14 @@ def is_current(path: Path) -> bool:
 def write_checkpoint(path: Path, name: str, weight_bits: int) -> None:
     """Lay a random model out as recipe ditas does; factors and branches are random too."""
     model = random_float(name)
+
+    # The modulation, weight-only.
     layers = {}
     for key, linear in modulation_linears(model).items():
         spec = adaln_spec(RECIPE.adaln_bits, linear.in_features)
         layers[key] = QuantizedLayer(without_branch(quantize_weight(linear.weight, spec)), None)
 
+    # The four linears of every block.
     for key, linear in tqdm(block_linears(model).items(), desc=path.stem, unit="layer"):
         outputs, inputs = linear.weight.shape
         rank = lowrank_rank(RECIPE, min(outputs, inputs))
