@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import config
 from diffusion import Schedule, ddpm_step
-from diffusion.generate import generate_images, generate_latents
+from diffusion.generate import decode_images, generate_latents
 from evaluation.features import Extractor, extract, load_set
 from evaluation.metrics import frechet_distance, sqnr_db, statistics
 
@@ -45,6 +45,8 @@ def fid_judge(decode: Callable[[Tensor], Tensor], extractor: Extractor, referenc
         for begin in range(0, config.judge_fid_images, BATCH):
             indices = range(begin, min(begin + BATCH, config.judge_fid_images))
             labels = torch.tensor([i % quantised.num_classes for i in indices])
-            images.append(generate_images(quantised, decode, schedule, indices, labels, seed, config.calibration_cfg_scale, ddpm_step))
+            latents = generate_latents(
+                quantised, schedule, indices, labels, seed, config.calibration_cfg_scale, ddpm_step)
+            images.append(decode_images(decode, latents))
         return frechet_distance(statistics(extract(np.concatenate(images), extractor, BATCH, "features")["pool"]), pool)
     return Judge(fid, f"FID of {config.judge_fid_images} images to {reference.name}, {len(schedule)} steps, seed {seed}")
