@@ -21,7 +21,7 @@ from cli.recipe_flags import add_recipe_flags, build_recipe, recipe_label
 from cli.values import at_least, class_labels, one_of, user_value
 from config import RECIPES, Recipe
 from diffusion import ImageNoise, Schedule, ddpm_step, make_schedule
-from diffusion.generate import generate_images
+from diffusion.generate import decode_images, generate_latents
 from download import Decoder, load_decoder, load_model
 from errors import UserError
 from evaluation.judge import Judge, fid_judge, sqnr_judge
@@ -109,7 +109,9 @@ def main(args: argparse.Namespace) -> float:
     print(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB), quantised in {seconds:.1f} s")
 
     def picture() -> Image.Image:
-        images = user_value(generate_images, model, decode, schedule, indices[:16], labels[:16], args.seed, args.cfg_scale, ddpm_step)
+        latents = generate_latents(
+            model, schedule, indices[:16], labels[:16], args.seed, args.cfg_scale, ddpm_step)
+        images = user_value(decode_images, decode, latents)
         return grid(images, columns=4)
 
     float_picture = picture()

@@ -28,7 +28,7 @@ from architectures.dit import BLOCK_LINEARS
 from cli.parser import Parser, add_model_flags, find_card, run
 from cli.values import at_least, class_labels, user_value
 from diffusion import ddim_step, ddpm_step, make_schedule
-from diffusion.generate import batch_indices, generate_images, labels_for
+from diffusion.generate import batch_indices, decode_images, generate_latents, labels_for
 from download import load_decoder, load_model
 from errors import UserError
 from files.atomic import writable_folder
@@ -197,7 +197,9 @@ def main(args: argparse.Namespace) -> None:
             def make(batch: int) -> np.ndarray:
                 indices = batch_indices(batch, args.per_proc_batch_size)
                 labels = labels_for(indices, args.global_seed, model.num_classes, listed)
-                return generate_images(model, decoder, schedule, indices, labels, args.global_seed, args.cfg_scale, step, args.decode_batch_size)
+                latents = generate_latents(
+                    model, schedule, indices, labels, args.global_seed, args.cfg_scale, step)
+                return decode_images(decoder, latents, args.decode_batch_size)
 
             sample_all(job(settings, overwrite), make, ranks, stopped)
     except Stopped:

@@ -91,12 +91,15 @@ def is_current(path: Path) -> bool:
 def write_checkpoint(path: Path, name: str, weight_bits: int) -> None:
     """Lay a random model out as recipe ditas does; factors and branches are random too."""
     model = random_float(name)
+
+    # The modulation, weight-only.
     layers = {}
     for site in modulations(architecture_of(model).sites(model, "adaln")):
         key, linear = site.name, model.get_submodule(site.name)
         spec = adaln_spec(RECIPE.adaln_bits, linear.in_features)
         layers[key] = QuantizedLayer(without_branch(quantize_weight(linear.weight, spec)), None)
 
+    # The four linears of every block.
     for key, linear in tqdm(block_linears(model).items(), desc=path.stem, unit="layer"):
         outputs, inputs = linear.weight.shape
         rank = lowrank_rank(RECIPE, min(outputs, inputs))

@@ -129,23 +129,3 @@ def decode_images(
     """
     parts = latents.split(batch or len(latents))
     return np.concatenate([to_bytes(decode(part)) for part in parts])
-
-
-def generate_images(  # noqa: PLR0913, until its callers use the two functions
-    model: nn.Module,
-    decode: Callable[[Tensor], Tensor],
-    schedule: Schedule,
-    indices: Sequence[int],
-    labels: Tensor,
-    seed: int,
-    cfg_scale: float,
-    step: Step,
-    decode_batch: int | None = None,
-) -> np.ndarray:
-    """Make images, uint8 (N, H, W, 3): ``decode_images`` of ``generate_latents``.
-
-    Raises:
-        ValueError: the model produced NaN.
-    """
-    latents = generate_latents(model, schedule, indices, labels, seed, cfg_scale, step)
-    return decode_images(decode, latents, decode_batch)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import config
 from diffusion import Schedule, ddpm_step
-from diffusion.generate import generate_images, generate_latents
+from diffusion.generate import decode_images, generate_latents
 from evaluation.features import Extractor, extract, load_set
 from evaluation.metrics import frechet_distance, sqnr_db, statistics
 
@@ -65,9 +65,9 @@ def fid_judge(
         for start in range(0, count, BATCH):
             indices = range(start, min(start + BATCH, count))
             labels = torch.tensor([i % quantised.num_classes for i in indices])
-            batches.append(generate_images(
-                quantised, decode, schedule, indices, labels, seed,
-                config.calibration_cfg_scale, ddpm_step))
+            latents = generate_latents(
+                quantised, schedule, indices, labels, seed, config.calibration_cfg_scale, ddpm_step)
+            batches.append(decode_images(decode, latents))
         features = extract(np.concatenate(batches), extractor, BATCH, "features")
         return frechet_distance(statistics(features["pool"]), real)
 
