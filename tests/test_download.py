@@ -1,3 +1,4 @@
+"""Weights from files, folders and servers, and files that are refused."""
 import os
 import pickle
 
@@ -17,13 +18,23 @@ CARD = ModelCard(2, 64, 4, 2, num_classes=10, image_sizes=(64,))
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"ema": s, "model": {}, "opt": {"lr": 1e-4}}])
+def as_it_is(state):
+    return state
+
+
+def as_training_leaves_it(state):
+    return {"ema": state, "model": {}, "opt": {"lr": 1e-4}}
+
+
+@pytest.mark.parametrize("wrap", [as_it_is, as_training_leaves_it])
 @pytest.mark.parametrize("half", [False, True])
 def test_published_files_load(tmp_path, wrap, half):
     state = random_model().state_dict()
-    torch.save(wrap({key: value.half() for key, value in state.items()} if half else state), tmp_path / "model.pt")
+    stored = {key: value.half() for key, value in state.items()} if half else state
+    torch.save(wrap(stored), tmp_path / "model.pt")
     model = load_model("Small", CARD, 64, 10, str(tmp_path / "model.pt"), CPU)
-    assert all(torch.allclose(value, state[key], atol=1e-3 if half else 0) for key, value in model.state_dict().items())
+    for key, value in model.state_dict().items():
+        assert torch.allclose(value, state[key], atol=1e-3 if half else 0)
     assert not model.training and next(model.parameters()).dtype == torch.float32
 
 
@@ -51,16 +62,24 @@ def test_code_in_a_pickle_does_not_run(tmp_path):
 
 @pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
 def test_truncated_files_are_refused(tmp_path, name):
-    state, path = random_model().state_dict(), tmp_path / name
-    save_file(state, path) if name.endswith("safetensors") else torch.save(state, path)
+    state = random_model().state_dict()
+    path = tmp_path / name
+    if name.endswith("safetensors"):
+        save_file(state, path)
+    else:
+        torch.save(state, path)
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(UserError, match="truncated"):
         read_state_dict(path)
 
 
 def test_weights_of_another_model_are_refused(tmp_path):
-    for model, message in ((random_model(depth=3), "unexpected 'blocks.2"), (random_model(depth=1), "lacks 'blocks.1"),
-                           (random_model(hidden_size=32), "expected \\("), (random_model(num_classes=7), "embedding_table")):
+    for model, message in (
+        (random_model(depth=3), "unexpected 'blocks.2"),
+        (random_model(depth=1), "lacks 'blocks.1"),
+        (random_model(hidden_size=32), "expected \\("),
+        (random_model(num_classes=7), "embedding_table"),
+    ):
         save_file(model.state_dict(), tmp_path / "model.safetensors")
         with pytest.raises(UserError, match=message):
             load_model("Small", CARD, 64, 10, str(tmp_path / "model.safetensors"), CPU)
@@ -78,15 +97,17 @@ def test_published_weights_are_fetched_once(tmp_path, monkeypatch):
     server.mkdir()
     torch.save(state, server / "DiT-XL-2-512x512.pt")
     monkeypatch.setattr(download, "PUBLISHED_URL", server.as_uri() + "/")
-    for _ in range(2):  # the second time the server is gone
+    for _ in range(2):
         source, found = find_state_dict("DiT-XL/2", 512, None)
         assert found.keys() == state.keys() and source == "pretrained_models/DiT-XL-2-512x512.pt"
+        # The second time the server is gone.
         (server / "DiT-XL-2-512x512.pt").unlink(missing_ok=True)
 
 
 def test_a_download_of_other_bytes_is_not_kept(tmp_path):
     (tmp_path / "there").write_bytes(b"something else")
-    with pytest.raises(UserError, match="put the file at .*here' by hand, or give one with --flag"):
+    message = "put the file at .*here' by hand, or give one with --flag"
+    with pytest.raises(UserError, match=message):
         download.fetch((tmp_path / "there").as_uri(), tmp_path / "here", "--flag", "6726825d")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
@@ -97,7 +118,8 @@ def test_a_failed_download_says_where_to_put_the_file(tmp_path, monkeypatch):
     def offline(url, path, **_):
         raise OSError("no route to host")
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(UserError, match="put the file at 'pretrained_models/DiT-XL-2-256x256.pt' by hand"):
+    message = "put the file at 'pretrained_models/DiT-XL-2-256x256.pt' by hand"
+    with pytest.raises(UserError, match=message):
         find_state_dict("DiT-XL/2", 256, None)
     with pytest.raises(UserError, match="give a file with --ckpt"):
         find_state_dict("DiT-B/4", 256, None)
@@ -110,8 +132,13 @@ def test_a_failed_download_says_where_to_put_the_file(tmp_path, monkeypatch):
 def tiny_vae():
     from diffusers.models import AutoencoderKL
     torch.manual_seed(0)
-    return AutoencoderKL(block_out_channels=(4, 4, 4, 4), norm_num_groups=2, latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 4,
-                         up_block_types=("UpDecoderBlock2D",) * 4).eval()
+    model = AutoencoderKL(
+        block_out_channels=(4, 4, 4, 4),
+        norm_num_groups=2,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4)
+    return model.eval()
 
 
 def test_the_vae_gets_unscaled_latents(tmp_path, monkeypatch):
@@ -120,4 +147,5 @@ def test_the_vae_gets_unscaled_latents(tmp_path, monkeypatch):
     vae.save_pretrained(download.FOLDER / "sd-vae-ft-ema")
     latents = torch.randn(1, 4, 4, 4)
     images = load_decoder(DiT_models["DiT-XL/2"], "ema", CPU)(latents)
-    assert images.shape == (1, 3, 32, 32) and torch.allclose(images, vae.decode(latents / 0.18215).sample, atol=1e-5)
+    assert images.shape == (1, 3, 32, 32)
+    assert torch.allclose(images, vae.decode(latents / 0.18215).sample, atol=1e-5)

@@ -1,5 +1,8 @@
+"""Images as bytes and in grids, and the .npz that holds them."""
 import io
+import tempfile
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +20,10 @@ def test_bytes_are_the_published_formula():
     out = to_bytes(values)
     assert out.shape == (4, 5, 5, 3) and out.dtype == np.uint8
     for index in np.ndindex(4, 5, 5):
-        value = np.float32(127.5) * values[index[0], 0, index[1], index[2]].numpy() + np.float32(128.0)
-        expected = int(min(max(value, 0), 255))  # truncation
+        image, row, column = index
+        value = np.float32(127.5) * values[image, 0, row, column].numpy() + np.float32(128.0)
+        # Truncated, not rounded.
+        expected = int(min(max(value, 0), 255))
         assert out[index].tolist() == [expected] * 3
 
 
@@ -31,10 +36,11 @@ def test_colours_keep_their_place_and_nan_is_refused():
         to_bytes(image)
 
 
-@given(hnp.arrays(np.uint8, st.tuples(st.integers(1, 5), st.integers(1, 9), st.integers(1, 9), st.just(3))))
+IMAGE_SHAPES = st.tuples(st.integers(1, 5), st.integers(1, 9), st.integers(1, 9), st.just(3))
+
+
+@given(hnp.arrays(np.uint8, IMAGE_SHAPES))
 def test_npz_is_what_numpy_writes(images):
-    import tempfile
-    from pathlib import Path
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.npz"
         write_npz(path, iter(images), images.shape)
@@ -59,4 +65,5 @@ def test_pictures_show_every_image():
     picture = np.asarray(grid(images, columns=4))
     assert set(np.unique(picture)) == {10 * i for i in range(16)} | {255}
     pair = side_by_side([grid(images, 4), grid(images, 4)], ["float", "W4A8"])
-    assert pair.width == 2 * picture.shape[1] + 16 and pair.height == picture.shape[0] + 20
+    assert pair.width == 2 * picture.shape[1] + 16
+    assert pair.height == picture.shape[0] + 20

@@ -1,4 +1,4 @@
-"""metrics.py against closed forms, scipy's general matrix root and loops written out."""
+"""The metrics against closed forms, scipy's general matrix root and loops written out."""
 import math
 
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 import scipy.linalg
 import torch
 
-import evaluation.metrics as metrics
+from evaluation import metrics
 from evaluation.metrics import (
     Statistics,
     frechet_distance,
@@ -23,14 +23,22 @@ def small_strips(monkeypatch):
     monkeypatch.setattr(metrics, "ROWS", 7)
 
 
-def gaussian(seed: int, count: int, width: int, scale: float = 1.0, shift: float = 0.0) -> np.ndarray:
-    """Correlated features, float32."""
+def gaussian(
+    seed: int,
+    count: int,
+    width: int,
+    scale: float = 1.0,
+    shift: float = 0.0,
+) -> np.ndarray:
+    """Draw correlated features (count, width), float32."""
     rng = np.random.default_rng(seed)
-    return (scale * rng.normal(size=(count, width)) @ rng.normal(size=(width, width)) + shift).astype(np.float32)
+    independent = scale * rng.normal(size=(count, width))
+    mixing = rng.normal(size=(width, width))
+    return (independent @ mixing + shift).astype(np.float32)
 
 
 def grid_points(seed: int, count: int, width: int = 2, side: int = 12) -> np.ndarray:
-    """Small integers: their distances are exact in float32, and often tie."""
+    """Draw small integers: their distances are exact in float32, and often tie."""
     return np.random.default_rng(seed).integers(0, side, (count, width)).astype(np.float32)
 
 
@@ -44,33 +52,48 @@ def test_statistics_are_numpys_mean_and_covariance(small_strips):
 def test_fid_of_diagonal_normals_in_closed_form():
     rng = np.random.default_rng(0)
     means, deviations = rng.normal(size=(2, 9)), rng.uniform(0, 3, size=(2, 9))
-    a, b = (Statistics(m, np.diag(s ** 2)) for m, s in zip(means, deviations))
-    assert frechet_distance(a, b) == pytest.approx(np.square(means[0] - means[1]).sum() + np.square(deviations[0] - deviations[1]).sum())
+    a = Statistics(means[0], np.diag(deviations[0] ** 2))
+    b = Statistics(means[1], np.diag(deviations[1] ** 2))
+    expected = np.square(means[0] - means[1]).sum()
+    expected += np.square(deviations[0] - deviations[1]).sum()
+    assert frechet_distance(a, b) == pytest.approx(expected)
 
 
 def test_fid_of_shifted_normals_is_the_squared_shift():
-    features, shift = gaussian(1, 40, 5), np.array([3.0, 0, 0, -4, 0])
-    a = statistics(features)
-    distances = [frechet_distance(a, Statistics(a.mean + size * shift, a.covariance)) for size in (0, 0.1, 1, 2, 30)]
+    shift = np.array([3.0, 0, 0, -4, 0])
+    a = statistics(gaussian(1, 40, 5))
+    distances = [
+        frechet_distance(a, Statistics(a.mean + size * shift, a.covariance))
+        for size in (0, 0.1, 1, 2, 30)
+    ]
     assert distances == pytest.approx([0, 0.25, 25, 100, 22500], abs=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_fid_with_scipys_matrix_root(seed):
-    a, b = gaussian(seed, 200, 20), gaussian(seed + 100, 300, 20, scale=1.5, shift=0.3)
-    first, second = (np.cov(x.T.astype(np.float64)) for x in (a, b))
-    expected = np.square(a.mean(0, np.float64) - b.mean(0, np.float64)).sum() + np.trace(
-        first + second - 2 * scipy.linalg.sqrtm(first @ second).real)
-    found = frechet_distance(statistics(a), statistics(b))
-    assert found == pytest.approx(expected, rel=1e-8)
-    assert frechet_distance(statistics(b), statistics(a)) == pytest.approx(found, rel=1e-8)
+    a = gaussian(seed, 200, 20)
+    b = gaussian(seed + 100, 300, 20, scale=1.5, shift=0.3)
+    first = np.cov(a.T.astype(np.float64))
+    second = np.cov(b.T.astype(np.float64))
+    root = scipy.linalg.sqrtm(first @ second).real
+    shift = np.square(a.mean(0, np.float64) - b.mean(0, np.float64)).sum()
+    expected = shift + np.trace(first + second - 2 * root)
+    distance = frechet_distance(statistics(a), statistics(b))
+    assert distance == pytest.approx(expected, rel=1e-8)
+    assert frechet_distance(statistics(b), statistics(a)) == pytest.approx(distance, rel=1e-8)
 
 
 @pytest.mark.parametrize("samples", [(20, 30), (20, 500)])
 def test_fid_where_covariances_are_singular(samples):
-    """tr (C_a C_b)^(1/2) is the sum of the singular values of X_a X_b^T, centred, over ((n - 1)(m - 1))^(1/2)."""
-    a, b = (gaussian(seed, count, 64).astype(np.float64) for seed, count in zip((5, 6), samples))
-    overlap = np.linalg.svd((a - a.mean(0)) @ (b - b.mean(0)).T, compute_uv=False).sum() / math.sqrt((len(a) - 1) * (len(b) - 1))
+    """With centred X, tr (C_a C_b)^(1/2) is a sum of singular values.
+
+    They are those of X_a X_b^T over ((n - 1)(m - 1))^(1/2).
+    """
+    a = gaussian(5, samples[0], 64).astype(np.float64)
+    b = gaussian(6, samples[1], 64).astype(np.float64)
+    products = (a - a.mean(0)) @ (b - b.mean(0)).T
+    singular_values = np.linalg.svd(products, compute_uv=False)
+    overlap = singular_values.sum() / math.sqrt((len(a) - 1) * (len(b) - 1))
     variances = a.var(0, ddof=1).sum() + b.var(0, ddof=1).sum()
     expected = np.square(a.mean(0) - b.mean(0)).sum() + variances - 2 * overlap
     assert abs(frechet_distance(statistics(a), statistics(b)) - expected) < 1e-6 * variances
@@ -79,13 +102,19 @@ def test_fid_where_covariances_are_singular(samples):
 @pytest.mark.parametrize("count", [10, 400])
 def test_fid_of_a_set_with_itself_is_zero(count):
     features = gaussian(7, count, 32)
-    a, b = statistics(features), statistics(features[::-1])
-    assert 0 <= frechet_distance(a, a) <= 1e-6 * np.trace(a.covariance) and 0 <= frechet_distance(a, b) <= 1e-6 * np.trace(a.covariance)
+    a = statistics(features)
+    b = statistics(features[::-1])
+    tolerance = 1e-6 * np.trace(a.covariance)
+    assert 0 <= frechet_distance(a, a) <= tolerance
+    assert 0 <= frechet_distance(a, b) <= tolerance
 
 
 @pytest.mark.parametrize("features, message", [
-    (np.array([[1.0, np.nan], [0, 0]]), "NaN or infinity"), (np.array([[1.0, np.inf], [0, 0]]), "NaN or infinity"),
-    (np.ones((1, 4)), "at least 2 images, got 1"), (np.ones((0, 4)), "shape"), (np.ones(4), "shape"),
+    (np.array([[1.0, np.nan], [0, 0]]), "NaN or infinity"),
+    (np.array([[1.0, np.inf], [0, 0]]), "NaN or infinity"),
+    (np.ones((1, 4)), "at least 2 images, got 1"),
+    (np.ones((0, 4)), "shape"),
+    (np.ones(4), "shape"),
 ])
 def test_statistics_refuse(features, message):
     with pytest.raises(ValueError, match=message):
@@ -93,8 +122,10 @@ def test_statistics_refuse(features, message):
 
 
 def test_fid_refuses():
+    two = Statistics(np.zeros(2), np.eye(2))
+    three = Statistics(np.zeros(3), np.eye(3))
     with pytest.raises(ValueError, match="width 2 and 3"):
-        frechet_distance(Statistics(np.zeros(2), np.eye(2)), Statistics(np.zeros(3), np.eye(3)))
+        frechet_distance(two, three)
     with pytest.raises(ValueError, match="does not go with"):
         Statistics(np.zeros(2), np.eye(3))
     with pytest.raises(ValueError, match="NaN or infinity"):
@@ -103,17 +134,28 @@ def test_fid_refuses():
 
 def naive_inception_score(logits: np.ndarray, split: int) -> float:
     scores = []
-    for begin in range(0, len(logits), split):
-        p = [[math.exp(value) / sum(math.exp(v) for v in row) for value in row] for row in logits[begin:begin + split].tolist()]
+    for start in range(0, len(logits), split):
+        p = [softmax(row) for row in logits[start:start + split].tolist()]
         marginal = [sum(column) / len(p) for column in zip(*p)]
-        scores.append(math.exp(sum(q * math.log(q / m) for row in p for q, m in zip(row, marginal)) / len(p)))
+        divergences = [divergence(row, marginal) for row in p]
+        scores.append(math.exp(sum(divergences) / len(p)))
     return sum(scores) / len(scores)
+
+
+def softmax(row: list[float]) -> list[float]:
+    total = sum(math.exp(value) for value in row)
+    return [math.exp(value) / total for value in row]
+
+
+def divergence(row: list[float], marginal: list[float]) -> float:
+    return sum(q * math.log(q / m) for q, m in zip(row, marginal))
 
 
 @pytest.mark.parametrize("count, split", [(7, 3), (9, 3), (7, 100), (1, 5)])
 def test_inception_score_written_out(count, split):
     logits = np.random.default_rng(count).normal(size=(count, 5)).astype(np.float32) * 3
-    assert inception_score(logits, split) == pytest.approx(naive_inception_score(logits, split), rel=1e-9)
+    expected = naive_inception_score(logits, split)
+    assert inception_score(logits, split) == pytest.approx(expected, rel=1e-9)
 
 
 def test_inception_score_by_hand():
@@ -130,9 +172,26 @@ def test_inception_score_of_logits_that_underflow():
 
 
 def count_covered(centres: list, points: list, distance) -> float:
-    """Share of points within the third-neighbour ball of at least one centre, one pair at a time."""
-    radii = [sorted(distance(centre, other) for other in centres)[3] for centre in centres]
-    return sum(any(distance(centre, point) <= radius for centre, radius in zip(centres, radii)) for point in points) / len(points)
+    """Compute the share of points within the third-neighbour ball of at least one centre.
+
+    One pair is looked at at a time.
+    """
+    radii = []
+    for centre in centres:
+        distances = sorted(distance(centre, other) for other in centres)
+        radii.append(distances[3])
+    covered = 0
+    for point in points:
+        covered += any(
+            distance(centre, point) <= radius
+            for centre, radius in zip(centres, radii)
+        )
+    return covered / len(points)
+
+
+def covered_both_ways(real, samples, distance) -> tuple[float, float]:
+    """Compute precision and recall, one pair at a time."""
+    return count_covered(real, samples, distance), count_covered(samples, real, distance)
 
 
 def exact_distance(a, b) -> float:
@@ -140,19 +199,22 @@ def exact_distance(a, b) -> float:
 
 
 def half_distance(a, b):
-    """In numpy's float16, squares rounded one by one, sums exact."""
+    """Compute a squared distance in numpy's float16: squares rounded one by one, sums exact."""
     a, b = a.astype(np.float16), b.astype(np.float16)
     squares = [np.float16((half * half).astype(np.float64).sum()) for half in (a, b)]
     product = np.float16(a.astype(np.float64) @ b.astype(np.float64))
     return max(squares[0] - np.float16(2) * product + squares[1], np.float16(0))
 
 
-@pytest.mark.parametrize("seed, counts", [(0, (4, 4)), (1, (7, 14)), (2, (15, 6)), (3, (40, 33)), (4, (29, 50))])
+@pytest.mark.parametrize("seed, counts", [
+    (0, (4, 4)), (1, (7, 14)), (2, (15, 6)), (3, (40, 33)), (4, (29, 50)),
+])
 def test_precision_and_recall_pair_by_pair(small_strips, seed, counts):
-    real, made = grid_points(seed, counts[0]), grid_points(seed + 50, counts[1]) + 3
-    expected = count_covered(real, made, exact_distance), count_covered(made, real, exact_distance)
-    assert precision_recall(real, made) == pytest.approx(expected)
-    assert precision_recall(made, real) == pytest.approx(expected[::-1])
+    real = grid_points(seed, counts[0])
+    samples = grid_points(seed + 50, counts[1]) + 3
+    expected = covered_both_ways(real, samples, exact_distance)
+    assert precision_recall(real, samples) == pytest.approx(expected)
+    assert precision_recall(samples, real) == pytest.approx(expected[::-1])
 
 
 def test_precision_and_recall_of_equal_and_of_distant_sets():
@@ -163,53 +225,73 @@ def test_precision_and_recall_of_equal_and_of_distant_sets():
 
 def test_collapsed_samples_are_precise_and_recall_nothing():
     real = np.random.default_rng(0).normal(size=(200, 8)).astype(np.float32)
-    collapsed = real[:1] + 0.01 * np.random.default_rng(1).normal(size=(100, 8)).astype(np.float32)
+    noise = np.random.default_rng(1).normal(size=(100, 8)).astype(np.float32)
+    collapsed = real[:1] + 0.01 * noise
     precision, recall = precision_recall(real, collapsed)
     assert precision == 1 and recall <= 1 / 200
     assert precision_recall(collapsed, real) == (recall, precision)
 
 
 def test_the_surface_belongs_to_the_ball():
-    real = np.array([[0, 0], [3, 0], [-3, 0], [0, 3]], np.float32)  # the first one's ball has radius 3
     far = np.array([[900, 0], [900, 1], [900, 2]], np.float32)
+    # The first one's ball has radius 3.
+    real = np.array([[0, 0], [3, 0], [-3, 0], [0, 3]], np.float32)
     assert precision_recall(real, np.vstack([far, [[0, -3]]]))[0] == 0.25
-    alone = np.array([[0, 0], [1, 0], [0, 1], [1, 1]], np.float32)  # radius 2 ** 0.5 each
+    # Each ball has radius 2 ** 0.5.
+    alone = np.array([[0, 0], [1, 0], [0, 1], [1, 1]], np.float32)
     assert precision_recall(alone, np.vstack([far, [[2, 2]]]))[0] == 0.25
     assert precision_recall(alone, np.vstack([far, [[2, 2.001]]]))[0] == 0
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_float16_distances_round_as_numpys(small_strips, seed):
-    real, made = (grid_points(seed + 50 * i, count, width=3, side=25) / 4 + 30 + 2 * i for i, count in enumerate((30, 26)))
-    rounded = count_covered(real, made, half_distance), count_covered(made, real, half_distance)
-    assert precision_recall(real, made, half=True) == pytest.approx(rounded)
-    assert precision_recall(real, made) != pytest.approx(rounded)
+    real = grid_points(seed, 30, width=3, side=25) / 4 + 30
+    samples = grid_points(seed + 50, 26, width=3, side=25) / 4 + 30 + 2
+    rounded = covered_both_ways(real, samples, half_distance)
+    assert precision_recall(real, samples, half=True) == pytest.approx(rounded)
+    assert precision_recall(real, samples) != pytest.approx(rounded)
 
 
 def test_float16_gives_way_to_float32_where_it_overflows():
-    real, made = grid_points(8, 30) + 1000, grid_points(9, 30) + 1003
-    expected = count_covered(real, made, exact_distance), count_covered(made, real, exact_distance)
-    assert 0 < expected[0] < 1 and precision_recall(real, made, half=True) == pytest.approx(expected)
+    real = grid_points(8, 30) + 1000
+    samples = grid_points(9, 30) + 1003
+    expected = covered_both_ways(real, samples, exact_distance)
+    assert 0 < expected[0] < 1
+    assert precision_recall(real, samples, half=True) == pytest.approx(expected)
 
 
 def test_precision_and_recall_refuse():
     fine = gaussian(0, 10, 4)
-    for bad, message in ((fine[:3], "at least 4 images, got 3"), (fine[:, :3], "width"), (fine * np.nan, "NaN"), (fine * np.inf, "NaN"),
-                         (fine.ravel(), "shape")):
+    for bad, message in (
+        (fine[:3], "at least 4 images, got 3"),
+        (fine[:, :3], "width"),
+        (fine * np.nan, "NaN"),
+        (fine * np.inf, "NaN"),
+        (fine.ravel(), "shape"),
+    ):
         for pair in ((fine, bad), (bad, fine)):
             with pytest.raises(ValueError, match=message):
                 precision_recall(*pair)
 
 
 def test_psnr_in_closed_form():
-    black, grey, white = (np.full((2, 3, 5, 3), value, np.uint8) for value in (0, 51, 255))
-    assert psnr_db(black, grey) == pytest.approx([20 * math.log10(5)] * 2) and psnr_db(grey, black) == pytest.approx(psnr_db(black, grey))
-    assert psnr_db(black, white) == pytest.approx([0, 0]) and psnr_db(grey, grey).tolist() == [math.inf] * 2
-    grey[1, 0, 0, 0] = 96  # error 45 in one of 45 values
-    assert psnr_db(np.full_like(grey, 51), grey) == pytest.approx([math.inf, 20 * math.log10(255 / math.sqrt(45))])
+    shape = (2, 3, 5, 3)
+    black = np.full(shape, 0, np.uint8)
+    grey = np.full(shape, 51, np.uint8)
+    white = np.full(shape, 255, np.uint8)
+    assert psnr_db(black, grey) == pytest.approx([20 * math.log10(5)] * 2)
+    assert psnr_db(grey, black) == pytest.approx(psnr_db(black, grey))
+    assert psnr_db(black, white) == pytest.approx([0, 0])
+    assert psnr_db(grey, grey).tolist() == [math.inf] * 2
+    # An error of 45 in one of 45 values.
+    spotted = grey.copy()
+    spotted[1, 0, 0, 0] = 96
+    expected = [math.inf, 20 * math.log10(255 / math.sqrt(45))]
+    assert psnr_db(grey, spotted) == pytest.approx(expected)
 
 
 def test_sqnr_in_closed_form():
     signal = torch.tensor([3.0, -4.0])
     assert sqnr_db(signal, signal + torch.tensor([0.3, 0.4])) == pytest.approx(20, rel=1e-5)
-    assert sqnr_db(signal, torch.zeros(2)) == pytest.approx(0) and sqnr_db(signal, signal.clone()) == math.inf
+    assert sqnr_db(signal, torch.zeros(2)) == pytest.approx(0)
+    assert sqnr_db(signal, signal.clone()) == math.inf
