@@ -1,4 +1,4 @@
-"""Which arithmetic a quantised model runs in, and the modules for it."""
+"""Choose the arithmetic that a quantised model runs in."""
 import statistics
 import sys
 import time
@@ -6,23 +6,33 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor, nn
 
 from errors import UserError
-from quant.install import _linear, _unnumbered
+from quant.install import make_linear, unnumbered
 from quant.layers.quantised import QuantizedLayer
 
 BACKENDS = ("fake", "integer", "auto")
-MARGIN = 2.0  # so much faster has the simulation to be: noise in close calls (0.9 to 1.5 on small models) must not choose the backend of a run
+# How much faster the simulation has to be. Noise in close calls (0.9 to 1.5 on small models) must
+# not choose the backend of a run.
+MARGIN = 2.0
 ROUNDS = 5
 
 
-def resolve(backend: str, reason: str | None, device: torch.device, measure: Callable[[], str]) -> str:
-    """``fake`` or ``integer``. ``auto`` is what ``measure`` finds, where the checkpoint allows integers and the device has instructions for them.
+def resolve(
+        backend: str, reason: str | None, device: torch.device,
+        measure: Callable[[], str]) -> str:
+    """Choose ``fake`` or ``integer``.
 
-    Warns on stderr where ``integer`` was asked for and the device has no integer instructions: there it is ``fake``.
+    ``auto`` is what ``measure`` finds, where the checkpoint allows integers and the device has
+    instructions for them. Where ``integer`` is asked for and the device has none, the choice is
+    ``fake``, with a warning on stderr.
 
     Args:
-        reason: why the checkpoint cannot run on integers, if it cannot (see ``quant.integer.weight.integer_obstacle``).
+        backend: one of ``BACKENDS``.
+        reason: why the checkpoint cannot run on integers, if it cannot (see
+            ``quant.integer.weight.integer_obstacle``).
+        device: where the model runs.
         measure: ``fake`` or ``integer``, whichever is faster (see ``faster``).
 
     Raises:
@@ -32,44 +42,74 @@ def resolve(backend: str, reason: str | None, device: torch.device, measure: Cal
         return "fake"
     if reason:
         if backend == "integer":
-            raise UserError(f"--backend integer cannot run this checkpoint: {reason}, or --backend fake")
+            raise UserError(
+                f"--backend integer cannot run this checkpoint: {reason}, or --backend fake")
         return "fake"
-    if _fast(device):
+    if _has_int8(device):
         return "integer" if backend == "integer" else measure()
     if backend == "integer":
-        print(f"warning: no int8 instructions on {device.type}: --backend fake instead", file=sys.stderr)
+        print(
+            f"warning: no int8 instructions on {device.type}: --backend fake instead",
+            file=sys.stderr)
     return "fake"
 
 
-def _fast(device: torch.device) -> bool:
+def _has_int8(device: torch.device) -> bool:
+    """Tell whether a device has int8 instructions and, if it is a GPU, Triton to use them."""
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0) and find_spec("triton") is not None
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return False
+        return find_spec("triton") is not None
     from quant.integer.cpu import supported
     return supported()
 
 
 @torch.no_grad()
-def faster(layers: list[QuantizedLayer], tokens: int, dtype: torch.dtype, device: torch.device, packed: bool) -> str:
-    """``integer``, unless simulating these layers is faster by ``MARGIN``.
+def faster(
+        layers: list[QuantizedLayer], tokens: int, dtype: torch.dtype, device: torch.device,
+        packed: bool) -> str:
+    """Choose ``integer``, unless simulating these layers is faster by ``MARGIN``.
 
-    Both are timed in turn, uncompiled, on random input of that many tokens; medians of ``ROUNDS``. Other arguments as in ``install``.
+    Both are timed in turn, uncompiled, on random input; medians of ``ROUNDS``.
+
+    Args:
+        layers: what is timed.
+        tokens: rows of the input.
+        dtype, device, packed: as in ``install``.
     """
-    device = _unnumbered(device)
-    inputs = [torch.randn(1, tokens, layer.weight.right.shape[1]).to(device, dtype) for layer in layers]
-    rivals = {backend: [_linear(layer, None, backend, dtype, device, packed, None).to(device) for layer in layers] for backend in ("fake", "integer")}
-    times: dict[str, list[float]] = {backend: [] for backend in rivals}
+    device = unnumbered(device)
+    inputs = [_random_input(layer, tokens).to(device, dtype) for layer in layers]
+    modules: dict[str, list[nn.Module]] = {}
+    for backend in ("fake", "integer"):
+        modules[backend] = [
+            make_linear(layer, None, backend, dtype, device, packed, None).to(device)
+            for layer in layers]
+    times: dict[str, list[float]] = {"fake": [], "integer": []}
     for _ in range(1 + ROUNDS):
-        for backend, modules in rivals.items():
-            _wait_for(device)
-            began = time.perf_counter()
-            for module, x in zip(modules, inputs):
-                module(x)
-            _wait_for(device)
-            times[backend].append(time.perf_counter() - began)
-    fake, integer = (statistics.median(times[backend][1:]) for backend in ("fake", "integer"))  # the first call prepares, or compiles kernels
+        for backend in times:
+            times[backend].append(_seconds(modules[backend], inputs, device))
+    # The first call prepares, or compiles kernels.
+    fake = statistics.median(times["fake"][1:])
+    integer = statistics.median(times["integer"][1:])
     return "fake" if fake * MARGIN < integer else "integer"
 
 
+def _random_input(layer: QuantizedLayer, tokens: int) -> Tensor:
+    """Draw an input (1, T, I) of a layer from the normal distribution."""
+    return torch.randn(1, tokens, layer.weight.right.shape[1])
+
+
+def _seconds(modules: list[nn.Module], inputs: list[Tensor], device: torch.device) -> float:
+    """Measure how long the modules take, each on its input."""
+    _wait_for(device)
+    start = time.perf_counter()
+    for module, x in zip(modules, inputs):
+        module(x)
+    _wait_for(device)
+    return time.perf_counter() - start
+
+
 def _wait_for(device: torch.device) -> None:
+    """Let a GPU finish what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -32,13 +32,13 @@ def install(
     Returns:
         The model, in eval mode.
     """
-    device = _unnumbered(device_of(model) if device is None else torch.device(device))
+    device = unnumbered(device_of(model) if device is None else torch.device(device))
     timestep_index = find_timestep_index(layers)
     modules = {}
     for name, layer in layers.items():
         old = model.get_submodule(name)
         bias = layer.bias(old.bias)
-        module = _linear(layer, bias, backend, dtype, device, packed, timestep_index)
+        module = make_linear(layer, bias, backend, dtype, device, packed, timestep_index)
         if isinstance(old, nn.Conv2d):
             module = PatchLinear(module, old.kernel_size)
         modules[name] = module
@@ -71,7 +71,7 @@ def find_timestep_index(layers: dict[str, QuantizedLayer]) -> TimestepIndex | No
     return None
 
 
-def _linear(
+def make_linear(
     layer: QuantizedLayer,
     bias: Tensor | None,
     backend: str,
@@ -117,6 +117,6 @@ def _weight_only(
     return WeightOnlyLinear(layer, bias)
 
 
-def _unnumbered(device: torch.device) -> torch.device:
+def unnumbered(device: torch.device) -> torch.device:
     # accelerate says cpu:0, where oneDNN's packed weights cannot be copied to.
     return torch.device("cpu") if device.type == "cpu" else device

@@ -96,10 +96,10 @@ def test_all_figures_of_a_run_are_drawn(quantised):
 
 def test_a_figure_has_a_line_per_role_and_leaves_out_what_is_outside_the_blocks():
     places = {
-        "a.0": LayerPlace("first", "block 0"),
-        "b.0": LayerPlace("second", "block 0"),
-        "a.1": LayerPlace("first", "block 1"),
-        "last": LayerPlace("last", None),
+        "a.0": single("a", "first", "block 0"),
+        "b.0": single("b", "second", "block 0"),
+        "a.1": single("c", "first", "block 1"),
+        "last": single("d", "last", None),
     }
     values = {"a.0": 1.0, "b.0": 2.0, "a.1": 3.0, "last": 4.0}
     assert blocks_of(values, places) == ["block 0", "block 1"]

@@ -30,28 +30,53 @@ def brute_force(weight, factors, weight_spec, act, shared, x):
         else:
             quantised = fake_quantize(weight * s, weight_spec)
         total = 0.0
-        for step in x:
-            got = F.linear(fake_quantize(step / s, act).double(), quantised.double())
-            total += (got - F.linear(step.double(), weight.double())).square().mean().item()
+        for inputs in x:
+            got = F.linear(fake_quantize(inputs / s, act).double(), quantised.double())
+            expected = F.linear(inputs.double(), weight.double())
+            total += (got - expected).square().mean().item()
         losses.append(total)
     return torch.tensor(losses, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("rows, columns", [(256, 64), (192, 64), (64, 64), (64, 256)])
+def layout_spec(layout, bits):
+    if layout == "two-level":
+        return QuantSpec(bits, "group", 64, "two-level")
+    return QuantSpec(bits, layout, 32 if layout == "strided" else 64)
+
+
+@pytest.mark.parametrize("shape", [(256, 64), (192, 64), (64, 64), (64, 256)])
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("granularity, convention", [("token", "affine"), ("image", "affine"), ("tensor", "published")])
-@pytest.mark.parametrize("weight, weight_bits, act_bits, arithmetic", [
-    ("group", 4, 8, DEFINITION), ("group", 8, 8, DEFINITION), ("group", 8, 16, DEFINITION), ("two-level", 4, 8, DEFINITION),
-    ("group", 4, 8, FUSED), ("group", 8, 8, FUSED), ("two-level", 4, 8, FUSED), ("two-level", 8, 6, FUSED),
-    ("channel", 4, 8, FUSED), ("channel", 8, 8, FUSED), ("strided", 4, 8, FUSED)])
-def test_streamed_losses_are_the_papers(rows, columns, shared, granularity, convention, weight, weight_bits, act_bits, arithmetic):
+@pytest.mark.parametrize("act_layout", [
+    ("token", "affine"),
+    ("image", "affine"),
+    ("tensor", "published"),
+])
+@pytest.mark.parametrize("layout, weight_bits, act_bits, arithmetic", [
+    ("group", 4, 8, DEFINITION),
+    ("group", 8, 8, DEFINITION),
+    ("group", 8, 16, DEFINITION),
+    ("two-level", 4, 8, DEFINITION),
+    ("group", 4, 8, FUSED),
+    ("group", 8, 8, FUSED),
+    ("two-level", 4, 8, FUSED),
+    ("two-level", 8, 6, FUSED),
+    ("channel", 4, 8, FUSED),
+    ("channel", 8, 8, FUSED),
+    ("strided", 4, 8, FUSED),
+])
+def test_streamed_losses_are_the_papers(
+        shape, shared, act_layout, layout, weight_bits, act_bits, arithmetic):
+    rows, columns = shape
+    granularity, convention = act_layout
     torch.manual_seed(rows + columns)
-    layout = QuantSpec(weight_bits, "group", 64, "two-level") if weight == "two-level" else QuantSpec(weight_bits, weight, 32 if weight == "strided" else 64)
-    weight, x = torch.randn(rows, columns), torch.randn(5, 3, 7, columns)
+    weight_spec = layout_spec(layout, weight_bits)
+    act = QuantSpec(act_bits, granularity, convention=convention)
+    weight = torch.randn(rows, columns)
+    x = torch.randn(5, 3, 7, columns)
     x[..., ::16] *= 40  # outlier channels
-    weight_spec, act = layout, QuantSpec(act_bits, granularity, convention=convention)
     a = x.abs().amax((0, 1, 2))
-    factors = torch.stack([smoothing_factors(a, weight, alpha, 1e-4) for alpha in (0.0, 0.5, 0.85, 1.0)])
+    alphas = (0.0, 0.5, 0.85, 1.0)
+    factors = torch.stack([smoothing_factors(a, weight, alpha, 1e-4) for alpha in alphas])
     base = fake_quantize(weight, weight_spec) if shared else None
     bias = torch.randn(rows)
     search = AlphaSearch(weight, bias, factors, weight_spec, act, base, arithmetic)
@@ -59,7 +84,8 @@ def test_streamed_losses_are_the_papers(rows, columns, shared, granularity, conv
         search(chunk, F.linear(chunk, weight, bias))
     expected = brute_force(weight, factors, weight_spec, act, base, x)
     assert torch.allclose(search.loss, expected, rtol=2e-5)
-    assert expected[search.best()] <= expected.min() * (1 + 2e-5)  # with nothing to smooth, all candidates are alike
+    # With nothing to smooth, all candidates are alike.
+    assert expected[search.best()] <= expected.min() * (1 + 2e-5)
 
 
 @pytest.mark.parametrize("rows, columns, group", [(8, 64, 16), (5, 96, 96), (16, 24, 64)])
@@ -67,24 +93,38 @@ def test_streamed_losses_are_the_papers(rows, columns, shared, granularity, conv
 def test_int8_values_are_the_rounded_weight_to_half_a_step(rows, columns, group, bits):
     torch.manual_seed(bits)
     weight = torch.randn(rows, columns) * torch.logspace(-3, 1, rows)[:, None]
-    weight[0], weight[1, :min(group, columns // 2)] = 0.0, 0.0
+    weight[0] = 0.0
+    weight[1, :min(group, columns // 2)] = 0.0
     spec = QuantSpec(bits, "group", group, "two-level")
     values, step = round_to_int8(weight, spec)
     assert values.dtype == torch.int8 and values.min() >= -127 and not values[0].any()
-    assert ((values * step[:, None] - fake_quantize(weight, spec)).abs() <= 0.501 * step[:, None]).all()
-    assert (step[1:] <= 2.1 * weight[1:].abs().amax(1) / 127).all()  # no larger than they have to be
+    error = values * step[:, None] - fake_quantize(weight, spec)
+    assert (error.abs() <= 0.501 * step[:, None]).all()
+    # No larger than they have to be.
+    assert (step[1:] <= 2.1 * weight[1:].abs().amax(1) / 127).all()
 
 
-@pytest.mark.parametrize("rows, columns, group", [(8, 64, 16), (5, 96, 96), (33, 24, 64), (512, 128, 64)])
+@pytest.mark.parametrize("rows, columns, group", [
+    (8, 64, 16),
+    (5, 96, 96),
+    (33, 24, 64),
+    (512, 128, 64),
+])
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_compiled_candidates_are_those_of_the_definition(rows, columns, group, bits):
     torch.manual_seed(bits)
-    weight, factors = torch.randn(rows, columns) * torch.logspace(-3, 1, rows)[:, None], torch.rand(5, columns) * 3
-    weight[0], weight[1, :min(group, columns // 2)], weight[2] = 0.0, 0.0, weight[2].abs()
+    weight = torch.randn(rows, columns) * torch.logspace(-3, 1, rows)[:, None]
+    factors = torch.rand(5, columns) * 3
+    weight[0] = 0.0
+    weight[1, :min(group, columns // 2)] = 0.0
+    weight[2] = weight[2].abs()
     spec = QuantSpec(bits, "group", group, "two-level")
-    ours, expected = fused_rounded(weight, factors, spec), rounded(weight, factors, spec)
+    ours = fused_rounded(weight, factors, spec)
+    expected = rounded(weight, factors, spec)
     assert expected.values.unique().numel() >= min(2 ** bits, 200)
-    assert torch.equal(ours.values, expected.values) and torch.equal(ours.step, expected.step) and torch.equal(ours.sums, expected.sums)
+    assert torch.equal(ours.values, expected.values)
+    assert torch.equal(ours.step, expected.step)
+    assert torch.equal(ours.sums, expected.sums)
 
 
 def test_compiled_kernels_leave_the_number_of_threads_as_it_was():
@@ -94,22 +134,27 @@ from quant.numerics.uniform import QuantSpec
 before = torch.get_num_threads()
 fused_rounded(torch.ones(8, 64), torch.ones(2, 64), QuantSpec(4, "group", 64, "two-level"))
 print(before, torch.get_num_threads())"""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "2"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "2"}
+    environment = os.environ | threads
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.split() == ["1", "1"], done.stderr
 
 
 def test_the_first_of_equal_candidates_wins():
     weight, x = torch.randn(8, 8), torch.randn(1, 2, 3, 8)
-    search = AlphaSearch(weight, None, torch.ones(4, 8), QuantSpec(4, "channel"), QuantSpec(8, "token"), None)
+    search = AlphaSearch(
+        weight, None, torch.ones(4, 8), QuantSpec(4, "channel"), QuantSpec(8, "token"), None)
     search(x, F.linear(x, weight))
     assert search.best() == 0
 
 
 def test_factors_are_the_closed_form():
-    a, w = torch.tensor([4.0, 0.0, 100.0]), torch.tensor([[1.0, -2.0, 0.0], [-0.25, 0.5, 0.0]])
+    a = torch.tensor([4.0, 0.0, 100.0])
+    w = torch.tensor([[1.0, -2.0, 0.0], [-0.25, 0.5, 0.0]])
     s = smoothing_factors(a, w, 0.5, 1e-4)
-    assert torch.allclose(s, torch.tensor([(4.0 / 1.0) ** 0.5, (1e-4 / 2.0) ** 0.5, (100.0 / 1e-4) ** 0.5]))
+    expected = torch.tensor([(4.0 / 1.0) ** 0.5, (1e-4 / 2.0) ** 0.5, (100.0 / 1e-4) ** 0.5])
+    assert torch.allclose(s, expected)
     assert torch.allclose(smoothing_factors(a, w, 1.0, 1e-4), torch.tensor([4.0, 1e-4, 100.0]))
     assert torch.allclose(smoothing_factors(a, w, 0.0, 1e-4), torch.tensor([1.0, 0.5, 1e4]))
 

@@ -1,1 +1,4 @@
-"""Integer arithmetic for quantised layers: one exact reference, oneDNN on CPUs, Triton on NVIDIA GPUs."""
+"""Integer arithmetic for quantised layers.
+
+One exact reference, oneDNN on CPUs, Triton on NVIDIA GPUs.
+"""

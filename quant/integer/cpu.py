@@ -1,12 +1,14 @@
-"""Integer products on CPUs through PyTorch's own oneDNN operators (VNNI and AMX where the processor has them).
+"""Integer products on CPUs through PyTorch's own oneDNN operators.
 
-The products are custom operators, so that torch.compile fuses what lies around them and leaves the packed weights alone.
+These use VNNI and AMX where the processor has them. The products are custom operators, so that
+torch.compile fuses what lies around them and leaves the packed weights alone.
 """
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quant.integer.linear import IntegerLinear
 from quant.integer.weight import IntegerWeight, Nibbles
+from quant.layers.buffers import register_buffers
 from quant.layers.weight_only import WeightOnly
 from quant.numerics.uniform import QuantSpec
 
@@ -25,25 +27,33 @@ def _exact() -> bool:
     """
     codes = torch.full((1, 2), 255, dtype=torch.uint8)
     packed = torch.ops.onednn.qlinear_prepack(torch.full((1, 2), 127, dtype=torch.int8), None)
-    total = _product(codes, packed, torch.ones(1), torch.zeros(1, dtype=torch.int32))
+    total = _qlinear(codes, packed, torch.ones(1), torch.zeros(1, dtype=torch.int32))
     return total.item() == 2 * 255 * 127
 
 
-def _product(codes: Tensor, packed: Tensor, ones: Tensor, zeros: Tensor) -> Tensor:
-    return torch.ops.onednn.qlinear_pointwise(codes, 1.0, 0, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+def _qlinear(codes: Tensor, packed: Tensor, ones: Tensor, zeros: Tensor) -> Tensor:
+    """Multiply by a packed weight with oneDNN, whose scales and zero points do nothing here."""
+    return torch.ops.onednn.qlinear_pointwise(
+        codes, 1.0, 0,           # the input, its scale and zero point
+        packed, ones, zeros,     # the weight, its scales and zero points
+        None,                    # no bias
+        1.0, 0, torch.float32,   # scale, zero point and type of the output
+        "none", [], "")          # no activation function behind it
 
 
 @torch.library.custom_op("ditas::product", mutates_args=())
 def product(codes: Tensor, packed: Tensor, ones: Tensor, zeros: Tensor) -> Tensor:
-    """``codes`` (M, I) uint8 times a prepacked int8 weight of R rows: (M, R) float32, int32 sums rounded once."""
-    return _product(codes, packed, ones, zeros)
+    """Multiply codes by a prepacked int8 weight of R rows.
 
+    Args:
+        codes: (M, I) uint8.
+        packed: the weight, as oneDNN packs it.
+        ones, zeros: (R,) float32 and int32.
 
-@torch.library.custom_op("ditas::product_of_nibbles", mutates_args=())
-def product_of_nibbles(codes: Tensor, nibbles: Tensor, scale: Tensor, zero: Tensor, right: Tensor, ones: Tensor, zeros: Tensor) -> Tensor:
-    """The same with a weight of 4-bit codes (see ``Nibbles``), expanded for this call, above rows ``right`` (r, I) int8."""
-    weight = torch.cat([Nibbles(nibbles, scale, zero).expand(), right])
-    return _product(codes, torch.ops.onednn.qlinear_prepack(weight, list(codes.shape)), ones, zeros)
+    Returns:
+        (M, R) float32, int32 sums rounded once.
+    """
+    return _qlinear(codes, packed, ones, zeros)
 
 
 @product.register_fake
@@ -51,50 +61,86 @@ def _(codes, packed, ones, zeros):
     return codes.new_empty(codes.shape[0], ones.shape[0], dtype=torch.float32)
 
 
+@torch.library.custom_op("ditas::product_of_nibbles", mutates_args=())
+def product_of_nibbles(
+        codes: Tensor, nibbles: Tensor, scale: Tensor, zero: Tensor, right: Tensor,
+        ones: Tensor, zeros: Tensor) -> Tensor:
+    """Multiply codes by a weight of 4-bit codes above int8 rows, expanded for this call.
+
+    Args:
+        codes: (M, I) uint8.
+        nibbles, scale, zero: the weight, as in ``Nibbles``.
+        right: (r, I) int8.
+        ones, zeros: (O + r,) float32 and int32.
+
+    Returns:
+        (M, O + r) float32, int32 sums rounded once.
+    """
+    weight = torch.cat([Nibbles(nibbles, scale, zero).expand(), right])
+    packed = torch.ops.onednn.qlinear_prepack(weight, list(codes.shape))
+    return _qlinear(codes, packed, ones, zeros)
+
+
 @product_of_nibbles.register_fake
 def _(codes, nibbles, scale, zero, right, ones, zeros):
     return codes.new_empty(codes.shape[0], ones.shape[0], dtype=torch.float32)
 
 
-def _register(module: nn.Module, weight: IntegerWeight) -> None:
-    """Buffers of ``product``: the packed weight, and scales and zero points that do nothing."""
-    rows = torch.cat([weight.codes, weight.right])
-    module.register_buffer("packed", torch.ops.onednn.qlinear_prepack(rows, None))
-    module.register_buffer("ones", torch.ones(len(rows)))
-    module.register_buffer("zeros", torch.zeros(len(rows), dtype=torch.int32))
+def _packed_buffers(weight: IntegerWeight) -> dict[str, Tensor]:
+    """Make the buffers that ``product`` takes."""
+    rows = weight.rows
+    return {
+        "packed": torch.ops.onednn.qlinear_prepack(rows, None),
+        "ones": torch.ones(len(rows)),
+        "zeros": torch.zeros(len(rows), dtype=torch.int32),
+    }
 
 
 class OneDNNLinear(IntegerLinear):
-    """Weights expanded to int8 and packed for the processor once."""
+    """A linear whose weight is expanded to int8 and packed for the processor once."""
 
-    def __init__(self, weight: IntegerWeight, bias: Tensor | None, smooth: Tensor | None, act: QuantSpec):
+    def __init__(
+            self, weight: IntegerWeight, bias: Tensor | None, smooth: Tensor | None,
+            act: QuantSpec):
         super().__init__(weight, bias, smooth, act)
-        _register(self, weight)
+        register_buffers(self, **_packed_buffers(weight))
 
     def product(self, codes: Tensor) -> Tensor:
         return product(codes, self.packed, self.ones, self.zeros)
 
 
 class OneDNNNibbleLinear(IntegerLinear):
-    """Weights kept at 4 bits and expanded in every call: half the memory, more time."""
+    """A linear whose weight stays at 4 bits and is expanded in every call.
 
-    def __init__(self, weight: IntegerWeight, nibbles: Nibbles, bias: Tensor | None, smooth: Tensor | None, act: QuantSpec):
+    It takes half the memory and more time.
+    """
+
+    def __init__(
+            self, weight: IntegerWeight, nibbles: Nibbles, bias: Tensor | None,
+            smooth: Tensor | None, act: QuantSpec):
         super().__init__(weight, bias, smooth, act)
         count = len(weight.codes) + len(weight.right)
-        for name, value in {"nibbles": nibbles.codes, "scale": nibbles.scale, "zero": nibbles.zero, "right": weight.right,
-                            "ones": torch.ones(count), "zeros": torch.zeros(count, dtype=torch.int32)}.items():
-            self.register_buffer(name, value)
+        register_buffers(
+            self,
+            nibbles=nibbles.codes,                        # (O, I/2) uint8
+            scale=nibbles.scale,                          # (O, G, 1) int8
+            zero=nibbles.zero,                            # (O, G, 1) int8
+            right=weight.right,                           # (r, I) int8
+            ones=torch.ones(count),                       # (O + r,)
+            zeros=torch.zeros(count, dtype=torch.int32),  # (O + r,)
+        )
 
     def product(self, codes: Tensor) -> Tensor:
-        return product_of_nibbles(codes, self.nibbles, self.scale, self.zero, self.right, self.ones, self.zeros)
+        return product_of_nibbles(
+            codes, self.nibbles, self.scale, self.zero, self.right, self.ones, self.zeros)
 
 
 class OneDNNWeightOnly(WeightOnly):
-    """On int8: a quarter of the memory to read."""
+    """A weight-only linear on int8, which is a quarter of the memory to read."""
 
     def __init__(self, weight: IntegerWeight, bias: Tensor | None):
         super().__init__(weight.sums, weight.step, weight.left, bias)
-        _register(self, weight)
+        register_buffers(self, **_packed_buffers(weight))
 
     def product(self, digits: Tensor) -> Tensor:
         return product(digits, self.packed, self.ones, self.zeros)

@@ -1,50 +1,75 @@
-"""Integer counterparts of ``QuantLinear``, same forward signature: activation codes, product of integers, one epilogue.
+"""Integer counterparts of ``QuantLinear``: activation codes, a product of integers, one epilogue.
 
-Here the exact reference in plain PyTorch. A backend brings another product; codes and sums, once rounded to float32, are the same in all.
+Here is the exact reference in plain PyTorch. A backend brings another product; codes and sums, once
+rounded to float32, are the same in all.
 """
 import torch
 from torch import Tensor, nn
 
 from quant.integer.weight import IntegerWeight
+from quant.layers.buffers import register_buffers
 from quant.layers.linear import float32_copy, rescale, split_branch
 from quant.numerics.uniform import QuantSpec, signed_codes
 
 
 class IntegerLinear(nn.Module):
-    """``y = sx ((A - zx a) step + (B - zx b) left^T) + bias`` (see ``quant.integer.weight``), around a product that subclasses bring.
+    """``y = sx ((A - zx a) step + (B - zx b) left^T) + bias``, around a product A and B.
 
-    Input (..., T, I), output (..., T, O), both float32 or bfloat16; everything between codes and output is float32, because
-    the correction takes a difference of large sums.
+    For the formula see ``quant.integer.weight``. Subclasses bring the product.
 
-    Buffers: ``smooth`` (I,) or None, ``step`` (O,), ``sums`` (O + r,) of a and b, ``left`` (O, r), ``bias`` (O,) or None, float32.
+    Input (..., T, I) and output (..., T, O) are both float32 or bfloat16. Everything between codes
+    and output is float32, because the correction takes a difference of large sums.
+
+    Args:
+        weight: integers and what multiplies them.
+        bias: (O,), or None.
+        smooth: (I,) float32, which divides the input, or None.
+        act: the activation quantiser.
     """
 
-    def __init__(self, weight: IntegerWeight, bias: Tensor | None, smooth: Tensor | None, act: QuantSpec):
+    def __init__(
+            self, weight: IntegerWeight, bias: Tensor | None, smooth: Tensor | None,
+            act: QuantSpec):
         super().__init__()
-        for name, value in {"smooth": smooth, "step": weight.step, "sums": weight.sums, "left": weight.left,
-                            "bias": float32_copy(bias)}.items():
-            self.register_buffer(name, value)
+        register_buffers(
+            self,
+            smooth=smooth,            # (I,) float32, or None for ones
+            step=weight.step,         # (O,) float32
+            sums=weight.sums,         # (O + r,) float32, a and b
+            left=weight.left,         # (O, r) float32
+            bias=float32_copy(bias),  # (O,) float32, or None for zeros
+        )
         self.act = act
 
     def product(self, codes: Tensor) -> Tensor:
-        """A and B side by side: sums of products of ``codes`` (M, I) uint8 with all int8 rows, (M, O + r) float32."""
+        """Multiply ``codes`` (M, I) uint8 by all int8 rows: A and B side by side.
+
+        Returns:
+            (M, O + r) float32, sums of products.
+        """
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         values = x.float() if self.smooth is None else x.float() / self.smooth
         signed, scale, zero = signed_codes(values, self.act)
         codes = (signed + zero).to(torch.uint8)
-        products = split_branch(self.product(codes.flatten(0, -2)).unflatten(0, x.shape[:-1]), self.left)
-        sums, low = (each - zero * offset for each, offset in zip(products, split_branch(self.sums, self.left)))  # apart, so that each fuses with what follows
-        return rescale(sums, low, self.step, self.left, scale, self.bias).to(x.dtype)
+        products = self.product(codes.flatten(0, -2)).unflatten(0, x.shape[:-1])  # (..., T, O + r)
+        main, low = split_branch(products, self.left)
+        main_sums, low_sums = split_branch(self.sums, self.left)
+        # Corrected apart, so that each correction fuses with what follows it.
+        main = main - zero * main_sums
+        low = low - zero * low_sums
+        return rescale(main, low, self.step, self.left, scale, self.bias).to(x.dtype)
 
 
 class ReferenceLinear(IntegerLinear):
     """Exact on any device: sums of integers in float64, which holds every integer below 2^53."""
 
-    def __init__(self, weight: IntegerWeight, bias: Tensor | None, smooth: Tensor | None, act: QuantSpec):
+    def __init__(
+            self, weight: IntegerWeight, bias: Tensor | None, smooth: Tensor | None,
+            act: QuantSpec):
         super().__init__(weight, bias, smooth, act)
-        self.register_buffer("weight", torch.cat([weight.codes, weight.right]))
+        self.register_buffer("weight", weight.rows)  # (O + r, I) int8
 
     def product(self, codes: Tensor) -> Tensor:
         return (codes.double() @ self.weight.double().T).float()

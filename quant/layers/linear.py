@@ -1,71 +1,113 @@
-"""The one quantised layer."""
-
+"""Linears with a quantised weight and a quantised input, simulated in floating point."""
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quant.activations.quantisers import TimestepIndex, activation_module
+from quant.layers.buffers import register_buffers
 from quant.layers.quantised import QuantizedLayer
 
 
 class QuantLinear(nn.Module):
-    """``y = Qa((x + z) / s) (W_hat + L R)^T + b`` with simulated quantisation (DiTAS, eq. 3; z = 0 there).
+    """Simulates quantisation: ``y = Qa((x + z) / s) (W_hat + L R)^T + b`` (DiTAS, eq. 3; z = 0).
 
-    The low-rank branch sees the quantised activation. The floating product is of integer values, as far as the weight's layout has
-    them, and scales come after it: sums below 2^24 are exact in float32, so that integer arithmetic gives the same up to the last
-    bits. Input (..., T, I) and output (..., T, O) are of type ``dtype``; ranges, codes and what follows the product are float32 work.
+    The low-rank branch sees the quantised activation. The floating product is of integer values, as
+    far as the weight's layout has them, and scales come after it. Sums below 2^24 are exact in
+    float32, so that integer arithmetic gives the same up to the last bits.
 
-    Buffers: ``weight`` (O + r, I) of type ``dtype``, V above R; ``step`` (O,) or None, ``left`` (O, r), ``shift`` and ``smooth`` (I,)
-    or None, ``bias`` (O,) or None, all float32.
+    Input (..., T, I) and output (..., T, O) are of type ``dtype``; ranges, codes and what follows
+    the product are float32 work.
+
+    Args:
+        layer: what quantisation found.
+        bias: (O,), or None.
+        dtype: of input, product and output, float32 or bfloat16.
+        timestep_index: the sampling step, for activation ranges that depend on it.
     """
 
-    def __init__(self, layer: QuantizedLayer, bias: Tensor | None, dtype: torch.dtype = torch.float32, timestep_index: TimestepIndex | None = None):
+    def __init__(
+            self, layer: QuantizedLayer, bias: Tensor | None, dtype: torch.dtype = torch.float32,
+            timestep_index: TimestepIndex | None = None):
         super().__init__()
         values, step, left, right = layer.factored()
-        for name, value in {"weight": torch.cat([values, right]).to(dtype), "step": step, "left": left, "shift": layer.smoothing.shift, "smooth": layer.smoothing.factors,
-                            "bias": float32_copy(bias)}.items():
-            self.register_buffer(name, value)
+        register_buffers(
+            self,
+            weight=torch.cat([values, right]).to(dtype),  # (O + r, I) of type dtype, V above R
+            step=step,                                    # (O,) float32, or None for ones
+            left=left,                                    # (O, r) float32
+            shift=layer.smoothing.shift,                  # (I,) float32, or None for zeros
+            smooth=layer.smoothing.factors,               # (I,) float32, or None for ones
+            bias=float32_copy(bias),                      # (O,) float32, or None for zeros
+        )
         self.act = activation_module(layer.act, timestep_index)
 
     def forward(self, x: Tensor) -> Tensor:
-        values = x.float()
+        values = x.float()                                     # (..., T, I)
         if self.shift is not None:
             values = values + self.shift
         if self.smooth is not None:
             values = values / self.smooth
         values, scale = self.act(values)
-        sums, low = split_branch(F.linear(values.to(x.dtype), self.weight), self.left)
+        products = F.linear(values.to(x.dtype), self.weight)   # (..., T, O + r)
+        sums, low = split_branch(products, self.left)
         return rescale(sums, low, self.step, self.left, scale, self.bias).to(x.dtype)
 
 
 class PatchLinear(nn.Module):
-    """A patch convolution computed by a linear of patches: (N, C, H, W) to (N, D, H / p, W / p)."""
+    """A patch convolution computed by a linear of patches.
+
+    Input (N, C, H, W), output (N, D, H / p, W / p).
+
+    Args:
+        linear: of patches, (..., T, C p p) to (..., T, D).
+        patch: height and width of a patch.
+    """
 
     def __init__(self, linear: nn.Module, patch: tuple[int, int]):
         super().__init__()
-        self.linear, self.patch = linear, patch
+        self.linear = linear
+        self.patch = patch
 
     def forward(self, x: Tensor) -> Tensor:
         patches = F.unfold(x, self.patch, stride=self.patch).transpose(1, 2)  # (N, T, C p p)
-        return self.linear(patches).transpose(1, 2).unflatten(2, (x.shape[2] // self.patch[0], -1))
+        rows = x.shape[2] // self.patch[0]
+        return self.linear(patches).transpose(1, 2).unflatten(2, (rows, -1))  # (N, D, H/p, W/p)
 
 
 def float32_copy(bias: Tensor | None) -> Tensor | None:
-    """A float32 copy, which later changes to the linear it came from do not reach."""
+    """Copy a bias to float32, so that later changes to the linear it came from do not reach it."""
     return None if bias is None else bias.detach().float().clone()
 
 
 def split_branch(sums: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
-    """Products (..., O + r or more) with V above R, apart: (..., O) and (..., r), for ``left`` (O, r)."""
+    """Split products with V and with R, which lie side by side.
+
+    Args:
+        sums: (..., O + r or more).
+        left: (O, r).
+
+    Returns:
+        Views of shape (..., O) and (..., r).
+    """
     rows, rank = left.shape
     return sums[..., :rows], sums[..., rows:rows + rank]
 
 
-def rescale(sums: Tensor, low: Tensor, step: Tensor | None, left: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    """What follows products with V and R: ``(sums step + low L^T) scale + bias``.
+def rescale(
+        sums: Tensor, low: Tensor, step: Tensor | None, left: Tensor,
+        scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Compute what follows the products with V and R: ``(sums step + low L^T) scale + bias``.
 
     Args:
-        sums: (..., T, O); low: (..., T, r); the others as in ``QuantLinear``, None for ones (bias: zeros); scale broadcasts with (..., T, 1).
+        sums: (..., T, O), products with V.
+        low: (..., T, r), products with R.
+        step: (O,); None for ones.
+        left: L (O, r).
+        scale: broadcasts with (..., T, 1); None for ones.
+        bias: (O,); None for zeros.
+
+    Returns:
+        (..., T, O).
     """
     y = sums.float() if step is None else sums * step
     if left.shape[1]:
