@@ -14,7 +14,7 @@ from diffusion.generate import batch_indices
 from errors import UserError
 from sampling import manifest
 from sampling.folder import MARK, ImageFolder
-from sampling.job import Job
+from sampling.job import SamplingJob
 from sampling.lock import locked
 from sampling.ranks import Ranks, Stopped
 from sampling.writer import PENDING_BATCHES, BackgroundWriter
@@ -129,7 +129,7 @@ def test_locks(tmp_path, first, second, allowed):
 
 @given(st.integers(1, 100), st.integers(1, 12), st.integers(1, 5))
 def test_shards_share_the_wanted_images_without_overlap(wanted, batch, shards):
-    jobs = [Job(None, {}, wanted, batch, (k, shards), False, False, None) for k in range(shards)]
+    jobs = [SamplingJob(None, {}, wanted, batch, (k, shards), False, False, None) for k in range(shards)]
     seen = [index for job in jobs for number in range(job.batches) if job.mine(number) for index in job.images(number)]
     assert sorted(seen) == list(range(wanted))
     assert all(set(jobs[0].images(number)) <= set(batch_indices(number, batch)) for number in range(jobs[0].batches))
