@@ -1,4 +1,4 @@
-"""What the command lines share: one-line errors with exit status 2, and the flags that say which model is meant."""
+"""What the command lines share: one-line errors with exit status 2, and a model's flags."""
 import argparse
 import os
 import sys
@@ -17,20 +17,36 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 
-def run(main: Callable[[argparse.Namespace], None], parser: Parser, argv: list[str] | None = None) -> None:
-    """Parse the command line and call ``main``; a ``UserError`` becomes one line on stderr and exit status 2."""
+def make_script_parser(description: str) -> Parser:
+    """Make a parser whose help shows ``description``, a script's docstring, as it is written."""
+    return Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def run(
+    main: Callable[[argparse.Namespace], None],
+    parser: Parser,
+    argv: list[str] | None = None,  # without the script's name; None: those of the process
+) -> None:
+    """Parse the command line and call ``main``.
+
+    A ``UserError`` becomes one line on stderr and exit status 2.
+    """
     args = parser.parse_args(argv)
     keep_freed_memory()
     try:
         main(args)
     except UserError as error:
-        if error.every_rank or os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a machine find the same mistake: one says so
-            print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        # All processes of a machine find the same mistake: one of them says so.
+        if error.every_rank or os.environ.get("LOCAL_RANK", "0") == "0":
+            line = " ".join(str(error).split())
+            print(f"{parser.prog}: error: {line}", file=sys.stderr)
         sys.exit(2)
 
 
 def find_card(name: str) -> ModelCard:
-    """Raises:
+    """Look a model up by name.
+
+    Raises:
         UserError: no such model.
     """
     if name not in DiT_models:
@@ -39,10 +55,30 @@ def find_card(name: str) -> ModelCard:
 
 
 def add_model_flags(parser: Parser) -> None:
-    parser.add_argument("--model", help=f"one of {', '.join(DiT_models)} (default: {config.default_model})")
-    parser.add_argument("--image-size", type=int, help="pixels per side (default: 256, or what the model makes)")
-    parser.add_argument("--num-classes", type=int, help="classes the model knows (default: 1000, or what the model has)")
-    parser.add_argument("--ckpt", help="float weights: .pt, .safetensors or a diffusers folder (default: the published or bundled ones)")
-    parser.add_argument("--vae", choices=("ema", "mse"), default="ema", help="which Stable Diffusion VAE decodes the latents (default: ema)")
+    """Add the flags that say which model is meant."""
+    parser.add_argument(
+        "--model",
+        help=f"one of {', '.join(DiT_models)} (default: {config.default_model})")
+    parser.add_argument(
+        "--image-size", type=int,
+        help="pixels per side (default: 256, or what the model makes)")
+    parser.add_argument(
+        "--num-classes", type=int,
+        help="classes the model knows (default: 1000, or what the model has)")
+    parser.add_argument(
+        "--ckpt",
+        help="float weights: .pt, .safetensors or a diffusers folder "
+             "(default: the published or bundled ones)")
+    parser.add_argument(
+        "--vae", choices=("ema", "mse"), default="ema",
+        help="which Stable Diffusion VAE decodes the latents (default: ema)")
     parser.add_argument("--weight-bit", type=int, help="2 to 8 bits per weight")
-    parser.add_argument("--act-bit", type=int, help="4 to 8 bits per activation, or 16 to leave them alone")
+    parser.add_argument(
+        "--act-bit", type=int, help="4 to 8 bits per activation, or 16 to leave them alone")
+
+
+def add_threads_flag(parser: Parser, more: str = "") -> None:
+    """Add ``--threads``; ``more`` is what else its help says."""
+    parser.add_argument(
+        "--threads", type=int,
+        help=f"CPU threads per process{more} (default: OMP_NUM_THREADS, else all cores, shared)")

@@ -11,29 +11,46 @@ from errors import UserError
 from quant.numerics.ranges import RANGES
 from quant.recipe import ADALN_BITS
 
+Reader = Callable[[str, str], object]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a recipe must be for a flag to have an effect.
+
+    Attributes:
+        applies: whether the flag has an effect on a recipe.
+        requires: the flags that make it so, for the message.
+    """
+
+    applies: Callable[[Recipe], bool]
+    requires: str
+
+
+ALWAYS = Needs(lambda recipe: True, "")
+
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag ``--name`` for the field of ``Recipe``.
+    """A flag ``--name`` for a field of ``Recipe``.
 
     Attributes:
         read: turns its text and name into a value, or raises a ``UserError``.
-        matters: whether the field has an effect in a recipe; ``where`` says when, in flags.
+        needs: where it has an effect.
     """
 
     field: str
     name: str
-    read: Callable[[str, str], object]
+    read: Reader
     help: str
-    matters: Callable[[Recipe], bool] = lambda recipe: True
-    where: str = ""
+    needs: Needs = ALWAYS
 
 
-def _choice(*allowed: str) -> Callable[[str, str], str]:
+def _choice(*allowed: str) -> Reader:
     return lambda text, flag: one_of(text, allowed, flag)
 
 
-def _number(minimum: int | None) -> Callable[[str, str], int]:
+def _number(minimum: int | None) -> Reader:
     def read(text: str, flag: str) -> int:
         try:
             value = int(text)
@@ -51,7 +68,8 @@ def _alphas(text: str, flag: str) -> tuple[float, ...]:
     except ValueError:
         value = -1.0
     if not 0 <= value <= 1:
-        raise UserError(f"{flag} '{text}' is no migration strength: expected 'grid' or a number from 0 to 1")
+        raise UserError(f"{flag} '{text}' is no migration strength: "
+                        "expected 'grid' or a number from 0 to 1")
     return (value,)
 
 
@@ -60,7 +78,8 @@ def _sizes(text: str, flag: str) -> tuple[int, ...]:
         return ()
     parts = text.replace("/", ",").split(",")
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise UserError(f"{flag} '{text}' is no list of group sizes: expected 'none' or numbers such as 32,64,128")
+        raise UserError(f"{flag} '{text}' is no list of group sizes: "
+                        "expected 'none' or numbers such as 32,64,128")
     return tuple(map(int, parts))
 
 
@@ -82,69 +101,109 @@ def _rank(text: str, flag: str) -> int | None:
     return None if text == "paper" else _number(0)(text, flag)
 
 
-_GROUPED = (lambda recipe: not recipe.group_sizes and not {"group", "strided"}.isdisjoint({recipe.weight_granularity, recipe.act_granularity}),
-            "--weight-granularity group or strided, and --group-sizes none")
-_STATIC = lambda recipe: recipe.act_range == "static", "--act-range static"
-_LEARNED = lambda recipe: recipe.weight == "adaround", "--weight adaround"
-_EVOLVED = lambda recipe: bool(recipe.group_sizes), "a list of --group-sizes"
+def _has_one_group_size(recipe: Recipe) -> bool:
+    granularities = {recipe.weight_granularity, recipe.act_granularity}
+    return not recipe.group_sizes and not granularities.isdisjoint({"group", "strided"})
+
+
+GROUPED = Needs(
+    _has_one_group_size, "--weight-granularity group or strided, and --group-sizes none")
+STATIC = Needs(lambda recipe: recipe.act_range == "static", "--act-range static")
+LEARNED = Needs(lambda recipe: recipe.weight == "adaround", "--weight adaround")
+EVOLVED = Needs(lambda recipe: bool(recipe.group_sizes), "a list of --group-sizes")
+SMOOTHQUANT = Needs(lambda recipe: recipe.balance == "smoothquant", "--balance smoothquant")
+MIGRATED = Needs(
+    lambda recipe: recipe.balance in ("smoothquant", "tas"), "--balance smoothquant or tas")
+BRANCHED = Needs(lambda recipe: recipe.rank != 0, "a --lowrank above 0")
 
 FLAGS = (
-    Flag("scope", "scope", _choice(*SCOPES), "which linears: of the blocks, these and adaLN modulation, or all and the patch embedding"),
-    Flag("balance", "balance", _choice("none", "smoothquant", "tas", "salience", "reparameterise"), "where smoothing factors come from"),
-    Flag("timestep", "smooth-timestep", _number(None), "index in sampling order that balance smoothquant looks at (0 is the noisiest)",
-         lambda recipe: recipe.balance == "smoothquant", "--balance smoothquant"),
-    Flag("alphas", "alpha", _alphas, "migration strength: 'grid' searches layer by layer, or one number",
-         lambda recipe: recipe.balance in ("smoothquant", "tas"), "--balance smoothquant or tas"),
+    Flag("scope", "scope", _choice(*SCOPES),
+         "which linears: of the blocks, these and adaLN modulation, "
+         "or all and the patch embedding"),
+    Flag("balance", "balance",
+         _choice("none", "smoothquant", "tas", "salience", "reparameterise"),
+         "where smoothing factors come from"),
+    Flag("timestep", "smooth-timestep", _number(None),
+         "index in sampling order that balance smoothquant looks at (0 is the noisiest)",
+         SMOOTHQUANT),
+    Flag("alphas", "alpha", _alphas,
+         "migration strength: 'grid' searches layer by layer, or one number", MIGRATED),
     Flag("weight", "weight", _choice("nearest", "gptq", "adaround"), "how weights are rounded"),
-    Flag("weight_range", "weight-range", _choice(*RANGES), "of floating weight scales: minmax, or the best of several"),
-    Flag("weight_granularity", "weight-granularity", _choice("channel", "group", "strided"), "what shares a weight scale"),
-    Flag("weight_group", "group-size", _number(1), "weights per scale, where granularity is group or strided", *_GROUPED),
+    Flag("weight_range", "weight-range", _choice(*RANGES),
+         "of floating weight scales: minmax, or the best of several"),
+    Flag("weight_granularity", "weight-granularity", _choice("channel", "group", "strided"),
+         "what shares a weight scale"),
+    Flag("weight_group", "group-size", _number(1),
+         "weights per scale, where granularity is group or strided", GROUPED),
     Flag("weight_scales", "weight-scales", _choice("float", "two-level"),
-         "of groups: floating, which can only be simulated, or integers inside one scale per output channel"),
-    Flag("act_granularity", "act-granularity", _choice("tensor", "image", "token", "group"), "what shares an activation scale"),
-    Flag("act_range", "act-range", _choice("dynamic", "static"), "of activations: measured in every call, or found once"),
-    Flag("act_clip", "act-clip", _choice(*RANGES), "how static ranges are chosen", *_STATIC),
-    Flag("act_steps", "act-steps", _choice("uniform", "normal", "each"), "timesteps that static ranges are found on", *_STATIC),
-    Flag("attention", "attention", _choice("none", "uniform", "log-sqrt2"), "quantiser of queries, keys, values and the softmax output"),
-    Flag("rank", "lowrank", _rank, "rank of the low-rank branch; 0 for none, 'paper' for 32 at width 1152 and the same share elsewhere"),
-    Flag("metric", "lowrank-metric", _choice("weight", "output"), "errors that the low-rank branch makes small",
-         lambda recipe: recipe.rank != 0, "a --lowrank above 0"),
-    Flag("adaln_bits", "adaln-weight-bit", _adaln, "of the adaLN modulation, weight-only; 16 is none"),
-    Flag("iterations", "iterations", _number(1), "of AdaRound, per block", *_LEARNED),
-    Flag("rounding_rate", "rounding-rate", _positive, "learning rate of AdaRound; fewer iterations need a higher one", *_LEARNED),
-    Flag("group_sizes", "group-sizes", _sizes, "to choose from for every layer by evolution, such as 32,64,128; 'none' for one size"),
-    Flag("population", "population", _number(2), "of that evolution", *_EVOLVED),
-    Flag("generations", "generations", _number(1), "of that evolution", *_EVOLVED),
-    Flag("constraint", "constraint", _choice("mean", "bitops"), "on the group sizes", *_EVOLVED),
-    Flag("judge", "judge", _choice("sqnr", "fid"), "what evolution looks at: SQNR of latents, or FID of 500 images", *_EVOLVED),
+         "of groups: floating, which can only be simulated, "
+         "or integers inside one scale per output channel"),
+    Flag("act_granularity", "act-granularity", _choice("tensor", "image", "token", "group"),
+         "what shares an activation scale"),
+    Flag("act_range", "act-range", _choice("dynamic", "static"),
+         "of activations: measured in every call, or found once"),
+    Flag("act_clip", "act-clip", _choice(*RANGES), "how static ranges are chosen", STATIC),
+    Flag("act_steps", "act-steps", _choice("uniform", "normal", "each"),
+         "timesteps that static ranges are found on", STATIC),
+    Flag("attention", "attention", _choice("none", "uniform", "log-sqrt2"),
+         "quantiser of queries, keys, values and the softmax output"),
+    Flag("rank", "lowrank", _rank,
+         "rank of the low-rank branch; 0 for none, "
+         "'paper' for 32 at width 1152 and the same share elsewhere"),
+    Flag("metric", "lowrank-metric", _choice("weight", "output"),
+         "errors that the low-rank branch makes small", BRANCHED),
+    Flag("adaln_bits", "adaln-weight-bit", _adaln,
+         "of the adaLN modulation, weight-only; 16 is none"),
+    Flag("iterations", "iterations", _number(1), "of AdaRound, per block", LEARNED),
+    Flag("rounding_rate", "rounding-rate", _positive,
+         "learning rate of AdaRound; fewer iterations need a higher one", LEARNED),
+    Flag("group_sizes", "group-sizes", _sizes,
+         "to choose from for every layer by evolution, such as 32,64,128; "
+         "'none' for one size"),
+    Flag("population", "population", _number(2), "of that evolution", EVOLVED),
+    Flag("generations", "generations", _number(1), "of that evolution", EVOLVED),
+    Flag("constraint", "constraint", _choice("mean", "bitops"), "on the group sizes", EVOLVED),
+    Flag("judge", "judge", _choice("sqnr", "fid"),
+         "what evolution looks at: SQNR of latents, or FID of 500 images", EVOLVED),
 )
 
 
 def add_recipe_flags(parser: Parser) -> None:
-    group = parser.add_argument_group("parts of the recipe (default: the recipe's own, see config.py)")
+    """Add a flag for every part of a recipe."""
+    group = parser.add_argument_group(
+        "parts of the recipe (default: the recipe's own, see config.py)")
     for flag in FLAGS:
-        group.add_argument(f"--{flag.name}", dest=f"part_{flag.field}", metavar="VALUE", help=flag.help)
+        group.add_argument(
+            f"--{flag.name}", dest=f"part_{flag.field}", metavar="VALUE", help=flag.help)
 
 
 def build_recipe(args: argparse.Namespace) -> Recipe:
-    """The chosen row of ``config.RECIPES`` with the flags that were given on top.
+    """Put the flags that were given on top of the chosen row of ``config.RECIPES``.
 
     Raises:
-        UserError: an unknown recipe or value, or a flag that has no effect on what the recipe is now.
+        UserError: an unknown recipe or value, or a flag that has no effect on what the recipe is
+            now.
     """
     recipe = RECIPES[one_of(args.recipe, RECIPES, "--recipe")]
-    given = {flag: flag.read(text, f"--{flag.name}") for flag, text in _given(args).items()}
-    recipe = replace(recipe, **{flag.field: value for flag, value in given.items()})
+    given = _given(args)
+    values = {flag.field: flag.read(text, f"--{flag.name}") for flag, text in given.items()}
+    recipe = replace(recipe, **values)
     for flag in given:
-        if not flag.matters(recipe):
-            raise UserError(f"--{flag.name} has no effect on this recipe: it is for {flag.where}")
+        if not flag.needs.applies(recipe):
+            raise UserError(f"--{flag.name} has no effect on this recipe: "
+                            f"it is for {flag.needs.requires}")
     return recipe
 
 
 def recipe_label(args: argparse.Namespace) -> str:
-    """The recipe's name with the flags that were given, as compare.py takes it: ``ditas:lowrank=0,weight=gptq``."""
-    return ":".join(filter(None, [args.recipe, ",".join(f"{flag.name}={text}" for flag, text in _given(args).items())]))
+    """Name the recipe and the flags that were given: ``ditas:lowrank=0,weight=gptq``.
+
+    compare.py takes recipes in this form.
+    """
+    overrides = ",".join(f"{flag.name}={text}" for flag, text in _given(args).items())
+    return f"{args.recipe}:{overrides}" if overrides else args.recipe
 
 
 def _given(args: argparse.Namespace) -> dict[Flag, str]:
-    return {flag: text for flag in FLAGS if (text := getattr(args, f"part_{flag.field}")) is not None}
+    texts = {flag: getattr(args, f"part_{flag.field}") for flag in FLAGS}
+    return {flag: text for flag, text in texts.items() if text is not None}

@@ -1,29 +1,42 @@
 """Check single values of a command line."""
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 from errors import UserError
 
+Value = TypeVar("Value")
+Number = TypeVar("Number", int, float)
 
-def user_value(call: Callable, *args):
-    """``call(*args)``, with its ``ValueError`` taken for the user's mistake."""
+
+def user_value(call: Callable[..., Value], *args) -> Value:
+    """Return ``call(*args)``; a ``ValueError`` is taken for the user's mistake.
+
+    Raises:
+        UserError: ``call`` raised a ``ValueError``; has the same message.
+    """
     try:
         return call(*args)
     except ValueError as error:
         raise UserError(str(error)) from None
 
 
-def one_of(value, allowed, flag: str):
-    """Raises:
-        UserError: ``value`` is not allowed.
+def one_of(value: Value, allowed: Iterable[Value], flag: str) -> Value:
+    """Return ``value`` if it is allowed.
+
+    Raises:
+        UserError: it is not; lists what is.
     """
     if value not in allowed:
-        raise UserError(f"{flag} {value} is not available: expected one of {', '.join(map(str, allowed))}")
+        names = ", ".join(map(str, allowed))
+        raise UserError(f"{flag} {value} is not available: expected one of {names}")
     return value
 
 
-def at_least(value: float, minimum: float, flag: str):
-    """Raises:
-        UserError: ``value`` is below ``minimum``, or not a number.
+def at_least(value: Number, minimum: float, flag: str) -> Number:
+    """Return ``value`` if it is not below ``minimum``.
+
+    Raises:
+        UserError: it is below, or not a number.
     """
     if not value >= minimum:
         raise UserError(f"{flag} {value} is too small: expected at least {minimum}")
@@ -31,12 +44,14 @@ def at_least(value: float, minimum: float, flag: str):
 
 
 def class_labels(text: str, num_classes: int) -> list[int]:
-    """A comma-separated list of classes.
+    """Read a comma-separated list of classes.
 
     Raises:
         UserError: not numbers, or out of range.
     """
     parts = text.split(",")
-    if not all(part.strip().isdecimal() and int(part) < num_classes for part in parts):
-        raise UserError(f"bad class labels '{text}': expected numbers from 0 to {num_classes - 1}, separated by commas")
+    for part in parts:
+        if not part.strip().isdecimal() or int(part) >= num_classes:
+            raise UserError(f"bad class labels '{text}': expected numbers from 0 to "
+                            f"{num_classes - 1}, separated by commas")
     return [int(part) for part in parts]

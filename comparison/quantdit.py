@@ -1,14 +1,16 @@
 """The one place where the comparison meets QuantDiT.py."""
 import argparse
 
-import QuantDiT
+from cli.quantize import quantize as quantize_settled
+from cli.quantize_flags import make_parser
+from cli.settings import quantize_settings
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse a command line of QuantDiT.py."""
-    return QuantDiT.make_parser().parse_args(arguments)
+    return make_parser("").parse_args(arguments)
 
 
 def quantize(arguments: list[str]) -> float:
     """Do in this process what QuantDiT.py does; returns the seconds that quantisation took."""
-    return QuantDiT.main(parse_arguments(arguments))
+    return quantize_settled(quantize_settings(parse_arguments(arguments))).seconds

@@ -1,4 +1,7 @@
-"""A folder of numbered images: written so that a half-written, foreign or damaged one is never taken for done."""
+"""A folder of numbered images.
+
+They are written so that a half-written, foreign or damaged one is never taken for done.
+"""
 import io
 import os
 import re
@@ -19,7 +22,7 @@ _TEMPORARY = re.compile(r"\.(\d{6,})\.png\..*\.tmp")
 
 
 class ImageFolder:
-    """Images ``%06d.png``, each marked with its index and the hash of the settings it was made with.
+    """Images ``%06d.png``, each marked with its index and a hash of what it was made with.
 
     Args:
         path: an existing folder.
@@ -28,9 +31,12 @@ class ImageFolder:
     """
 
     def __init__(self, path: Path, fingerprint: str, size: int):
-        self.path, self.fingerprint, self.size = path, fingerprint, size
+        self.path = path
+        self.fingerprint = fingerprint
+        self.size = size
 
     def file(self, index: int) -> Path:
+        """Name the file of an image."""
         return self.path / f"{index:06d}.png"
 
     def save(self, index: int, pixels: np.ndarray) -> None:
@@ -41,27 +47,41 @@ class ImageFolder:
             Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=info)
 
     def load(self, index: int) -> np.ndarray | None:
-        """The image, uint8 (H, W, 3); None if it is missing, damaged, or not the one that belongs here."""
+        """Read an image, uint8 (H, W, 3).
+
+        Returns:
+            None if it is missing, damaged, or not the one that belongs here.
+        """
         try:
             data = self.file(index).read_bytes()
             with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
                 pixels = np.asarray(image)  # decodes every chunk but the last
                 marked = image.text.get(MARK) == f"{index} {self.fingerprint}"
-                return pixels if marked and data.endswith(_END) and image.mode == "RGB" and image.size == (self.size, self.size) else None
+                fits = image.mode == "RGB" and image.size == (self.size, self.size)
         except (OSError, SyntaxError, ValueError, EOFError):
             return None
+        return pixels if marked and fits and data.endswith(_END) else None
 
     def missing(self, indices: Iterable[int]) -> Iterator[int]:
-        """Those of ``indices`` whose image has to be made; files are decoded on several threads."""
+        """Yield those of ``indices`` whose image has to be made.
+
+        Files are decoded on several threads.
+        """
+        def look(index: int) -> tuple[int, bool]:
+            return index, self.load(index) is not None
+
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for index, there in pool.map(lambda index: (index, self.load(index) is not None), indices):
+            for index, there in pool.map(look, indices):
                 if not there:
                     yield index
 
     def remove_leftovers(self, mine: Callable[[int], bool] | None) -> None:
-        """Delete temporary files of killed processes: all, or those of images whose index ``mine`` accepts.
+        """Delete temporary files of killed processes.
 
         Only for the holder of the lock.
+
+        Args:
+            mine: accepts the indices of images whose files go; None: all files go.
         """
         for file in self.path.glob(".*.tmp"):
             match = _TEMPORARY.fullmatch(file.name)
@@ -75,16 +95,21 @@ class ImageFolder:
                 file.unlink()
 
     def assemble(self, npz: Path, count: int, progress=iter) -> None:
-        """Write images 0 to ``count - 1`` as ``arr_0`` of an ``.npz``; nothing is written if one is missing.
+        """Write images 0 to ``count - 1`` as ``arr_0`` of an ``.npz``.
+
+        Args:
+            progress: wraps the indices, to show how far it is.
 
         Raises:
-            ValueError: an image is missing; names the first.
+            ValueError: an image is missing; names the first. Nothing is written.
         """
         def images():
             for index in progress(range(count)):
                 pixels = self.load(index)
                 if pixels is None:
-                    raise ValueError(f"image {self.file(index)} is missing or damaged: run the sampling command again")
+                    raise ValueError(f"image {self.file(index)} is missing or damaged: "
+                                     "run the sampling command again")
                 yield pixels
+
         with atomic(npz, durable=True) as temporary:
             write_npz(temporary, images(), (count, self.size, self.size, 3))

@@ -1,4 +1,4 @@
-"""One sampling run: which batches are missing, who makes them, and what follows when all are there."""
+"""One sampling run: which batches are missing, who makes them, and what follows."""
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -19,7 +19,11 @@ from sampling.progress import Progress
 from sampling.ranks import Ranks, Stopped
 from sampling.writer import BackgroundWriter
 
-GRID_IMAGES, GRID_COLUMNS = 16, 4
+GRID_IMAGES = 16
+GRID_COLUMNS = 4
+PATIENCE_SECONDS = 60  # for an image that another machine wrote
+
+Make = Callable[[int], np.ndarray]  # a batch's number to its images, uint8 (n, H, W, 3)
 
 
 class RankDiffers(UserError):
@@ -29,7 +33,7 @@ class RankDiffers(UserError):
 
 
 @dataclass(frozen=True)
-class Job:
+class SamplingJob:
     """What to make.
 
     Attributes:
@@ -53,97 +57,171 @@ class Job:
     log_file: Path | None
 
     def mine(self, batch: int) -> bool:
-        return self.shard is None or batch % self.shard[1] == self.shard[0]
+        """Say whether this shard makes a batch."""
+        if self.shard is None:
+            return True
+        number, count = self.shard
+        return batch % count == number
+
+    def my_batches(self) -> list[int]:
+        """List the batches that this shard makes."""
+        return [batch for batch in range(self.batches) if self.mine(batch)]
 
     def images(self, batch: int) -> range:
-        """The wanted ones of a batch."""
+        """List the wanted images of a batch."""
         indices = batch_indices(batch, self.batch)
         return range(indices.start, min(indices.stop, self.wanted))
 
+    def count_images(self, batches: Iterable[int]) -> int:
+        """Count the wanted images of some batches."""
+        return sum(len(self.images(batch)) for batch in batches)
+
     @property
     def batches(self) -> int:
+        """Number of batches, the last one perhaps cut short."""
         return -(-self.wanted // self.batch)
 
     @property
     def npz(self) -> Path:
+        """Where all images go in the end."""
         return self.folder.path.with_name(self.folder.path.name + ".npz")
 
 
-def sample_all(job: Job, make: Callable[[int], np.ndarray], ranks: Ranks, stopped: Callable[[], bool]) -> None:
+def sample_all(
+    job: SamplingJob,
+    make: Make | None,  # None: nothing is made (``job.assemble``)
+    ranks: Ranks,
+    stopped: Callable[[], bool],
+) -> None:
     """Make what is missing; then rank 0 writes the ``.npz`` and the grid (not for a shard).
 
-    Args:
-        make: the images of a batch, uint8 (n, H, W, 3).
-
     Raises:
-        UserError: other settings, another live run, the model made NaN, or an image is missing when assembling.
+        UserError: other settings, another live run, the model made NaN, or an image is missing
+            when assembling.
         Stopped: asked to stop; the batch in progress was finished.
     """
     with ExitStack() as stack:
-        settings, missing = ranks.share("work", lambda: (job.settings, prepare(job, stack, stopped)))
-        if found := manifest.differences(settings, job.settings):
-            raise RankDiffers(f"rank {ranks.index} would make other images than rank 0 ({'; '.join(found)}): use the same files and PyTorch, and give --threads")
-        mine = [batch for batch in range(job.batches) if job.mine(batch)]
-        progress = stack.enter_context(Progress(ranks, sum(len(job.images(batch)) for batch in mine),
-                                                sum(len(job.images(batch)) for batch in missing), job.log_file))
-        with BackgroundWriter(job.folder.save, job.batch) as writer:
-            for batch in missing[ranks.index::ranks.count]:
-                if stopped():
-                    raise Stopped
-                try:
-                    images = make(batch)
-                except ValueError as error:
-                    raise RankDiffers(f"batch {batch}: {error}") from None
-                for index, pixels in zip(job.images(batch), images):
-                    writer.put(index, pixels)
-                progress.add(len(job.images(batch)))
-        ranks.add("made", 1)
-        ranks.wait(lambda: progress.add(0) and ranks.add("made", 0) == ranks.count)
+        # Rank 0 holds the lock and looks at the folder for all.
+        settings, missing = ranks.share(
+            "work", lambda: (job.settings, prepare(job, stack, stopped)))
+        check_same_settings(job, settings, ranks)
+
+        # Every rank makes its share of what is missing.
+        total = job.count_images(job.my_batches())
+        left = job.count_images(missing)
+        progress = stack.enter_context(Progress(ranks, total, left, job.log_file))
+        make_batches(job, make, missing[ranks.index::ranks.count], progress, stopped)
+        wait_for_all(ranks, progress)
         progress.close()
-        ranks.share("finished", lambda: None if job.shard is not None else finish(job, stopped, 60 if ranks.count > 1 else 0))
+
+        patience = PATIENCE_SECONDS if ranks.count > 1 else 0
+        ranks.share(
+            "finished", lambda: None if job.shard is not None else finish(job, stopped, patience))
 
 
-def _unless(stopped: Callable[[], bool], items: Iterable) -> Iterator:
-    """``items``, until asked to stop."""
-    for item in items:
-        if stopped():
-            raise Stopped
-        yield item
+def check_same_settings(job: SamplingJob, settings: manifest.Settings, ranks: Ranks) -> None:
+    """Make sure that this rank would make the images that rank 0 makes.
+
+    Raises:
+        RankDiffers: it would not; lists the differences.
+    """
+    differences = manifest.differences(settings, job.settings)
+    if differences:
+        raise RankDiffers(
+            f"rank {ranks.index} would make other images than rank 0 ({'; '.join(differences)}): "
+            "use the same files and PyTorch, and give --threads")
 
 
-def prepare(job: Job, stack: ExitStack, stopped: Callable[[], bool]) -> list[int]:
+def make_batches(
+    job: SamplingJob,
+    make: Make | None,
+    batches: list[int],
+    progress: Progress,
+    stopped: Callable[[], bool],
+) -> None:
+    """Make batches one after the other; the images are written meanwhile.
+
+    Raises:
+        RankDiffers: the model made NaN.
+        Stopped: asked to stop.
+    """
+    with BackgroundWriter(job.folder.save, job.batch) as writer:
+        for batch in batches:
+            if stopped():
+                raise Stopped
+            try:
+                images = make(batch)
+            except ValueError as error:
+                raise RankDiffers(f"batch {batch}: {error}") from None
+            for index, pixels in zip(job.images(batch), images):
+                writer.put(index, pixels)
+            progress.add(len(job.images(batch)))
+
+
+def wait_for_all(ranks: Ranks, progress: Progress) -> None:
+    """Wait until every rank has made its share."""
+    ranks.add("ranks done", 1)
+
+    def all_done() -> bool:
+        progress.refresh()  # rank 0 goes on showing what the others make
+        return ranks.read("ranks done") == ranks.count
+
+    ranks.wait(all_done)
+
+
+def prepare(job: SamplingJob, stack: ExitStack, stopped: Callable[[], bool]) -> list[int]:
     """Lock the folder, agree on settings, clean up, and list the batches that lack an image."""
     stack.enter_context(locked(job.folder.path, job.shard))
     if job.overwrite:
         job.folder.clear()
         job.npz.unlink(missing_ok=True)
     manifest.agree(job.folder.path, job.settings)
-    job.folder.remove_leftovers(None if job.shard is None else lambda index: job.mine(index // job.batch))
+
+    def is_mine(index: int) -> bool:
+        return job.mine(index // job.batch)
+
+    job.folder.remove_leftovers(None if job.shard is None else is_mine)
     if job.assemble:
         return []
-    batches = [batch for batch in range(job.batches) if job.mine(batch)]
-    indices = [index for batch in batches for index in job.images(batch)]
-    return sorted({index // job.batch for index in job.folder.missing(_unless(stopped, tqdm(indices, desc="found", unit="image")))})
+    indices = [index for batch in job.my_batches() for index in job.images(batch)]
+    shown = _unless(stopped, tqdm(indices, desc="found", unit="image"))
+    return sorted({index // job.batch for index in job.folder.missing(shown)})
 
 
-def finish(job: Job, stopped: Callable[[], bool], patience: int) -> None:
+def finish(job: SamplingJob, stopped: Callable[[], bool], patience: int) -> None:
     """Write the ``.npz`` and a grid of the first images.
 
     Args:
-        patience: seconds to wait for an image that another machine wrote and the shared folder does not show yet.
+        patience: seconds to wait for an image that another machine wrote and the shared folder
+            does not show yet.
 
     Raises:
         UserError: an image is missing.
     """
+    folder = job.folder
     for _ in range(patience):
-        if all(job.folder.file(index).exists() for index in range(job.wanted)):
+        if all(folder.file(index).exists() for index in range(job.wanted)):
             break
         time.sleep(1)
+
+    def shown(indices: Iterable[int]) -> Iterator[int]:
+        return _unless(stopped, tqdm(indices, desc="npz", unit="image"))
+
     try:
-        job.folder.assemble(job.npz, job.wanted, lambda indices: _unless(stopped, tqdm(indices, desc="npz", unit="image")))
+        folder.assemble(job.npz, job.wanted, shown)
     except ValueError as error:
         raise UserError(str(error)) from None
-    first = np.stack([job.folder.load(index) for index in range(min(job.wanted, GRID_IMAGES))])
-    with atomic(job.folder.path / "samples.png") as temporary:
+    picture = folder.path / "samples.png"
+    first = np.stack([folder.load(index) for index in range(min(job.wanted, GRID_IMAGES))])
+    with atomic(picture) as temporary:
         grid(first, GRID_COLUMNS).save(temporary, format="PNG")
-    print(f"wrote {job.wanted} images to {job.folder.path}, a grid of the first to {job.folder.path / 'samples.png'} and all of them to {job.npz}")
+    print(f"wrote {job.wanted} images to {folder.path}, a grid of the first to {picture} "
+          f"and all of them to {job.npz}")
+
+
+def _unless(stopped: Callable[[], bool], items: Iterable[int]) -> Iterator[int]:
+    """Yield ``items``, until asked to stop."""
+    for item in items:
+        if stopped():
+            raise Stopped
+        yield item

@@ -13,19 +13,25 @@ Settings = dict[str, str | int | float | bool | None]
 
 
 def fingerprint(settings: Settings) -> str:
-    """16 hexadecimal digits that every image of the folder carries."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    """Digest the settings: 16 hexadecimal digits that every image of the folder carries."""
+    text = json.dumps(settings, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def differences(stored: Settings, wanted: Settings) -> list[str]:
-    """One phrase per setting that is not the same."""
-    return [f"{key} is {stored.get(key)!r} there, {wanted.get(key)!r} now" for key in sorted(stored.keys() | wanted.keys())
-            if stored.get(key) != wanted.get(key)]
+    """Describe every setting that is not the same in a phrase."""
+    return [
+        f"{key} is {stored.get(key)!r} there, {wanted.get(key)!r} now"
+        for key in sorted(stored.keys() | wanted.keys())
+        if stored.get(key) != wanted.get(key)
+    ]
 
 
 def read(folder: Path) -> Settings:
-    """Raises:
-        UserError: the folder has no manifest, or a damaged one.
+    """Read the folder's manifest.
+
+    Raises:
+        UserError: the folder has none, or a damaged one.
     """
     path = folder / NAME
     try:
@@ -35,7 +41,8 @@ def read(folder: Path) -> Settings:
     except ValueError:
         stored = None
     if not isinstance(stored, dict):
-        raise UserError(f"'{path}' is damaged: give another --sample-dir, or --overwrite to start anew")
+        raise UserError(f"'{path}' is damaged: "
+                        "give another --sample-dir, or --overwrite to start anew")
     return stored
 
 
@@ -45,13 +52,20 @@ def agree(folder: Path, settings: Settings) -> None:
     Raises:
         UserError: it does not; lists the differences.
     """
-    path = folder / NAME
-    if not path.exists():
-        with atomic(folder / f"{NAME}.new", durable=True) as temporary:
-            temporary.write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
-            with suppress(FileExistsError):
-                os.link(temporary, path)  # unlike a rename, fails if another shard was faster
-        (folder / f"{NAME}.new").unlink(missing_ok=True)
-    if found := differences(read(folder), settings):
-        raise UserError(f"'{folder}' holds images made with other settings ({'; '.join(found)}): give the same, another --sample-dir, "
-                        "or --overwrite to start anew")
+    if not (folder / NAME).exists():
+        _write(folder, settings)
+    found = differences(read(folder), settings)
+    if found:
+        raise UserError(f"'{folder}' holds images made with other settings ({'; '.join(found)}): "
+                        "give the same, another --sample-dir, or --overwrite to start anew")
+
+
+def _write(folder: Path, settings: Settings) -> None:
+    """Write the manifest, unless another shard is faster."""
+    draft = folder / f"{NAME}.new"
+    with atomic(draft, durable=True) as temporary:
+        temporary.write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
+        with suppress(FileExistsError):
+            # Unlike a rename, a link fails if the name is taken.
+            os.link(temporary, folder / NAME)
+    draft.unlink(missing_ok=True)

@@ -6,6 +6,8 @@ from tqdm import tqdm
 
 from sampling.ranks import Ranks
 
+COUNTER = "images"
+
 
 class Progress:
     """Counts the images of all ranks; rank 0 shows them on a bar and in a log file.
@@ -16,23 +18,39 @@ class Progress:
     """
 
     def __init__(self, ranks: Ranks, total: int, missing: int, log_file: Path | None):
-        self._ranks, self._total, self._begin = ranks, total, total - missing
-        self._bar = tqdm(total=total, initial=self._begin, desc="sampling", unit="image", disable=ranks.index > 0)
-        self._log = None if log_file is None or ranks.index > 0 else open(log_file, "a")
-        self._began, self._seen = time.monotonic(), 0
+        self._ranks = ranks
+        self._total = total
+        self._there = total - missing  # images that were made before this run
+        self._seen = 0  # images of this run on the bar
+        self._began = time.monotonic()
+        silent = ranks.index > 0
+        self._bar = tqdm(
+            total=total, initial=self._there, desc="sampling", unit="image", disable=silent)
+        self._log = None
+        if log_file is not None and not silent:
+            self._log = open(log_file, "a")  # noqa: SIM115 (``close`` closes it)
 
-    def add(self, images: int) -> bool:
-        """``images`` more were made by this rank; returns True."""
-        done = self._ranks.add("images", images)
-        if done > self._seen:
-            self._bar.update(done - self._seen)
-            if self._log is not None:
-                rate = done / (time.monotonic() - self._began)
-                print(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {self._begin + done}/{self._total} images, {rate:.2f} images/s", file=self._log, flush=True)
-            self._seen = done
-        return True
+    def add(self, images: int) -> None:
+        """Count ``images`` more that this rank made."""
+        self._show(self._ranks.add(COUNTER, images))
+
+    def refresh(self) -> None:
+        """Show what other ranks made."""
+        self._show(self._ranks.read(COUNTER))
+
+    def _show(self, done: int) -> None:
+        if done <= self._seen:
+            return
+        self._bar.update(done - self._seen)
+        if self._log is not None:
+            now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+            rate = done / (time.monotonic() - self._began)
+            print(f"{now} {self._there + done}/{self._total} images, {rate:.2f} images/s",
+                  file=self._log, flush=True)
+        self._seen = done
 
     def close(self) -> None:
+        """End the bar and the log."""
         self._bar.close()
         if self._log is not None:
             self._log.close()

@@ -20,9 +20,13 @@ class StopFlag:
 
 
 def die_with_launcher(launcher: int) -> None:
-    """End this process soon after its parent ``launcher`` does: a torchrun killed by SIGKILL cannot stop its ranks."""
+    """End this process soon after its parent ``launcher`` does.
+
+    A torchrun that is killed by SIGKILL cannot stop its ranks.
+    """
     def watch():
         while os.getppid() == launcher:
             time.sleep(_CHECK_SECONDS)
         os._exit(STATUS)
+
     threading.Thread(target=watch, daemon=True).start()

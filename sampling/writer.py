@@ -13,14 +13,16 @@ PENDING_BATCHES = 2
 class BackgroundWriter:
     """Calls ``save(index, pixels)`` on a few threads; at most ``PENDING_BATCHES`` batches wait.
 
-    Use as a context manager: leaving waits for all writes. An error of ``save`` is raised by the next call, or on leaving.
+    Use as a context manager: leaving waits for all writes. An error of ``save`` is raised by the
+    next call, or on leaving.
 
     Attributes:
         waited: seconds for which ``put`` and leaving held the caller up.
     """
 
     def __init__(self, save: Callable[[int, np.ndarray], None], batch: int):
-        self._save, self._slots = save, threading.Semaphore(PENDING_BATCHES * batch)
+        self._save = save
+        self._slots = threading.Semaphore(PENDING_BATCHES * batch)
         self._pool = ThreadPoolExecutor(THREADS)
         self._error: BaseException | None = None
         self.waited = 0.0
@@ -31,7 +33,8 @@ class BackgroundWriter:
         self._slots.acquire()
         self.waited += time.perf_counter() - began
         self._raise()
-        self._pool.submit(self._save, index, pixels).add_done_callback(self._done)
+        write = self._pool.submit(self._save, index, pixels)
+        write.add_done_callback(self._done)
 
     def _done(self, future: Future) -> None:
         self._error = self._error or future.exception()

@@ -46,13 +46,18 @@ def checkpoint_path(tmp_path_factory):
     (["--weight-bit", "16"], "--weight-bit 16 is not available"),
     (["--act-bit", "3"], "--act-bit 3 is not available: expected one of 4, 5, 6, 7, 8, 16"),
     (["--act-bit", "eight"], "invalid int value"),
-    (["--recipe", "ditas-published", "--weight-scales", "two-level"], "two-level weight scales are for groups along the inputs"),
-    (["--iterations", "5"], "--iterations has no effect on this recipe: it is for --weight adaround"),
-    (["--group-size", "32", "--weight-granularity", "channel", "--weight-scales", "float"], "--group-size has no effect on this recipe"),
+    (["--recipe", "ditas-published", "--weight-scales", "two-level"],
+     "two-level weight scales are for groups along the inputs"),
+    (["--iterations", "5"],
+     "--iterations has no effect on this recipe: it is for --weight adaround"),
+    (["--group-size", "32", "--weight-granularity", "channel", "--weight-scales", "float"],
+     "--group-size has no effect on this recipe"),
     (["--adaln-weight-bit", "6"], "--adaln-weight-bit 6 is not available"),
     (["--nonsense"], "nonsense"),
-    (["--model", "DiT-Digits", "--image-size", "256"], "image size 256 does not fit this model: expected 16"),
-    (["--model", "DiT-XL/2", "--image-size", "128"], "image size 128 does not fit this model: expected 256 or 512"),
+    (["--model", "DiT-Digits", "--image-size", "256"],
+     "image size 256 does not fit this model: expected 16"),
+    (["--model", "DiT-XL/2", "--image-size", "128"],
+     "image size 128 does not fit this model: expected 256 or 512"),
     (["--num-sampling-steps", "0"], "expected 1 to 1000"),
     (["--num-sampling-steps", "1001"], "expected 1 to 1000"),
     (["--cfg-scale", "0.5"], "--cfg-scale 0.5 is too small: expected at least 1"),
@@ -60,13 +65,16 @@ def checkpoint_path(tmp_path_factory):
     (["--seed", "-1"], "--seed -1"),
     (["--model", "DiT-Digits", "--class-labels", "3,10"], "expected numbers from 0 to 9"),
     (["--model", "DiT-Digits", "--class-labels", "3;4"], "expected numbers from 0 to 9"),
-    (["--model", "DiT-Digits", "--recipe", "smoothquant", "--smooth-timestep", "50"], "expected 0 to 49"),
+    (["--model", "DiT-Digits", "--recipe", "smoothquant", "--smooth-timestep", "50"],
+     "expected 0 to 49"),
     (["--model", "DiT-Digits", "--group-size", "48"], "group size 48 does not divide"),
     (["--model", "DiT-Digits", "--group-size", "0"], "--group-size 0"),
     (["--model", "DiT-Digits", "--lowrank", "-1"], "--lowrank -1"),
     (["--model", "DiT-Digits", "--ckpt", "nothing.pt"], "weights 'nothing.pt' do not exist"),
     (["--model", "DiT-B/2"], "no published weights of DiT-B/2"),
-    (["--model", "DiT-Digits", "--output", "/dev/null/x.safetensors"], "cannot write to folder '/dev/null'"),
+    (["--threads", "0"], "--threads 0 is too small: expected at least 1"),
+    (["--model", "DiT-Digits", "--output", "/dev/null/x.safetensors"],
+     "cannot write to folder '/dev/null'"),
 ])
 def test_quantdit_refuses(capsys, argv, message):
     words = argv if "--model" in argv else ["--model", "DiT-Digits", *argv]
@@ -87,7 +95,8 @@ def test_quantdit_refuses(capsys, argv, message):
     (["--model", "DiT-Digits", "--sample-dir", "/dev/null"], "cannot write to folder"),
     (["--eta", "2"], "--eta 2.0 is out of range"),
     (["--threads", "0"], "--threads 0"),
-    (["--model", "DiT-Digits", "--backend", "integer"], "--backend integer needs a quantised checkpoint"),
+    (["--model", "DiT-Digits", "--backend", "integer"],
+     "--backend integer needs a quantised checkpoint"),
     (["--dtype", "float16"], "invalid choice"),
 ])
 def test_sampling_refuses(capsys, argv, message):
@@ -95,22 +104,34 @@ def test_sampling_refuses(capsys, argv, message):
     assert list(Path.cwd().iterdir()) == []
 
 
-@pytest.mark.parametrize("flag, value", [("--weight-bit", "8"), ("--act-bit", "4"), ("--image-size", "256"), ("--model", "DiT-XL/2"),
-                                         ("--num-classes", "1000"), ("--model", "DiT-Digits-Outliers")])
+@pytest.mark.parametrize("flag, value", [
+    ("--weight-bit", "8"),
+    ("--act-bit", "4"),
+    ("--image-size", "256"),
+    ("--model", "DiT-XL/2"),
+    ("--num-classes", "1000"),
+    ("--model", "DiT-Digits-Outliers"),
+])
 def test_flags_that_contradict_the_checkpoint_are_refused(capsys, checkpoint_path, flag, value):
-    assert f"{flag} {value} contradicts" in fails(capsys, "sample", "--path", checkpoint_path, flag, value)
+    line = fails(capsys, "sample", "--path", checkpoint_path, flag, value)
+    assert f"{flag} {value} contradicts" in line
 
 
 def test_parts_that_were_changed_show_in_the_name(capsys):
     call(QuantDiT, *QUICK, "--recipe", "rtn", "--act-granularity", "token")
-    assert sorted(path.name for path in Path("results").iterdir()) == [f"DiT-Digits-16-W4A8-rtn-act-granularity=token.{end}" for end in ("png", "safetensors")]
+    name = "DiT-Digits-16-W4A8-rtn-act-granularity=token"
+    written = sorted(path.name for path in Path("results").iterdir())
+    assert written == [f"{name}.png", f"{name}.safetensors"]
     capsys.readouterr()
-    call(sample_merge_TAS, "--path", "results/DiT-Digits-16-W4A8-rtn-act-granularity=token", "--num-fid-samples", "2", "--threads", "1")
+    call(sample_merge_TAS, "--path", f"results/{name}", "--num-fid-samples", "2", "--threads", "1")
     assert "wrote 2 images" in capsys.readouterr().out
 
 
 def page_faults(tensors: int) -> int:
-    """Of making and freeing 48 MB in so many tensors 20 times: 12 000 pages each time if the memory goes back to the system."""
+    """Count the page faults of making and freeing 48 MB in so many tensors 20 times.
+
+    There are 12,000 pages each time if the memory goes back to the system.
+    """
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):
         made = [torch.ones(12 * 2 ** 20 // tensors) for _ in range(tensors)]
@@ -119,7 +140,8 @@ def page_faults(tensors: int) -> int:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
-@pytest.mark.parametrize("tensors", [12, 1])  # of 4 MB, and of more than the 32 MiB that glibc's threshold can be
+# Of 4 MB, and of more than the 32 MiB that glibc's threshold can be.
+@pytest.mark.parametrize("tensors", [12, 1])
 def test_freed_memory_is_used_again(tensors):
     keep_freed_memory()
     page_faults(tensors)
@@ -127,7 +149,8 @@ def test_freed_memory_is_used_again(tensors):
 
 
 def test_flags_that_agree_with_the_checkpoint_are_fine(capsys, checkpoint_path):
-    call(sample_merge_TAS, "--path", checkpoint_path.with_suffix(""), "--model", "DiT-Digits", "--image-size", "16", "--weight-bit", "4", "--act-bit", "8",
+    call(sample_merge_TAS, "--path", checkpoint_path.with_suffix(""),
+         "--model", "DiT-Digits", "--image-size", "16", "--weight-bit", "4", "--act-bit", "8",
          "--num-fid-samples", "3", "--per-proc-batch-size", "2")
     assert "wrote 3 images" in capsys.readouterr().out
 
@@ -136,26 +159,33 @@ def test_other_checkpoints_are_refused(capsys, checkpoint_path, tmp_path):
     tensors = load_file(checkpoint_path)
     with safe_open(checkpoint_path, framework="pt") as file:
         fields = json.loads(file.metadata()["ditas"])
-    save_file(tensors, "version.safetensors", metadata={"ditas": json.dumps({**fields, "format_version": 0})})
+
+    def save(name: str, **changed) -> None:
+        save_file(tensors, name, metadata={"ditas": json.dumps({**fields, **changed})})
+
+    save("version.safetensors", format_version=0)
     assert "format version 0, expected 1" in fails(capsys, "sample", "--path", "version")
-    save_file(tensors, "other.safetensors", metadata={"ditas": json.dumps({**fields, "model": "DiT-S/4", "image_size": 256})})
+    save("other.safetensors", model="DiT-S/4", image_size=256)
     assert "another model" in fails(capsys, "sample", "--path", "other")
     Path("cut.safetensors").write_bytes(checkpoint_path.read_bytes()[:-1000])
     assert "truncated" in fails(capsys, "sample", "--path", "cut")
-    assert "give one of them" in fails(capsys, "sample", "--path", checkpoint_path, "--ckpt", "x.pt")
+    both = fails(capsys, "sample", "--path", checkpoint_path, "--ckpt", "x.pt")
+    assert "give one of them" in both
 
     class Evil:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path / 'ran'}",)
     Path("evil.pt").write_bytes(pickle.dumps(Evil()))
     assert "not a safetensors file" in fails(capsys, "sample", "--path", "evil.pt")
-    assert "not a file of plain tensors" in fails(capsys, "quant", "--model", "DiT-Digits", "--ckpt", "evil.pt")
+    unread = fails(capsys, "quant", "--model", "DiT-Digits", "--ckpt", "evil.pt")
+    assert "not a file of plain tensors" in unread
     assert not (tmp_path / "ran").exists() and not (tmp_path / "samples").exists()
 
 
 def test_weights_of_another_model_are_refused(capsys):
     torch.save({"ema": random_model(depth=2).state_dict()}, "small.pt")
-    assert "does not hold the weights of DiT-Digits" in fails(capsys, "quant", "--model", "DiT-Digits", "--ckpt", "small.pt")
+    line = fails(capsys, "quant", "--model", "DiT-Digits", "--ckpt", "small.pt")
+    assert "does not hold the weights of DiT-Digits" in line
 
 
 def test_an_unreachable_server_is_reported_with_the_way_out(capsys, monkeypatch):
@@ -167,16 +197,24 @@ def test_an_unreachable_server_is_reported_with_the_way_out(capsys, monkeypatch)
 
 
 def test_the_published_command_lines_parse():
-    args = QuantDiT.make_parser().parse_args("--image-size 256 --seed 1 --model DiT-XL/2 --act-bit 8 --weight-bit 4 --num-sampling-steps 100".split())
-    assert (args.image_size, args.seed, args.model, args.act_bit, args.weight_bit, args.cfg_scale, args.vae) == (256, 1, "DiT-XL/2", 8, 4, 4.0, "ema")
-    args = sample_merge_TAS.make_parser().parse_args(
-        "--image-size 256 --model DiT-XL/2 --num-fid-samples 10000 --act-bit 8 --weight-bit 4 --path /path/DiTAS_Model --num-sampling-steps 100".split())
-    assert (args.path, args.num_fid_samples, args.cfg_scale, args.per_proc_batch_size) == ("/path/DiTAS_Model", 10000, 1.5, 64)
+    command = ("--image-size 256 --seed 1 --model DiT-XL/2 --act-bit 8 --weight-bit 4 "
+               "--num-sampling-steps 100")
+    args = QuantDiT.make_parser().parse_args(command.split())
+    assert (args.image_size, args.seed, args.model) == (256, 1, "DiT-XL/2")
+    assert (args.act_bit, args.weight_bit, args.cfg_scale, args.vae) == (8, 4, 4.0, "ema")
+    command = ("--image-size 256 --model DiT-XL/2 --num-fid-samples 10000 --act-bit 8 "
+               "--weight-bit 4 --path /path/DiTAS_Model --num-sampling-steps 100")
+    args = sample_merge_TAS.make_parser().parse_args(command.split())
+    assert (args.path, args.num_fid_samples) == ("/path/DiTAS_Model", 10000)
+    assert (args.cfg_scale, args.per_proc_batch_size) == (1.5, 64)
     assert (args.global_seed, args.tf32, args.sample_dir, args.fold) == (0, True, "samples", True)
 
 
-@pytest.mark.parametrize("script, argv", [("QuantDiT.py", ["--model", "DiT-Nope"]), ("sample_merge_TAS.py", ["--path", "nothing"]),
-                                          ("QuantDiT.py", ["--act-bit"])])
+@pytest.mark.parametrize("script, argv", [
+    ("QuantDiT.py", ["--model", "DiT-Nope"]),
+    ("sample_merge_TAS.py", ["--path", "nothing"]),
+    ("QuantDiT.py", ["--act-bit"]),
+])
 def test_a_real_process_exits_with_2_and_one_line(script, argv):
     done = subprocess.run([sys.executable, ROOT / script, *argv], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""

@@ -1,6 +1,7 @@
 """Whole runs of the two scripts, as a user starts them."""
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from test_download import tiny_vae
 
 import QuantDiT
 import sample_merge_TAS
+from quant import checkpoint
 from quant.integer.cpu import supported
 
 ROOT = Path(__file__).parents[1]
@@ -21,29 +23,51 @@ ROOT = Path(__file__).parents[1]
 
 def script(name: str, *argv, cwd: Path, processes: int | None = None) -> str:
     """A real process, or torchrun with several."""
-    launcher = [] if processes is None else ["-m", "torch.distributed.run", "--nnodes=1", f"--nproc_per_node={processes}"]
+    launcher = []
+    if processes is not None:
+        launcher = ["-m", "torch.distributed.run", "--nnodes=1", f"--nproc_per_node={processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, *launcher, ROOT / name, *map(str, argv)], cwd=cwd, env=environment, capture_output=True, text=True)
+    command = [sys.executable, *launcher, ROOT / name, *map(str, argv)]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @pytest.fixture(scope="module")
 def quantised(tmp_path_factory):
-    """``QuantDiT.py`` with its defaults on the digits model; returns its folder and what it printed."""
+    """Run ``QuantDiT.py`` with its defaults on the digits model.
+
+    Returns its folder and what it printed.
+    """
     folder = tmp_path_factory.mktemp("run")
-    return folder, script("QuantDiT.py", "--model", "DiT-Digits", "--num-sampling-steps", 10, cwd=folder)
+    command = ("--model", "DiT-Digits", "--num-sampling-steps", 10)
+    return folder, script("QuantDiT.py", *command, cwd=folder)
 
 
 def test_quantdit_writes_what_it_says(quantised):
     folder, printed = quantised
-    assert sorted(path.name for path in (folder / "results").iterdir()) == ["DiT-Digits-16-W4A8-ditas.png", "DiT-Digits-16-W4A8-ditas.safetensors"]
-    assert "wrote results/DiT-Digits-16-W4A8-ditas.safetensors" in printed
-    assert "sample_merge_TAS.py" in printed and "--path results/DiT-Digits-16-W4A8-ditas.safetensors" in printed
-    picture = np.asarray(Image.open(folder / "results/DiT-Digits-16-W4A8-ditas.png").convert("L"), dtype=float)
+    name = "DiT-Digits-16-W4A8-ditas"
+    written = sorted(path.name for path in (folder / "results").iterdir())
+    assert written == [f"{name}.png", f"{name}.safetensors"]
+    assert f"wrote results/{name}.safetensors" in printed
+    assert "sample_merge_TAS.py" in printed and f"--path results/{name}.safetensors" in printed
+    image = Image.open(folder / f"results/{name}.png")
+    picture = np.asarray(image.convert("L"), dtype=float)
     half = (picture.shape[1] - 16) // 2
     left, right = picture[20:, :half], picture[20:, -half:]
-    assert left.std() > 40 and np.corrcoef(left.ravel(), right.ravel())[0, 1] > 0.9  # the same digits, not a blank canvas
+    # The same digits, not a blank canvas.
+    assert left.std() > 40 and np.corrcoef(left.ravel(), right.ravel())[0, 1] > 0.9
+
+
+def test_the_time_of_every_stage_is_printed_when_it_ends(quantised):
+    _, printed = quantised
+    lines = printed.splitlines()
+    stages = [line.split(":")[0] for line in lines if re.fullmatch(r"[a-z ]+: \d+\.\d s", line)]
+    assert stages == ["load", "quantise", "save", "float samples", "quantised samples", "decode"]
+    order = [line.split(":")[0].split(" (")[0] for line in lines]
+    wrote = f"wrote results/DiT-Digits-16-W4A8-ditas{checkpoint.SUFFIX}"
+    assert order.index("save") < order.index(wrote) < order.index("float samples")
+    assert lines[-1].startswith("next: torchrun")
 
 
 def npz(folder: Path) -> bytes:
@@ -54,19 +78,26 @@ def npz(folder: Path) -> bytes:
 
 def test_images_are_the_same_bytes_for_any_number_of_processes(quantised):
     folder, _ = quantised
-    command = ("--path", "results/DiT-Digits-16-W4A8-ditas", "--num-fid-samples", 20, "--per-proc-batch-size", 8, "--threads", 1)
+    command = ("--path", "results/DiT-Digits-16-W4A8-ditas", "--num-fid-samples", 20,
+               "--per-proc-batch-size", 8, "--threads", 1)
     runs = {}
     for processes in (None, 2):
         out = folder / f"samples-{processes}"
-        script("sample_merge_TAS.py", *command, "--sample-dir", out, cwd=folder, processes=processes)
+        printed = script("sample_merge_TAS.py", *command, "--sample-dir", out, cwd=folder,
+                         processes=processes)
+        stages = re.findall(r"^([a-z]+): \d+\.\d s$", printed, re.MULTILINE)
+        assert stages == ["load", "sample"]  # one of the processes says so
         runs[processes] = npz(out)
         images = next(path for path in out.iterdir() if path.is_dir())
-        assert sorted(path.name for path in images.iterdir()) == [".lock"] + [f"{i:06d}.png" for i in range(20)] + ["manifest.json", "samples.png"]
+        written = sorted(path.name for path in images.iterdir())
+        numbered = [f"{i:06d}.png" for i in range(20)]
+        assert written == [".lock", *numbered, "manifest.json", "samples.png"]
     assert runs[None] == runs[2]
     arrays = np.load(next((folder / "samples-2").glob("*.npz")))["arr_0"]
     assert arrays.shape == (20, 16, 16, 3) and arrays.dtype == np.uint8
     first = next(path for path in (folder / "samples-2").iterdir() if path.is_dir())
-    assert all(np.array_equal(np.asarray(Image.open(first / f"{i:06d}.png")), arrays[i]) for i in range(20))
+    for i in range(20):
+        assert np.array_equal(np.asarray(Image.open(first / f"{i:06d}.png")), arrays[i])
     assert np.array_equal(arrays[..., 0], arrays[..., 2]) and arrays.std() > 40
 
 
@@ -74,12 +105,19 @@ def test_unfolded_and_float_sampling(quantised, monkeypatch):
     folder, _ = quantised
     monkeypatch.chdir(folder)
     path, images = ("--path", "results/DiT-Digits-16-W4A8-ditas"), {}
-    commands = {"folded": path, "unfolded": (*path, "--no-fold"), "float": ("--model", "DiT-Digits", "--num-sampling-steps", 10),
-                "ddim": ("--model", "DiT-Digits", "--sampler", "ddim", "--num-sampling-steps", "ddim10")}
+    float_model = ("--model", "DiT-Digits")
+    commands = {
+        "folded": path,
+        "unfolded": (*path, "--no-fold"),
+        "float": (*float_model, "--num-sampling-steps", 10),
+        "ddim": (*float_model, "--sampler", "ddim", "--num-sampling-steps", "ddim10"),
+    }
     for key, argv in commands.items():
-        call(sample_merge_TAS, *argv, "--num-fid-samples", 8, "--per-proc-batch-size", 8, "--sample-dir", key, "--class-labels", "3,5", "--threads", 1)
+        call(sample_merge_TAS, *argv, "--num-fid-samples", 8, "--per-proc-batch-size", 8,
+             "--sample-dir", key, "--class-labels", "3,5", "--threads", 1)
         images[key] = np.load(next((folder / key).glob("*.npz")))["arr_0"].astype(float)
-    assert np.abs(images["folded"] - images["unfolded"]).mean() < 1  # codes may flip where float32 rounds differently
+    # Codes may flip where float32 rounds differently.
+    assert np.abs(images["folded"] - images["unfolded"]).mean() < 1
     assert 0 < np.abs(images["folded"] - images["float"]).mean() < 20
     assert images["ddim"].std() > 40
 
@@ -88,29 +126,41 @@ def test_integer_arithmetic_makes_the_same_images(quantised, monkeypatch):
     folder, _ = quantised
     monkeypatch.chdir(folder)
     images, settings = {}, {}
-    for key, argv in {"fake": ("--backend", "fake"), "integer": ("--backend", "integer"), "packed": ("--backend", "integer", "--cpu-weights", "packed"),
-                      "bfloat16": ("--backend", "integer", "--dtype", "bfloat16")}.items():
-        call(sample_merge_TAS, "--path", "results/DiT-Digits-16-W4A8-ditas", *argv, "--num-sampling-steps", 50, "--num-fid-samples", 16,
-             "--per-proc-batch-size", 16, "--sample-dir", f"backend-{key}", "--threads", 1)
+    commands = {
+        "fake": ("--backend", "fake"),
+        "integer": ("--backend", "integer"),
+        "packed": ("--backend", "integer", "--cpu-weights", "packed"),
+        "bfloat16": ("--backend", "integer", "--dtype", "bfloat16"),
+    }
+    for key, argv in commands.items():
+        call(sample_merge_TAS, "--path", "results/DiT-Digits-16-W4A8-ditas", *argv,
+             "--num-sampling-steps", 50, "--num-fid-samples", 16, "--per-proc-batch-size", 16,
+             "--sample-dir", f"backend-{key}", "--threads", 1)
         images[key] = np.load(next((folder / f"backend-{key}").glob("*.npz")))["arr_0"].astype(int)
-        settings[key] = json.loads(next((folder / f"backend-{key}").glob("*/manifest.json")).read_text())
+        manifest = next((folder / f"backend-{key}").glob("*/manifest.json"))
+        settings[key] = json.loads(manifest.read_text())
     assert (np.abs(images["integer"] - images["fake"]) <= 1).mean() >= 0.999
     assert np.array_equal(images["integer"], images["packed"])
     assert 0 < np.abs(images["bfloat16"] - images["fake"]).mean() < 5
+    backends = [settings[key]["backend"] for key in images]
     taken = "integer" if supported() else "fake"
-    assert [settings[key]["backend"] for key in images] == ["fake", taken, taken, taken]
-    assert [settings[key]["dtype"] for key in images] == ["float32", "float32", "float32", "bfloat16"]
+    assert backends == ["fake", taken, taken, taken]
+    dtypes = [settings[key]["dtype"] for key in images]
+    assert dtypes == ["float32", "float32", "float32", "bfloat16"]
 
 
 @pytest.mark.parametrize("backend", ["fake", "integer"])
-def test_auto_goes_on_with_the_backend_of_the_images_that_are_there(backend, quantised, monkeypatch):
+def test_auto_goes_on_with_the_backend_of_the_images_that_are_there(
+    backend, quantised, monkeypatch,
+):
     """Measured anew, it could come out the other way, and the run would refuse to continue."""
     folder, _ = quantised
     monkeypatch.chdir(folder)
     monkeypatch.setattr("quant.integer.cpu.supported", lambda: True)
     for count, flag in ((2, backend), (4, "auto")):
-        call(sample_merge_TAS, "--path", "results/DiT-Digits-16-W4A8-ditas", "--backend", flag, "--num-sampling-steps", 2, "--num-fid-samples", count,
-             "--per-proc-batch-size", 2, "--sample-dir", f"auto-{backend}", "--threads", 1)
+        call(sample_merge_TAS, "--path", "results/DiT-Digits-16-W4A8-ditas", "--backend", flag,
+             "--num-sampling-steps", 2, "--num-fid-samples", count, "--per-proc-batch-size", 2,
+             "--sample-dir", f"auto-{backend}", "--threads", 1)
     place = next((folder / f"auto-{backend}").glob("*.npz")).with_suffix("")
     assert json.loads((place / "manifest.json").read_text())["backend"] == backend
     assert len(list(place.glob("00*.png"))) == 4
@@ -119,24 +169,33 @@ def test_auto_goes_on_with_the_backend_of_the_images_that_are_there(backend, qua
 def test_a_processor_without_int8_does_not_go_on_with_integers(quantised, monkeypatch, capsys):
     folder, _ = quantised
     monkeypatch.chdir(folder)
-    argv = ("--path", "results/DiT-Digits-16-W4A8-ditas", "--num-sampling-steps", 2, "--num-fid-samples", 2, "--per-proc-batch-size", 2,
-            "--sample-dir", "elsewhere", "--threads", 1)
+    argv = ("--path", "results/DiT-Digits-16-W4A8-ditas", "--num-sampling-steps", 2,
+            "--num-fid-samples", 2, "--per-proc-batch-size", 2, "--sample-dir", "elsewhere",
+            "--threads", 1)
     monkeypatch.setattr("quant.integer.cpu.supported", lambda: True)
     call(sample_merge_TAS, *argv, "--backend", "integer")
     monkeypatch.setattr("quant.integer.cpu.supported", lambda: False)
-    assert "backend is 'integer' there, 'fake' now" in error_line(capsys, lambda: call(sample_merge_TAS, *argv))
+    line = error_line(capsys, lambda: call(sample_merge_TAS, *argv))
+    assert "backend is 'integer' there, 'fake' now" in line
 
 
 def test_the_published_path_on_a_registered_imagenet_model(tmp_path, monkeypatch):
-    """The XL/2 command lines with a smaller sister, random weights and a small VAE where the downloads would be."""
-    model = random_model(input_size=32, patch_size=8, hidden_size=384, depth=12, num_heads=6, num_classes=1000)
+    """Run the XL/2 command lines with a smaller sister.
+
+    Random weights and a small VAE are where the downloads would be.
+    """
+    model = random_model(input_size=32, patch_size=8, hidden_size=384, depth=12, num_heads=6,
+                         num_classes=1000)
     torch.save({"ema": model.state_dict()}, tmp_path / "weights.pt")
     tiny_vae().save_pretrained(tmp_path / "pretrained_models" / "sd-vae-ft-mse")
-    common = ("--image-size", 256, "--model", "DiT-S/8", "--act-bit", 8, "--weight-bit", 4, "--num-sampling-steps", 2, "--vae", "mse")
+    common = ("--image-size", 256, "--model", "DiT-S/8", "--act-bit", 8, "--weight-bit", 4,
+              "--num-sampling-steps", 2, "--vae", "mse")
     monkeypatch.chdir(tmp_path)
     call(QuantDiT, *common, "--seed", 1, "--ckpt", "weights.pt")
     path = tmp_path / "results" / "DiT-S-8-256-W4A8-ditas"
-    assert path.with_suffix(".safetensors").stat().st_size < 0.7 * (tmp_path / "weights.pt").stat().st_size
-    script("sample_merge_TAS.py", *common, "--num-fid-samples", 3, "--per-proc-batch-size", 2, "--path", path, cwd=tmp_path, processes=1)
+    float_bytes = (tmp_path / "weights.pt").stat().st_size
+    assert path.with_suffix(".safetensors").stat().st_size < 0.7 * float_bytes
+    script("sample_merge_TAS.py", *common, "--num-fid-samples", 3, "--per-proc-batch-size", 2,
+           "--path", path, cwd=tmp_path, processes=1)
     images = np.load(next((tmp_path / "samples").glob("*.npz")))["arr_0"]
     assert images.shape == (3, 256, 256, 3)

@@ -30,7 +30,7 @@ from quant.weights.rounding import nearest_quantizer, quantize_weight
 
 READY = ("rtn", "smoothquant", "ditas", "ditas-plus")
 TOKEN = Activation(QuantSpec(8, "token"))
-# Where oneDNN's sums saturate at 16 bits nothing computes on integers: the reference alone is tested.
+# Where oneDNN's sums saturate at 16 bits, only the reference computes on integers.
 INT8 = supported()
 TWO_LEVEL = QuantSpec(4, "group", 64, "two-level")
 
@@ -342,7 +342,8 @@ def test_the_faster_backend_is_the_one_that_takes_less_time(seconds, chosen, mon
             clock.now += 1000 if late else seconds[self.backend]
 
     monkeypatch.setattr("quant.backend.time", SimpleNamespace(perf_counter=lambda: clock.now))
-    monkeypatch.setattr("quant.backend.make_linear", lambda layer, bias, backend, *_: Module(backend))
+    monkeypatch.setattr(
+        "quant.backend.make_linear", lambda layer, bias, backend, *_: Module(backend))
     layers = list(quantised(RECIPES["ditas"], 4, 8, random_model(depth=1)).values())
     assert faster(layers, 16, torch.float32, torch.device("cpu"), False) == chosen
 

@@ -16,6 +16,7 @@ from conftest import block_linears, random_model
 from PIL import Image
 
 import config
+from architectures.sites import single
 from config import RECIPES
 from diffusion import ImageNoise, guided_denoiser, make_schedule, sample_loop
 from diffusion.generate import guided_drive

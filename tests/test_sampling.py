@@ -1,4 +1,4 @@
-"""The parts of a long run: the image folder, the manifest, locks, the background writer, and what ranks tell each other."""
+"""The parts of a long run: image folder, manifest, locks, writer, what ranks say to each other."""
 import json
 import threading
 import time
@@ -14,7 +14,7 @@ from diffusion.generate import batch_indices
 from errors import UserError
 from sampling import manifest
 from sampling.folder import MARK, ImageFolder
-from sampling.job import Job
+from sampling.job import SamplingJob
 from sampling.lock import locked
 from sampling.ranks import Ranks, Stopped
 from sampling.writer import PENDING_BATCHES, BackgroundWriter
@@ -40,6 +40,13 @@ def test_images_come_back_and_say_what_they_are(folder):
     assert list(folder.missing(range(8))) == [6, 7] and not list(folder.path.glob(".*"))
 
 
+RIGHT_MARK = "2 0123456789abcdef"
+
+
+def picture(size: int = SIZE) -> Image.Image:
+    return Image.fromarray(pixels(2, size))
+
+
 def foreign(image, text, **save):
     info = PngInfo()
     if text:
@@ -58,12 +65,21 @@ def flip(path):
 
 
 @pytest.mark.parametrize("damage", [
-    lambda path: path.unlink(), lambda path: path.write_bytes(b""), lambda path: path.write_text("not a picture"), cut(0.5), cut(0.9), cut(0.99), flip,
-    foreign(Image.fromarray(pixels(2)), None), foreign(Image.fromarray(pixels(2)), "2 fedcba9876543210"),
-    foreign(Image.fromarray(pixels(2)), "3 0123456789abcdef"), foreign(Image.fromarray(pixels(2, 16)), "2 0123456789abcdef"),
-    foreign(Image.fromarray(pixels(2)[..., 0]), "2 0123456789abcdef"), foreign(Image.fromarray(pixels(2)).convert("RGBA"), "2 0123456789abcdef"),
-    lambda path: Image.fromarray(pixels(2)).save(path, format="JPEG"),
-], ids=["gone", "empty", "text", "half", "most", "nearly all", "flipped byte", "no mark", "other settings", "other index", "other size", "grey", "alpha", "jpeg"])
+    pytest.param(lambda path: path.unlink(), id="gone"),
+    pytest.param(lambda path: path.write_bytes(b""), id="empty"),
+    pytest.param(lambda path: path.write_text("not a picture"), id="text"),
+    pytest.param(cut(0.5), id="half"),
+    pytest.param(cut(0.9), id="most"),
+    pytest.param(cut(0.99), id="nearly all"),
+    pytest.param(flip, id="flipped byte"),
+    pytest.param(foreign(picture(), None), id="no mark"),
+    pytest.param(foreign(picture(), "2 fedcba9876543210"), id="other settings"),
+    pytest.param(foreign(picture(), "3 0123456789abcdef"), id="other index"),
+    pytest.param(foreign(picture(16), RIGHT_MARK), id="other size"),
+    pytest.param(foreign(Image.fromarray(pixels(2)[..., 0]), RIGHT_MARK), id="grey"),
+    pytest.param(foreign(picture().convert("RGBA"), RIGHT_MARK), id="alpha"),
+    pytest.param(lambda path: picture().save(path, format="JPEG"), id="jpeg"),
+])
 def test_an_image_that_does_not_belong_is_made_again(folder, damage):
     damage(folder.file(2))
     assert list(folder.missing(range(6))) == [2]
@@ -100,20 +116,32 @@ def test_manifest_accepts_the_same_and_lists_differences(tmp_path):
     manifest.agree(tmp_path, settings)
     manifest.agree(tmp_path, dict(reversed(settings.items())))
     assert json.loads((tmp_path / "manifest.json").read_text()) == settings
-    with pytest.raises(UserError, match=r"\(eta is 0.0 there, None now; extra is None there, 'x' now; seed is 0 there, 1 now\)"):
+    listed = (r"\(eta is 0.0 there, None now; extra is None there, 'x' now; "
+              r"seed is 0 there, 1 now\)")
+    with pytest.raises(UserError, match=listed):
         manifest.agree(tmp_path, {"seed": 1, "model": "DiT-XL/2", "extra": "x"})
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         manifest.agree(tmp_path, settings)
 
 
-@given(st.dictionaries(st.sampled_from("abcd"), st.integers(0, 2)), st.dictionaries(st.sampled_from("abcd"), st.integers(0, 2)))
+SOME_SETTINGS = st.dictionaries(st.sampled_from("abcd"), st.integers(0, 2))
+
+
+@given(SOME_SETTINGS, SOME_SETTINGS)
 def test_fingerprints_are_equal_exactly_where_settings_are(a, b):
-    assert (manifest.fingerprint(a) == manifest.fingerprint(b)) == (a == b) == (not manifest.differences(a, b))
+    same_fingerprint = manifest.fingerprint(a) == manifest.fingerprint(b)
+    assert same_fingerprint == (a == b) == (not manifest.differences(a, b))
 
 
 @pytest.mark.parametrize("first, second, allowed", [
-    (None, None, False), (None, (0, 2), False), ((0, 2), None, False), ((0, 2), (0, 2), False), ((0, 2), (1, 2), True), ((0, 2), (1, 3), False)])
+    (None, None, False),
+    (None, (0, 2), False),
+    ((0, 2), None, False),
+    ((0, 2), (0, 2), False),
+    ((0, 2), (1, 2), True),
+    ((0, 2), (1, 3), False),
+])
 def test_locks(tmp_path, first, second, allowed):
     with locked(tmp_path, first):
         if allowed:
@@ -129,10 +157,18 @@ def test_locks(tmp_path, first, second, allowed):
 
 @given(st.integers(1, 100), st.integers(1, 12), st.integers(1, 5))
 def test_shards_share_the_wanted_images_without_overlap(wanted, batch, shards):
-    jobs = [Job(None, {}, wanted, batch, (k, shards), False, False, None) for k in range(shards)]
-    seen = [index for job in jobs for number in range(job.batches) if job.mine(number) for index in job.images(number)]
+    jobs = [
+        SamplingJob(None, {}, wanted, batch, (k, shards), False, False, None)
+        for k in range(shards)
+    ]
+    seen = []
+    for job in jobs:
+        for number in range(job.batches):
+            if job.mine(number):
+                seen.extend(job.images(number))
     assert sorted(seen) == list(range(wanted))
-    assert all(set(jobs[0].images(number)) <= set(batch_indices(number, batch)) for number in range(jobs[0].batches))
+    for number in range(jobs[0].batches):
+        assert set(jobs[0].images(number)) <= set(batch_indices(number, batch))
 
 
 def test_the_writer_is_bounded_and_waits_at_the_end():

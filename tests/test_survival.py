@@ -1,4 +1,7 @@
-"""Sampling runs that are killed, stopped, doubled, damaged and starved: real processes, real signals."""
+"""Sampling runs that are killed, stopped, doubled, damaged and starved.
+
+The processes are real, and so are the signals.
+"""
 import os
 import random
 import re
@@ -19,7 +22,8 @@ import sample_merge_TAS
 
 SCRIPT = Path(__file__).parents[1] / "sample_merge_TAS.py"
 COUNT, BATCH = 90, 4  # not divisible
-SETTINGS = ("--model", "DiT-Digits", "--num-sampling-steps", "6", "--per-proc-batch-size", str(BATCH), "--threads", "1")
+SETTINGS = ("--model", "DiT-Digits", "--num-sampling-steps", "6",
+            "--per-proc-batch-size", str(BATCH), "--threads", "1")
 
 
 def free_port() -> int:
@@ -28,11 +32,23 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def launch(folder: Path, *more, processes: int | None = None, count: int = COUNT, restarts: int = 0) -> subprocess.Popen:
-    torchrun = [] if processes is None else ["-m", "torch.distributed.run", "--nnodes=1", f"--nproc_per_node={processes}", "--monitor-interval=0.1",
-                                             f"--max-restarts={restarts}", f"--master-port={free_port()}"]
-    command = [sys.executable, *torchrun, str(SCRIPT), *SETTINGS, "--num-fid-samples", str(count), "--sample-dir", str(folder), *map(str, more)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def launch(
+    folder: Path,
+    *more,  # of the command line
+    processes: int | None = None,  # of torchrun; None: no torchrun
+    count: int = COUNT,  # images
+    restarts: int = 0,  # that torchrun may do
+) -> subprocess.Popen:
+    torchrun = []
+    if processes is not None:
+        torchrun = ["-m", "torch.distributed.run", "--nnodes=1", f"--nproc_per_node={processes}",
+                    "--monitor-interval=0.1", f"--max-restarts={restarts}",
+                    f"--master-port={free_port()}"]
+    wanted = ["--num-fid-samples", str(count), "--sample-dir", str(folder), *map(str, more)]
+    command = [sys.executable, *torchrun, str(SCRIPT), *SETTINGS, *wanted]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=environment)
 
 
 def finish(run: subprocess.Popen, status: int = 0) -> str:
@@ -63,7 +79,8 @@ def wait_for_images(folder: Path, count: int, run: subprocess.Popen) -> None:
 
 def ranks_of(launcher: int) -> list[psutil.Process]:
     try:
-        return [child for child in psutil.Process(launcher).children(recursive=True) if SCRIPT.name in " ".join(child.cmdline())]
+        children = psutil.Process(launcher).children(recursive=True)
+        return [child for child in children if SCRIPT.name in " ".join(child.cmdline())]
     except psutil.NoSuchProcess:
         return []
 
@@ -134,7 +151,8 @@ def test_sigterm_finishes_the_batch_and_says_how_to_go_on(tmp_path, whole):
     wait_for_images(tmp_path, BATCH, run)
     run.send_signal(signal.SIGTERM)
     assert "the same command continues" in finish(run, 128 + signal.SIGTERM)
-    assert 0 < made(tmp_path) < COUNT and made(tmp_path) % BATCH == 0 and not list(tmp_path.glob("*/.*.tmp"))
+    assert 0 < made(tmp_path) < COUNT and made(tmp_path) % BATCH == 0
+    assert not list(tmp_path.glob("*/.*.tmp"))
     finish(launch(tmp_path))
     assert npz(tmp_path) == whole
 
@@ -143,7 +161,8 @@ def test_a_second_live_run_is_refused(tmp_path, whole):
     first = launch(tmp_path)
     wait_for_images(tmp_path, 1, first)
     first.send_signal(signal.SIGSTOP)  # so that it is not over before the second one has started
-    assert re.fullmatch(rf".*another run is writing to .*process {first.pid} on .*", finish(launch(tmp_path), 2))
+    refused = finish(launch(tmp_path), 2)
+    assert re.fullmatch(rf".*another run is writing to .*process {first.pid} on .*", refused)
     first.send_signal(signal.SIGCONT)
     finish(first)
     assert npz(tmp_path) == whole
@@ -157,13 +176,16 @@ def test_damaged_and_foreign_images_are_made_again_and_changed_settings_refused(
     (folder / "000008.png").unlink()
     before = {name: (folder / name).stat().st_mtime_ns for name in ("000000.png", "000012.png")}
     refused = finish(launch(tmp_path, "--threads", 2, "--per-proc-batch-size", 8), 2)
-    assert "batch is 4 there, 8 now; threads is 1 there, 2 now" in refused and "--overwrite" in refused
+    assert "batch is 4 there, 8 now; threads is 1 there, 2 now" in refused
+    assert "--overwrite" in refused
     finish(launch(tmp_path))  # and more of them
     assert npz(tmp_path) == whole
-    assert (folder / "000000.png").stat().st_mtime_ns != before["000000.png"]  # its batch lacked image 3 and was made whole
+    # The first batch lacked image 3 and was made whole.
+    assert (folder / "000000.png").stat().st_mtime_ns != before["000000.png"]
     assert (folder / "000012.png").stat().st_mtime_ns == before["000012.png"]
     finish(launch(tmp_path, "--per-proc-batch-size", 8, "--overwrite"))
-    assert '"batch": 8' in (folder / "manifest.json").read_text() and len(npz(tmp_path)) == len(whole)
+    assert '"batch": 8' in (folder / "manifest.json").read_text()
+    assert len(npz(tmp_path)) == len(whole)
 
 
 def test_shards_assemble_to_the_same_bytes(tmp_path, whole):
@@ -171,29 +193,41 @@ def test_shards_assemble_to_the_same_bytes(tmp_path, whole):
     for run in runs:
         finish(run)
     first_of_shard_1 = f"{BATCH:06d}.png is missing"
-    assert first_of_shard_1 in finish(launch(tmp_path, "--assemble"), 2) and not list(tmp_path.glob("*.npz"))
+    assert first_of_shard_1 in finish(launch(tmp_path, "--assemble"), 2)
+    assert not list(tmp_path.glob("*.npz"))
     finish(launch(tmp_path, "--shard", "1/3"))
     finish(launch(tmp_path, "--assemble"))
     assert npz(tmp_path) == whole
 
 
 @pytest.mark.parametrize("words, message", [
-    (("--shard", "3/3"), "bad --shard '3/3'"), (("--shard", "1"), "bad --shard '1'"), (("--shard", "0/2", "--assemble"), "--shard is for jobs of one process"),
-    (("--shard", "0/2", "--overwrite"), "--overwrite would delete what other shards made"), (("--assemble", "--overwrite"), "--overwrite would delete"),
+    (("--shard", "3/3"), "bad --shard '3/3'"),
+    (("--shard", "1"), "bad --shard '1'"),
+    (("--shard", "0/2", "--assemble"), "--shard is for jobs of one process"),
+    (("--shard", "0/2", "--overwrite"), "--overwrite would delete what other shards made"),
+    (("--assemble", "--overwrite"), "--overwrite would delete"),
     (("--log-file", "nowhere/log"), "cannot write --log-file 'nowhere/log'"),
-    (("--decode-batch-size", "0"), "--decode-batch-size 0 is too small"), (("--class-labels", "balance"), "bad class labels 'balance'")])
+    (("--decode-batch-size", "0"), "--decode-batch-size 0 is too small"),
+    (("--class-labels", "balance"), "bad class labels 'balance'"),
+])
 def test_wrong_flags(tmp_path, capsys, words, message):
-    line = error_line(capsys, lambda: call(sample_merge_TAS, *SETTINGS, "--num-fid-samples", COUNT, "--sample-dir", tmp_path, *words))
+    wanted = (*SETTINGS, "--num-fid-samples", COUNT, "--sample-dir", tmp_path)
+    line = error_line(capsys, lambda: call(sample_merge_TAS, *wanted, *words))
     assert message in line and not list(tmp_path.glob("*/*"))
 
 
 def test_a_full_disk_gives_one_line_and_the_next_run_completes(tmp_path, whole):
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", disk], capture_output=True).returncode == 0
+    mount = ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", disk]
+    mounted = subprocess.run(mount, capture_output=True).returncode == 0
     try:
-        full = finish(launch(disk) if mounted else launch(disk, "--log-file", "/dev/full"), 1)  # /dev/full truly raises ENOSPC
-        assert re.fullmatch(r"sample_merge_TAS.py: error: cannot write to '.*': No space left on device; make room, then run the same command again", full)
+        # Without the right to mount: /dev/full truly raises ENOSPC.
+        more = () if mounted else ("--log-file", "/dev/full")
+        full = finish(launch(disk, *more), 1)
+        message = (r"sample_merge_TAS.py: error: cannot write to '.*': No space left on device; "
+                   "make room, then run the same command again")
+        assert re.fullmatch(message, full)
         if mounted:
             assert 0 < made(disk) < COUNT and not list(disk.glob("*/.*.tmp"))
             subprocess.run(["mount", "-o", "remount,size=10m", disk], check=True)
@@ -205,11 +239,13 @@ def test_a_full_disk_gives_one_line_and_the_next_run_completes(tmp_path, whole):
 
 
 def test_log_and_balanced_labels(tmp_path):
-    finish(launch(tmp_path / "a", "--class-labels", "balanced", "--log-file", tmp_path / "log", count=20))
+    log = tmp_path / "log"
+    finish(launch(tmp_path / "a", "--class-labels", "balanced", "--log-file", log, count=20))
     finish(launch(tmp_path / "b", "--class-labels", "0,1,2,3,4,5,6,7,8,9", count=20))
     assert npz(tmp_path / "a") == npz(tmp_path / "b")
-    lines = (tmp_path / "log").read_text().splitlines()
-    assert len(lines) == 5 and re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} 20/20 images, \d+\.\d\d images/s", lines[-1])
+    lines = log.read_text().splitlines()
+    last = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} 20/20 images, \d+\.\d\d images/s"
+    assert len(lines) == 5 and re.fullmatch(last, lines[-1])
 
 
 NPZ_PROGRAM = """
@@ -229,8 +265,13 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 def test_an_npz_over_four_gibibytes_needs_little_memory(tmp_path):
     count = 2 ** 32 // (256 * 256 * 3) + 100
-    done = subprocess.run([sys.executable, "-c", NPZ_PROGRAM, tmp_path / "big.npz", str(count)], capture_output=True, text=True, cwd=SCRIPT.parent)
+    big = tmp_path / "big.npz"
+    done = subprocess.run([sys.executable, "-c", NPZ_PROGRAM, big, str(count)],
+                          capture_output=True, text=True, cwd=SCRIPT.parent)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 200 and (tmp_path / "big.npz").stat().st_size > 2 ** 32
-    with np.load(tmp_path / "big.npz") as file, file.zip.open("arr_0.npy") as member:  # numpy reads the same header
-        assert np.lib.format.read_magic(member) == (1, 0) and np.lib.format.read_array_header_1_0(member)[0] == (count, 256, 256, 3)
+    assert float(done.stdout) < 200 and big.stat().st_size > 2 ** 32
+    # numpy reads the same header.
+    with np.load(big) as file, file.zip.open("arr_0.npy") as member:
+        assert np.lib.format.read_magic(member) == (1, 0)
+        shape = np.lib.format.read_array_header_1_0(member)[0]
+    assert shape == (count, 256, 256, 3)

@@ -14,13 +14,12 @@ I x I matrix R, so that
 
 and candidates differ in products with I x I matrices only.
 """
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
 from quant.balancing.candidates import Candidates
 from quant.balancing.losses import DEFINITION, Arithmetic
+from quant.numerics.compiled import compiled_available
 from quant.numerics.uniform import OFF_BITS, QuantSpec
 
 # Inputs or outputs handled at a time: what is computed of them is small.
@@ -32,7 +31,7 @@ def fastest(device: torch.device, act: QuantSpec) -> Arithmetic:
 
     It needs a CPU, numba, and an activation quantiser ``act`` that is not off.
     """
-    if device.type != "cpu" or act.bits == OFF_BITS or find_spec("numba") is None:
+    if act.bits == OFF_BITS or not compiled_available(device):
         return DEFINITION
     # Not at the top of the file: numba is optional.
     from quant.balancing.compiled import FUSED

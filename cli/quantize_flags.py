@@ -1,0 +1,55 @@
+"""The command line of QuantDiT.py, which compare.py fills in too."""
+import config
+from cli.parser import Parser, add_model_flags, add_threads_flag, make_script_parser
+from cli.recipe_flags import add_recipe_flags
+from config import RECIPES
+from quant.weights.low_rank import SOLVERS
+
+
+def make_parser(description: str = "") -> Parser:
+    """Make the parser of all flags; ``description`` stands above them in its help."""
+    parser = make_script_parser(description)
+    add_model_flags(parser)
+    parser.add_argument(
+        "--recipe", default=config.default_recipe,
+        help=f"one of {', '.join(RECIPES)} (default: {config.default_recipe})")
+    parser.add_argument(
+        "--seed", type=int, default=0,
+        help="of the calibration noise and the picture (default: 0)")
+    parser.add_argument(
+        "--num-sampling-steps", default="50",
+        help="steps of the calibration trajectory: 1 to 1000, 'ddimN' or a list (default: 50)")
+    parser.add_argument(
+        "--cfg-scale", type=float, default=4.0,
+        help="guidance of the picture (default: 4.0); "
+             f"calibration always uses {config.calibration_cfg_scale}")
+    parser.add_argument(
+        "--class-labels",
+        help="classes to calibrate on, separated by commas (default: the paper's 16, or 0 1 2 …)")
+    parser.add_argument(
+        "--svd", choices=tuple(SOLVERS), default="fast",
+        help="how the low-rank branch is found (default: fast)")
+    _add_output_flags(parser)
+    add_threads_flag(parser)
+    add_recipe_flags(parser)
+    return parser
+
+
+def _add_output_flags(parser: Parser) -> None:
+    """Add the flags that say what is written, and what group sizes are judged by."""
+    parser.add_argument(
+        "--report", metavar="DIR",
+        help="draw figures of what quantisation did into this folder, with a page report.html")
+    parser.add_argument(
+        "--report-layers",
+        help="layers whose inputs are drawn, separated by commas, such as blocks.9.mlp.fc2 "
+             "(default: the last fc2 and qkv)")
+    parser.add_argument(
+        "--reference",
+        help="with --judge fid: .npz of real images (default: the bundled model's data)")
+    parser.add_argument(
+        "--inception",
+        help="with --judge fid: Inception weights (default: fetched on first use)")
+    parser.add_argument(
+        "--output",
+        help="where to write (default: results/<model>-<size>-W<w>A<a>-<recipe>.safetensors)")

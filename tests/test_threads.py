@@ -1,0 +1,110 @@
+"""How many CPU threads a script takes, and how they wait."""
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import QuantDiT
+import sample_merge_TAS
+from cli import threads
+from cli.settings import quantize_settings, sample_settings
+from cli.threads import SPIN_COUNT, cores_per_process, default_threads, user_threads
+
+ROOT = Path(__file__).parents[1]
+CORES = cores_per_process()
+
+
+@pytest.fixture(autouse=True)
+def _as_a_user_starts_it(monkeypatch):
+    for name in ("OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("text, count", [
+    ("3", 3), ("3,2", 3), (" 5 ", 5), ("1", 1),
+    ("", None), ("many", None), ("0", None), ("-2", None),
+])
+def test_what_the_user_set_counts(monkeypatch, text, count):
+    monkeypatch.setenv("OMP_NUM_THREADS", text)
+    assert user_threads() == count
+    assert default_threads() == (CORES if count is None else count)
+
+
+def test_cores_are_shared_among_the_processes_of_the_machine(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(12), raising=False)
+    assert default_threads() == 12
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
+    assert default_threads() == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "50")
+    assert default_threads() == 1
+
+
+@pytest.mark.parametrize("started_with, processes, counts", [
+    ({"PATH"}, "2", False),
+    ({"PATH", "OMP_NUM_THREADS"}, "2", True),
+    (None, "2", False),  # the system does not say: several processes
+    (None, "1", True),  # torchrun sets nothing for a single one
+])
+def test_the_one_that_torchrun_sets_does_not_count(
+    monkeypatch, started_with, processes, counts,
+):
+    monkeypatch.setattr(threads, "_start_environment", lambda process: started_with)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert user_threads() == (1 if counts else None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # never torchrun's
+    assert user_threads() == 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="the system does not say")
+@pytest.mark.parametrize("given, expected", [(None, "None"), ("1", "1")])
+def test_under_a_real_torchrun(tmp_path, given, expected):
+    program = tmp_path / "program.py"
+    program.write_text("from cli.threads import user_threads\n"
+                       "print('threads', user_threads(), flush=True)\n")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if given is not None:
+        environment["OMP_NUM_THREADS"] = given
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1",
+               "--nproc_per_node=2", str(program)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"threads (\w+)", done.stdout) == [expected, expected]
+
+
+def test_both_scripts_take_the_flag_before_all_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    for script, settings in ((QuantDiT, quantize_settings), (sample_merge_TAS, sample_settings)):
+        arguments = ["--model", "DiT-Digits"]
+        parse = script.make_parser().parse_args
+        assert settings(parse(arguments)).threads == 3
+        assert settings(parse([*arguments, "--threads", "2"])).threads == 2
+
+
+def display(script: str, **environment: str) -> str:
+    """What OpenMP says of itself when it is loaded; the help needs no model."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("GOMP", "OMP"))}
+    done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True,
+                          text=True, env={**kept, "OMP_DISPLAY_ENV": "VERBOSE", **environment})
+    assert done.returncode == 0, done.stderr
+    if "GOMP_SPINCOUNT" not in done.stderr:
+        pytest.skip("this torch brings no GNU OpenMP")
+    return done.stderr
+
+
+@pytest.mark.parametrize("script", ["QuantDiT.py", "sample_merge_TAS.py"])
+def test_openmp_knows_how_long_to_spin_when_it_loads(script):
+    assert f"GOMP_SPINCOUNT = '{SPIN_COUNT}'" in display(script)
+
+
+@pytest.mark.parametrize("name, value, shown", [
+    ("GOMP_SPINCOUNT", "77", "GOMP_SPINCOUNT = '77'"),
+    ("OMP_WAIT_POLICY", "PASSIVE", "GOMP_SPINCOUNT = '0'"),
+])
+def test_how_the_user_wants_threads_to_wait_stays(name, value, shown):
+    assert shown in display("QuantDiT.py", **{name: value})
