@@ -77,6 +77,7 @@ def evolve(
         ValueError: nothing is allowed; a loss is not finite; the file is damaged, of other
             settings, or cannot be written.
     """
+    # What an earlier run evaluated, if this is to be kept.
     history_file = None
     if history_path is not None:
         settings = _settings(choices, budget, fingerprint_text)
@@ -84,6 +85,8 @@ def evolve(
         history_file = HistoryFile(history_path, settings, options)
     evaluations = Evaluations(tuple(choices), loss_of, history_file)
     draws = Draws(choices, allowed, budget)
+
+    # Algorithm 1.
     rounds = []
     with evaluations.progress_bar(draws.at_most) as bar:
         for number in range(1, budget.rounds + 1):

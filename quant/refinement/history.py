@@ -49,6 +49,8 @@ class HistoryFile:
         if not self._path.exists():
             self.write({})
             return {}
+
+        # Parse it.
         try:
             content = json.loads(self._path.read_text())
             rows = content.pop("evaluated")
@@ -60,6 +62,8 @@ class HistoryFile:
             ) from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise self._damage() from None
+
+        # Refuse one of another search, and what no search has written.
         if changed:
             differences = "; ".join(self._difference(key, content[key]) for key in changed)
             raise ValueError(

@@ -75,19 +75,35 @@ def gptq_quantize(
             groups = corrected[first * size:last * size].T.unflatten(1, (-1, size))
             made = make_grid(groups, slice(first, last))
             grids += [made.select(k) for k in range(last - first)]
-        # Round its channels in turn, and correct those of the block that follow.
-        errors = corrected.new_empty(end - begin, rows)
-        for i in range(begin, end):
-            grid = grids[i // size]
-            row = factor[i, i:end]
-            values = torch.div(corrected[i], grid.scale, out=signed[i])
-            values.round_().clamp_(grid.low, grid.high)
-            error = errors[i - begin]
-            torch.addcmul(corrected[i], values, grid.scale, value=-1, out=error).div_(row[0])
-            corrected[i + 1:end].addr_(row[1:], error, alpha=-1)
-        # Correct all channels after the block at once.
-        corrected[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1)
+        # Round its channels, then correct all that come after the block at once.
+        here = slice(begin, end)
+        channel_grids = [grids[i // size] for i in range(begin, end)]
+        errors = _round_block(corrected[here], factor[here, here], channel_grids, signed[here])
+        corrected[end:].addmm_(factor[here, end:].T, errors, alpha=-1)
     return _assemble(signed, grids, spec, step)
+
+
+def _round_block(corrected: Tensor, factor: Tensor, grids: list[Grid], signed: Tensor) -> Tensor:
+    """Round the channels of a block in turn, correcting those that follow in it, in place.
+
+    Args:
+        corrected: (b, O), the channels as corrected so far; changed.
+        factor: (b, b), the block's part of ``inverse_factor``.
+        grids: of the group that each channel is in.
+        signed: (b, O), written: integer-valued ``q - zero``.
+
+    Returns:
+        The channels' errors (b, O), by which later blocks are corrected.
+    """
+    errors = torch.empty_like(corrected)
+    for i, grid in enumerate(grids):
+        row = factor[i, i:]
+        values = torch.div(corrected[i], grid.scale, out=signed[i])
+        values.round_().clamp_(grid.low, grid.high)
+        error = torch.addcmul(corrected[i], values, grid.scale, value=-1, out=errors[i])
+        error.div_(row[0])
+        corrected[i + 1:].addr_(row[1:], error, alpha=-1)
+    return errors
 
 
 def _assemble(

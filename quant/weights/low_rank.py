@@ -144,9 +144,7 @@ def lowrank_quantize(
     solver: str,
     moment: Tensor | None = None,
 ) -> LowRankWeight:
-    """Alternate ``W_hat = Q(W - L R)`` and ``L R = best rank-r of (W - W_hat)``.
-
-    The first round starts from ``L R = 0``.
+    """Alternate ``W_hat = Q(W - L R)`` and ``L R = best rank-r of (W - W_hat)`` from ``L R = 0``.
 
     Args:
         weight: (O, I) float32.
@@ -174,16 +172,14 @@ def lowrank_quantize(
         target = torch.addmm(weight, left, right, alpha=-1)
         previous = quantized if number >= STEP_ROUNDS else None
         quantized = quantizer(target, previous)
-        # Fit the branch to what the quantiser leaves over, (O, I). Where errors are those of the
-        # output, this happens in a basis in which inputs are uncorrelated and of size one.
+        # Fit the branch to what the quantiser leaves over. Where errors are those of the output,
+        # this happens in a basis in which inputs are uncorrelated and of size one.
         residual = weight - quantized.dequantize()
-        if root is not None:
-            residual = residual @ root
-        left, right, basis = SOLVERS[solver](residual, rank, basis)
-        error = torch.addmm(residual, left, right, alpha=-1).norm().item()
+        whitened = residual if root is None else residual @ root  # (O, I)
+        left, right, basis = SOLVERS[solver](whitened, rank, basis)
+        error = torch.addmm(whitened, left, right, alpha=-1).norm().item()
         if root is not None:
             right = torch.linalg.solve_triangular(root, right, upper=False, left=False)
-        # Keep this round or an earlier one.
         if keep == "last" or error < best_error:
             best, best_error = LowRankWeight(quantized, left, right), error
     return best
