@@ -96,12 +96,14 @@ def _linear_kernel(
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
     in_rows, in_cols = rows < M, cols < N
     k = tl.arange(0, BK)
+
+    # Products of codes less 128, which fit int8, with the weight.
     total = tl.zeros((BM, BN), dtype=tl.int32)
     if NIBBLES:
         half = K // 2
         for start in range(0, half, BK):
-            at = cols[None, :] * half + start + k[:, None]
-            packed = tl.load(weight + at, mask=in_cols[None, :], other=0).to(tl.int32)  # (BK, BN)
+            at = weight + cols[None, :] * half + start + k[:, None]
+            packed = tl.load(at, mask=in_cols[None, :], other=0).to(tl.int32)  # (BK, BN)
             for side in tl.static_range(2):
                 first = start + side * half
                 group = cols * GROUPS + first // GROUP
@@ -109,35 +111,39 @@ def _linear_kernel(
                 offset = tl.load(group_zero + group, mask=in_cols, other=0).to(tl.int32)
                 nibble = (packed >> (4 * side)) & 15
                 b = ((nibble - offset[None, :]) * times[None, :]).to(tl.int8)
-                at = rows[:, None] * K + first + k[None, :]
-                a = tl.load(codes + at, mask=in_rows[:, None], other=128)
+                at = codes + rows[:, None] * K + first + k[None, :]
+                a = tl.load(at, mask=in_rows[:, None], other=128)
                 total = tl.dot((a.to(tl.int32) - 128).to(tl.int8), b, total)
     else:
         for start in range(0, K, BK):
             inside = start + k < K
-            at = cols[None, :] * K + start + k[:, None]
-            b = tl.load(weight + at, mask=in_cols[None, :] & inside[:, None], other=0)
-            at = rows[:, None] * K + start + k[None, :]
-            a = tl.load(codes + at, mask=in_rows[:, None] & inside[None, :], other=128)
+            at = weight + cols[None, :] * K + start + k[:, None]
+            b = tl.load(at, mask=in_cols[None, :] & inside[:, None], other=0)
+            at = codes + rows[:, None] * K + start + k[None, :]
+            a = tl.load(at, mask=in_rows[:, None] & inside[None, :], other=128)
             total = tl.dot((a.to(tl.int32) - 128).to(tl.int8), b, total)
+
+    # Zero points, steps and scales.
     s = tl.load(scale + rows, mask=in_rows, other=0.0)
     z = tl.load(zero + rows, mask=in_rows, other=0.0) - 128.0
     y = total.to(tl.float32) - z[:, None] * tl.load(sums + cols, mask=in_cols, other=0.0)[None, :]
     y = y * tl.load(step + cols, mask=in_cols, other=0.0)[None, :] * s[:, None]
+
+    # The low-rank branch and the bias.
     if RANK > 0:
         r = tl.arange(0, RANK)
-        at = cols[None, :] * RANK + r[:, None]
-        left_tile = tl.load(left + at, mask=in_cols[None, :], other=0.0)  # (RANK, BN)
-        at = rows[:, None] * RANK + r[None, :]
-        low_tile = tl.load(low + at, mask=in_rows[:, None], other=0.0)    # (BM, RANK)
+        at = left + cols[None, :] * RANK + r[:, None]
+        left_tile = tl.load(at, mask=in_cols[None, :], other=0.0)  # (RANK, BN)
+        at = low + rows[:, None] * RANK + r[None, :]
+        low_tile = tl.load(at, mask=in_rows[:, None], other=0.0)    # (BM, RANK)
         if out.dtype.element_ty == tl.float32:
             y = tl.dot(low_tile, left_tile, y, input_precision="ieee")
         else:
             y = tl.dot(low_tile, left_tile, y, input_precision="tf32")
     if HAS_BIAS:
         y += tl.load(bias + cols, mask=in_cols, other=0.0)[None, :]
-    at = rows[:, None] * N + cols[None, :]
-    tl.store(out + at, y.to(out.dtype.element_ty), mask=in_rows[:, None] & in_cols[None, :])
+    at = out + rows[:, None] * N + cols[None, :]
+    tl.store(at, y.to(out.dtype.element_ty), mask=in_rows[:, None] & in_cols[None, :])
 
 
 @cache
@@ -224,6 +230,7 @@ def integer_linear(
     nibbles = group_scale is not None
     groups = group_scale.shape[1] if nibbles else 1
     out = codes.new_empty(rows, outputs, dtype=_output_type(bfloat16))
+    # Pointers, then sizes, as the kernel takes them.
     arguments = (
         codes, weight, _pointer(group_scale, weight), _pointer(group_zero, weight),
         _pointer(low, codes), _pointer(left, codes), sums, step, scale, zero,
