@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import config
 from architectures.registry import architecture_of
-from architectures.sites import Site, modulations
+from architectures.sites import Call, Site, modulations
 from config import Recipe
 from quant.activations.attention import Operands
 from quant.balancing.maxima import check_step
@@ -90,7 +90,6 @@ def quantize_model(
     sites = architecture_of(model).sites(model, recipe.scope)
     task = Task(model, sites, recipe, bits, svd)
     check_groups(task)
-
     # First pass: sample, and keep the model's calls and every input's maxima.
     bases = quantize_first(task) if recipe.order == "lowrank-first" else None
     trajectory, maxima = None, {}
@@ -113,9 +112,8 @@ def quantize_model(
 
     # What is learned or added afterwards.
     if recipe.weight == "adaround":
-        picks = FirstPass(trajectory, maxima).pick(config.reconstruction_samples, recipe)
-        call = trajectory.take(picks)
-        layers, operands = reconstruct(model, layers, operands, call, recipe)
+        inputs = _drawn_call(FirstPass(trajectory, maxima), recipe)
+        layers, operands = reconstruct(model, layers, operands, inputs, recipe)
     layers |= weight_only_layers(model, recipe)
     return Result(layers, operands, maxima, smoothing, groups, evolution)
 
@@ -153,6 +151,11 @@ def _layers(
         for name, weight in weights[site.name].items():
             layers[name] = QuantizedLayer(weight, act, without_search(smoothing[site.name]))
     return layers
+
+
+def _drawn_call(first: FirstPass, recipe: Recipe) -> Call:
+    """Draw images from the trajectory, on which blocks are reconstructed."""
+    return first.trajectory.take(first.pick(config.reconstruction_samples, recipe))
 
 
 def without_search(smoothing: Smoothing) -> Smoothing:
