@@ -1,23 +1,28 @@
-"""Figures and their page: what is drawn, that the page needs nothing but itself, and that a real browser shows it."""
+"""Figures and their page: what is drawn, and that a real browser shows it.
+
+The page needs nothing but itself.
+"""
 import io
 import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import block_linears, random_model
+from conftest import block_linears, noise_drive, random_model
+from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor, nn
 
-import config
 from config import RECIPES
-from diffusion import ImageNoise, guided_denoiser, make_schedule, sample_loop
-from diffusion.generate import guided_drive
+from models import DiT
+from quant.calibration.trajectory import Drive
 from quant.layers.linear import QuantLinear
-from quant.pipeline import quantize_model
+from quant.pipeline import Result, quantize_model
 from quant.recipe import BitWidths
 from report import figures
 from report.layers import default_layers, observe, places_of
@@ -25,69 +30,102 @@ from report.page import Figure, Section, html_table, write_page
 from report.quantisation import quantisation_figures
 
 STEPS = 3
+RECIPE = RECIPES["ditas"]
+MAGENTA = (255, 0, 255)
 
 
-def start(model, count=2):
-    """Noise to start from, noise for the steps, and labels."""
-    noise = ImageNoise(0, range(count), (model.in_channels, model.input_size, model.input_size))
-    return noise(), noise, torch.arange(count)
-
-
-def drive(model, schedule):
-    return guided_drive(schedule, *start(model), config.calibration_cfg_scale)
+def new_drive() -> Drive:
+    """Make the drive that all of these tests sample with."""
+    return noise_drive(STEPS, torch.arange(2))
 
 
 @pytest.fixture(scope="module")
-def quantised():
-    model, schedule, recipe = random_model(), make_schedule(str(STEPS)), RECIPES["ditas"]
-    return model, schedule, recipe, quantize_model(
-        model, recipe, BitWidths(4, 8), drive(model, schedule))
+def model() -> DiT:
+    return random_model()
 
 
-def test_layer_errors_equal_those_of_the_installed_layers(quantised):
-    model, schedule, recipe, result = quantised
-    seen = observe(model, result.layers, drive(model, schedule), ["blocks.1.mlp.fc2"])
-    name, (x, draw, labels) = "blocks.1.mlp.fc2", start(model)
-    linear = block_linears(model)[name]
+@pytest.fixture(scope="module")
+def result(model) -> Result:
+    return quantize_model(model, RECIPE, BitWidths(4, 8), new_drive())
+
+
+def inputs_of(linear: nn.Module, model: nn.Module) -> list[Tensor]:
+    """Let the model sample, and return what the linear gets at each step."""
     inputs = []
-    handle = linear.register_forward_hook(lambda _, args, __: inputs.append(args[0]))
+    handle = linear.register_forward_hook(lambda module, args, output: inputs.append(args[0]))
     with torch.no_grad():
-        list(sample_loop(guided_denoiser(model, labels, config.calibration_cfg_scale), schedule, x, draw))
-        handle.remove()
-        module = QuantLinear(result.layers[name], linear.bias)
-        signal = sum(F.linear(x, linear.weight).square().sum() for x in inputs)
-        noise = sum((module(x) - linear(x)).square().sum() for x in inputs)
-    assert seen.watched == [0, 1, 2] and seen.steps == STEPS
-    assert seen.error_db[name] == pytest.approx(float(10 * torch.log10(signal / noise)), abs=1e-3)
+        new_drive()(model)
+    handle.remove()
+    return inputs
+
+
+def output_sqnr_db(exact: nn.Module, quantised: nn.Module, inputs: list[Tensor]) -> float:
+    """Compute the signal-to-noise ratio of a layer's outputs over several inputs, in dB."""
+    signal = sum(F.linear(x, exact.weight).square().sum() for x in inputs)
+    noise = sum((quantised(x) - exact(x)).square().sum() for x in inputs)
+    return float(10 * torch.log10(signal / noise))
+
+
+def test_layer_errors_equal_those_of_the_installed_layers(model, result):
+    name = "blocks.1.mlp.fc2"
+    linears = block_linears(model)
+    seen = observe(model, result.layers, new_drive(), [name])
+    assert seen.watched == [0, 1, 2]
+    assert seen.steps == STEPS
+    assert seen.error_db.keys() == linears.keys()
+    assert list(seen.inputs) == [name]
+
+    linear = linears[name]
+    inputs = inputs_of(linear, model)
+    quantised = QuantLinear(result.layers[name], linear.bias)
+    expected = output_sqnr_db(linear, quantised, inputs)
+    assert seen.error_db[name] == pytest.approx(expected, abs=1e-3)
     torch.testing.assert_close(seen.inputs[name], inputs[1][0].abs(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(seen.absmax[name], torch.stack([x.abs().amax((0, 1)) for x in inputs]))
-    assert list(seen.inputs) == [name] and seen.error_db.keys() == block_linears(model).keys()
+    maxima = torch.stack([x.abs().amax((0, 1)) for x in inputs])
+    torch.testing.assert_close(seen.absmax[name], maxima)
 
 
-def test_all_figures_of_a_run_are_drawn(quantised):
-    model, schedule, recipe, result = quantised
+def pixels_of(png: bytes, mode: str = "RGB") -> NDArray:
+    """Decode a PNG, (H, W) or (H, W, 3) uint8."""
+    return np.asarray(Image.open(io.BytesIO(png)).convert(mode))
+
+
+def test_all_figures_of_a_run_are_drawn(model, result):
     layers = default_layers(places_of(model))
     assert layers == ["blocks.1.mlp.fc2", "blocks.1.attn.qkv"]
-    observed = observe(model, result.layers, drive(model, schedule), layers)
-    made = quantisation_figures(observed, recipe, result, Image.new("RGB", (40, 20), "red"))
-    assert [figure.name for figure in made] == ["images", "layer-errors", "alpha-losses", *(
-        f"channel-{kind}-{name}" for name in observed.inputs for kind in ("magnitude", "maxima"))]
-    for figure in made[1:]:
-        pixels = np.asarray(Image.open(io.BytesIO(figure.png)).convert("RGB"))
-        assert min(pixels.shape[:2]) > 200 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20, figure.name
-    assert Image.open(io.BytesIO(made[0].png)).getpixel((0, 0)) == (255, 0, 0)
+    observed = observe(model, result.layers, new_drive(), layers)
+    samples = Image.new("RGB", (40, 20), "red")
+    drawn = quantisation_figures(observed, RECIPE, result, samples)
+    names = ["images", "layer-errors", "alpha-losses"]
+    for name in observed.inputs:
+        names += [f"channel-magnitude-{name}", f"channel-maxima-{name}"]
+    assert [figure.name for figure in drawn] == names
+    assert tuple(pixels_of(drawn[0].png)[0, 0]) == (255, 0, 0)
+    for figure in drawn[1:]:
+        pixels = pixels_of(figure.png)
+        assert min(pixels.shape[:2]) > 200, figure.name
+        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20, figure.name
 
 
-@pytest.mark.parametrize("shape", [(3, 5), (64, 512), (100, 700), (256, 4608)])
+@pytest.mark.parametrize("shape", [
+    (3, 5),
+    (64, 512),
+    (100, 700),
+    (256, 4608),
+])
 def test_thinning_keeps_every_outlier(shape):
+    rows, columns = shape
     rng = np.random.default_rng(0)
     values = rng.random(shape)
-    row, column = rng.integers(shape[0]), rng.integers(shape[1])
+    row, column = rng.integers(rows), rng.integers(columns)
     values[row, column] = 9.0
     thin = figures._thinned(values, 64, 512)
-    assert thin.shape == (min(64, shape[0]), min(512, shape[1]))
+    height, width = thin.shape
+    assert (height, width) == (min(64, rows), min(512, columns))
+    assert thin.max() == 9.0
     y, x = np.unravel_index(thin.argmax(), thin.shape)
-    assert thin.max() == 9.0 and abs(y / thin.shape[0] - row / shape[0]) < 2 / thin.shape[0] and abs(x / thin.shape[1] - column / shape[1]) < 2 / thin.shape[1]
+    assert abs(y / height - row / rows) < 2 / height
+    assert abs(x / width - column / columns) < 2 / width
 
 
 def test_the_dot_is_on_the_chosen_alpha():
@@ -96,47 +134,91 @@ def test_the_dot_is_on_the_chosen_alpha():
 
     def centre(alpha):
         drawn = figures.alpha_losses(losses, alphas, dict.fromkeys(losses, alpha))
-        pixels = np.asarray(Image.open(io.BytesIO(drawn)).convert("RGB")).astype(int)
+        pixels = pixels_of(drawn).astype(int)
         return np.nonzero((pixels == (0, 255, 255)).all(-1))[1].mean()
-    columns = [centre(alpha) for alpha in (0.0, 0.5, 1.0)]
-    assert columns[1] - columns[0] == pytest.approx(columns[2] - columns[1], abs=2) and columns[0] < columns[1]
+
+    left, middle, right = centre(0.0), centre(0.5), centre(1.0)
+    assert left < middle
+    assert middle - left == pytest.approx(right - middle, abs=2)
+
+
+def rows_of_grey(pixels: NDArray, grey: int) -> NDArray:
+    """Number the pixel rows that hold images of a grey; lettering has stray pixels of any."""
+    return ((pixels == grey).sum(1) > 50).nonzero()[0]
 
 
 def test_same_seeds_shows_a_row_per_model_and_needs_no_equal_counts():
-    rows = {name: np.full((count, 16, 16, 3), grey, np.uint8) for name, count, grey in (("float", 3, 50), ("rtn", 2, 200))}
-    pixels = np.asarray(Image.open(io.BytesIO(figures.same_seeds(rows))).convert("L"))
-    dark, light = (((pixels == grey).sum(1) > 50).nonzero()[0] for grey in (50, 200))  # lettering has stray pixels of any grey
-    assert len(dark) and len(light) and dark.max() < light.min()
+    images = {
+        "float": np.full((3, 16, 16, 3), 50, np.uint8),
+        "rtn": np.full((2, 16, 16, 3), 200, np.uint8),
+    }
+    pixels = pixels_of(figures.same_seeds(images), "L")
+    dark, light = rows_of_grey(pixels, 50), rows_of_grey(pixels, 200)
+    assert len(dark)
+    assert len(light)
+    assert dark.max() < light.min()
 
 
-def magenta(width=200, height=100) -> bytes:
+def magenta(width: int = 200, height: int = 100) -> bytes:
+    """Make a PNG of one colour."""
     buffer = io.BytesIO()
-    Image.new("RGB", (width, height), (255, 0, 255)).save(buffer, format="PNG")
+    Image.new("RGB", (width, height), MAGENTA).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
+class ImageSources(HTMLParser):
+    """Lists in ``sources`` where a page takes its images from."""
+
+    def __init__(self):
+        super().__init__()
+        self.sources: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "img":
+            self.sources.append(dict(attrs)["src"])
+
+
 def test_page_is_self_contained_and_escapes_text(tmp_path):
-    page = write_page(tmp_path / "deep" / "report", "A <b> & C", "intro <script>", [Section("part <i>", html_table(["a<"], [["1 & 2"]]), [Figure("one", magenta(), "x < y")])])
+    table = html_table(["a<"], [["1 & 2"]])
+    section = Section("part <i>", table, [Figure("one", magenta(), "x < y")])
+    page = write_page(tmp_path / "deep" / "report", "A <b> & C", "intro <script>", [section])
     text = page.read_text("utf-8")
     assert not re.search(r"https?:|//[a-z]|<script|<link|<b>|<i>", text)
-    sources = []
-
-    class Images(HTMLParser):
-        def handle_starttag(self, tag, attributes):
-            if tag == "img":
-                sources.append(dict(attributes)["src"])
-    Images().feed(text)
-    assert len(sources) == 1 and sources[0].startswith("data:image/png;base64,")
+    parser = ImageSources()
+    parser.feed(text)
+    assert len(parser.sources) == 1
+    assert parser.sources[0].startswith("data:image/png;base64,")
     assert (page.parent / "one.png").read_bytes() == magenta()
     assert sorted(file.name for file in page.parent.iterdir()) == ["one.png", "report.html"]
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on this machine (Debian's package 'chromium')")
+def screenshot(page: Path, folder: Path) -> NDArray:
+    """Let a browser show a page, and return what it shows, (900, 900, 3)."""
+    shot = folder / "shot.png"
+    command = [
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={folder / 'profile'}",
+        "--window-size=900,900",
+        f"--screenshot={shot}",
+        page.as_uri(),
+    ]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    return pixels_of(shot.read_bytes())
+
+
+@pytest.mark.skipif(
+    shutil.which("chromium") is None,
+    reason="no chromium on this machine (Debian's package 'chromium')")
 def test_a_browser_shows_the_figures(tmp_path):
-    page = write_page(tmp_path, "title", "intro", [Section("", "", [Figure("one", magenta(), "caption"), Figure("two", magenta(), "caption")])])
-    shot = tmp_path / "shot.png"
-    subprocess.run(["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-                    "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=900,900",
-                    f"--screenshot={shot}", page.as_uri()], check=True, capture_output=True, timeout=120)
-    pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
-    assert (pixels == (255, 0, 255)).all(-1).sum() == pytest.approx(2 * 200 * 100, rel=0.05)
+    drawn = [Figure("one", magenta(), "caption"), Figure("two", magenta(), "caption")]
+    page = write_page(tmp_path, "title", "intro", [Section("", "", drawn)])
+    pixels = screenshot(page, tmp_path)
+    shown = (pixels == MAGENTA).all(-1).sum()
+    assert shown == pytest.approx(2 * 200 * 100, rel=0.05)
