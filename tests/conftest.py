@@ -98,10 +98,50 @@ def replayed(noise: np.ndarray):
 
 
 def random_model(seed: int = 0, **kwargs) -> DiT:
-    """Make a small DiT whose every tensor is random, modulation and output included."""
+    """Make a small DiT whose every tensor is random."""
     torch.manual_seed(seed)
     small = {"input_size": 8, "hidden_size": 64, "depth": 2, "num_heads": 4, "num_classes": 10}
-    model = DiT(**{**small, **kwargs})
+    return randomise(DiT(**{**small, **kwargs}))
+
+
+# The same widths in diffusers' words.
+DIFFUSERS_SHAPE = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 2,
+    "sample_size": 8,
+    "patch_size": 2,
+}
+# PixArt reads text of five tokens.
+TEXT_TOKENS, TEXT_WIDTH = 5, 24
+
+
+def random_diffusers_dit() -> nn.Module:
+    """Make diffusers' DiT, small and random."""
+    from diffusers import DiTTransformer2DModel
+    model = DiTTransformer2DModel(**DIFFUSERS_SHAPE, num_embeds_ada_norm=10)
+    torch.manual_seed(0)
+    return randomise(model)
+
+
+def random_pixart(**changes) -> nn.Module:
+    """Make diffusers' PixArt, small and random; ``changes`` override its configuration."""
+    from diffusers import PixArtTransformer2DModel
+    small = {
+        **DIFFUSERS_SHAPE,
+        "cross_attention_dim": 64,
+        "caption_channels": TEXT_WIDTH,
+        "use_additional_conditions": False,
+    }
+    model = PixArtTransformer2DModel(**{**small, **changes})
+    torch.manual_seed(0)
+    return randomise(model)
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Draw every parameter that can learn anew, those of modulation and output included."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -5,8 +5,12 @@ import pytest
 import torch
 from conftest import (
     LATENT_SHAPE,
+    TEXT_TOKENS,
+    TEXT_WIDTH,
     checkpoint_header,
+    random_diffusers_dit,
     random_model,
+    random_pixart,
     relative,
     scope_linears,
 )
@@ -34,50 +38,16 @@ from quant.weights.rounding import quantize_weight
 TIMESTEPS, IMAGES = (900, 400, 20), 2
 FAMILIES = ("diffusers-dit", "pixart")
 W4A8 = BitWidths(4, 8)
-# Text of five tokens for PixArt.
-TEXT_TOKENS, TEXT_WIDTH = 5, 24
-# The widths of our random model, in diffusers' words.
-SHAPE = {
-    "num_attention_heads": 4,
-    "attention_head_dim": 16,
-    "in_channels": 4,
-    "out_channels": 8,
-    "num_layers": 2,
-    "sample_size": 8,
-    "patch_size": 2,
-}
-
-
-def randomise(model: nn.Module) -> nn.Module:
-    """Give every parameter a random value, modulation and output included."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(std=0.08)
-    return model.eval()
-
-
-def random_dit() -> nn.Module:
-    """Make diffusers' DiT, with random values."""
-    from diffusers import DiTTransformer2DModel
-    return randomise(DiTTransformer2DModel(**SHAPE, num_embeds_ada_norm=10))
-
-
-def random_pixart() -> nn.Module:
-    """Make a PixArt that reads text of our width, with random values."""
-    from diffusers import PixArtTransformer2DModel
-    return randomise(PixArtTransformer2DModel(
-        **SHAPE,
-        cross_attention_dim=64,
-        caption_channels=TEXT_WIDTH,
-        use_additional_conditions=False))
 
 
 def make(family: str) -> nn.Module:
     """Make a small random transformer of a family."""
-    families = {"dit": random_model, "diffusers-dit": random_dit, "pixart": random_pixart}
-    return families[family]()
+    makers = {
+        "dit": random_model,
+        "diffusers-dit": random_diffusers_dit,
+        "pixart": random_pixart,
+    }
+    return makers[family]()
 
 
 def text_condition(images: int) -> dict:
