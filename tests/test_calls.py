@@ -1,4 +1,6 @@
 """Calls of a model, recorded and made again: compared with the calls themselves."""
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import (
@@ -10,6 +12,7 @@ from conftest import (
     random_model,
     random_pixart,
     relative,
+    scope_linears,
 )
 from torch import Tensor, nn
 
@@ -175,6 +178,18 @@ def test_arguments_for_all_images_have_to_be_the_same(first, other, stacks):
     assert can_stack(calls, ("x", "t", "y")) == stacks
 
 
+def test_a_pixart_that_reads_the_sizes_of_its_images_is_quantised(pixart):
+    """Pipelines give the same sizes, one per image, in every call."""
+    def drive(model):
+        text, added = draw_text(), sizes(IMAGES)
+        for timestep in (900, 400, 20):
+            run(model, torch.randn(IMAGES, *LATENT_SHAPE), text, timestep, added)
+
+    recipe = replace(RECIPES["ditas"], rounds=1, weight_group=16)
+    result = quantize_model(pixart, recipe, W4A8, drive)
+    assert set(scope_linears(pixart, "blocks")) <= result.layers.keys()
+
+
 class Inputs:
     """Keeps what an observer of a linear is shown."""
 
@@ -200,6 +215,13 @@ def two_then_three_images(model: nn.Module) -> None:
     torch.manual_seed(1)
     model(**dit_call(images=2))
     model(**dit_call(images=3))
+
+
+def three_then_two_images(model: nn.Module) -> None:
+    """Call the model with three images, then with two."""
+    torch.manual_seed(1)
+    model(**dit_call(images=3))
+    model(**dit_call(images=2))
 
 
 def test_calls_of_different_shape_are_replayed_singly():
@@ -232,10 +254,11 @@ def test_calls_of_different_shape_are_replayed_singly():
     assert [query.shape[:2] for query in queries.values] == [(1, 2), (1, 3)]
 
 
-@pytest.mark.parametrize("recipe_name", ["ditas", "smoothquant"])
-def test_a_model_called_with_different_numbers_of_images_is_quantised(recipe_name):
+@pytest.mark.parametrize("drive", [two_then_three_images, three_then_two_images])
+@pytest.mark.parametrize("recipe_name", ["smoothquant", "ptq4dm", "repq-vit"])
+def test_a_model_called_with_different_numbers_of_images_is_quantised(recipe_name, drive):
     model = random_model()
-    result = quantize_model(model, RECIPES[recipe_name], W4A8, two_then_three_images)
+    result = quantize_model(model, RECIPES[recipe_name], W4A8, drive)
     assert set(block_linears(model)) <= result.layers.keys()
 
 
