@@ -25,8 +25,14 @@ class PixArtArchitecture:
     """Self attention, cross attention to text, and an MLP in every block."""
 
     name = "pixart"
-    batched = ("hidden_states", "encoder_hidden_states", "timestep", "attention_mask",
-               "encoder_attention_mask")
+    batched = (
+        "hidden_states",
+        "encoder_hidden_states",
+        "timestep",
+        "added_cond_kwargs",
+        "attention_mask",
+        "encoder_attention_mask",
+    )
 
     def sites(self, model: nn.Module, scope: str) -> list[Site]:
         blocks = [site for name in self.blocks(model) for site in _block_sites(name)]

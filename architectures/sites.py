@@ -111,7 +111,8 @@ class Architecture(Protocol):
 
     Attributes:
         name: in checkpoints.
-        batched: arguments of the model with an entry per image; others are the same for all.
+        batched: arguments of the model with an entry per image, tensors or dicts of them; others
+            are the same for all.
     """
 
     name: str

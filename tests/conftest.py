@@ -9,11 +9,13 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     share = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
     os.environ.setdefault("OMP_NUM_THREADS", str(share))
 if "ATEN_CPU_CAPABILITY" in os.environ:
-    # PyTorch's cache of compiled code hands out that of another instruction set, which then fails to build.
+    # PyTorch's cache of compiled code hands out that of another instruction set, which then fails
+    # to build.
     cache = f"torchinductor-{os.getuid()}-{os.environ['ATEN_CPU_CAPABILITY']}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), cache))
 if not Path("/dev/nvidia0").exists():
-    os.environ["TRITON_INTERPRET"] = "1"  # kernels run under Triton's interpreter; read when triton is imported, which torch may do
+    # Kernels run under Triton's interpreter. It is read when triton is imported: torch may do that.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import hypothesis
 import numpy as np
@@ -25,11 +27,22 @@ from architectures.registry import architecture_of
 from architectures.sites import linears_of, modulations
 from cli.memory import keep_freed_memory
 from cli.parser import run
-from models import DiT
+from config import RECIPES, Recipe
+from diffusion import ImageNoise, make_schedule
+from diffusion.generate import guided_drive
+from download import load_model
+from models import DiT, DiT_models
+from quant import checkpoint
+from quant.calibration.trajectory import Drive
 
 GOLDEN = Path(__file__).parent / "golden"
-keep_freed_memory()  # as the scripts do
-hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is not a failure
+LATENT_SHAPE = (4, 8, 8)
+GUIDANCE = 1.5
+
+# As the scripts do.
+keep_freed_memory()
+# A busy machine is not a failure.
+hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
 
@@ -41,11 +54,13 @@ def relative(value: Tensor, expected) -> float:
 
 
 def golden(name: str) -> dict[str, np.ndarray]:
+    """Load recorded arrays by name."""
     with np.load(GOLDEN / f"{name}.npz") as file:
         return dict(file)
 
 
 def golden_model() -> DiT:
+    """Build the model whose tensors and outputs were recorded."""
     shape = {}
     state = {}
     for key, value in golden("dit").items():
@@ -83,15 +98,86 @@ def replayed(noise: np.ndarray):
 
 
 def random_model(seed: int = 0, **kwargs) -> DiT:
-    """Make a small DiT whose every tensor is random, modulation and output included."""
+    """Make a small DiT whose every tensor is random."""
     torch.manual_seed(seed)
     small = {"input_size": 8, "hidden_size": 64, "depth": 2, "num_heads": 4, "num_classes": 10}
-    model = DiT(**{**small, **kwargs})
+    return randomise(DiT(**{**small, **kwargs}))
+
+
+# The same widths in diffusers' words.
+DIFFUSERS_SHAPE = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 2,
+    "sample_size": 8,
+    "patch_size": 2,
+}
+# PixArt reads text of five tokens.
+TEXT_TOKENS, TEXT_WIDTH = 5, 24
+
+
+def random_diffusers_dit() -> nn.Module:
+    """Make diffusers' DiT, small and random."""
+    from diffusers import DiTTransformer2DModel
+    model = DiTTransformer2DModel(**DIFFUSERS_SHAPE, num_embeds_ada_norm=10)
+    torch.manual_seed(0)
+    return randomise(model)
+
+
+def random_pixart(**changes) -> nn.Module:
+    """Make diffusers' PixArt, small and random; ``changes`` override its configuration."""
+    from diffusers import PixArtTransformer2DModel
+    small = {
+        **DIFFUSERS_SHAPE,
+        "cross_attention_dim": 64,
+        "caption_channels": TEXT_WIDTH,
+        "use_additional_conditions": False,
+    }
+    model = PixArtTransformer2DModel(**{**small, **changes})
+    torch.manual_seed(0)
+    return randomise(model)
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Draw every parameter that can learn anew, those of modulation and output included."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.normal_(std=0.08)
     return model.eval()
+
+
+def bundled_digits(depth: int | None = None) -> DiT:
+    """Load the trained model of this repository, or its first blocks alone."""
+    model = load_model("DiT-Digits", DiT_models["DiT-Digits"], 16, 10, None, torch.device("cpu"))
+    model.blocks = model.blocks[:depth]
+    return model
+
+
+def noise_drive(steps: int, labels: Tensor) -> Drive:
+    """Make a drive that samples latents of these labels from noise, with guidance."""
+    noise = ImageNoise(0, range(len(labels)), LATENT_SHAPE, labels.device)
+    return guided_drive(make_schedule(str(steps)), noise(), noise, labels, GUIDANCE)
+
+
+def checkpoint_header(recipe_name: str, recipe: Recipe | None = None, **fields):
+    """Make the header of a W4A8 checkpoint of the bundled model's shape; ``fields`` override."""
+    defaults = {
+        "model": "DiT-Digits",
+        "image_size": 16,
+        "num_classes": 10,
+        "weight_bit": 4,
+        "act_bit": 8,
+        "recipe_name": recipe_name,
+        "recipe": recipe or RECIPES[recipe_name],
+        "seed": 0,
+        "num_sampling_steps": "2",
+        "svd": "fast",
+        "alphas": {},
+    }
+    return checkpoint.Header(**{**defaults, **fields})
 
 
 @pytest.fixture(autouse=True)
@@ -128,4 +214,5 @@ def error_line(capsys, call) -> str:
 
 
 def is_progress(line: str) -> bool:
+    """Tell whether a line is a progress bar's."""
     return "it/s" in line or "step" in line.split(":")[0]

@@ -1,125 +1,193 @@
+"""Quantised checkpoints: they compute the same bits, and what does not fit is refused."""
 import json
 import os
 import pickle
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import block_linears, random_model
+from conftest import (
+    LATENT_SHAPE,
+    block_linears,
+    checkpoint_header,
+    noise_drive,
+    random_model,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 import config
 from config import RECIPES
-from diffusion import ImageNoise, ddpm_step, make_schedule
-from diffusion.generate import generate_latents, guided_drive
+from diffusion import ddpm_step, make_schedule
+from diffusion.generate import generate_latents
 from errors import UserError
 from evaluation.judge import sqnr_judge
-from models import DiT_models
+from models import DiT, DiT_models
 from quant import checkpoint
 from quant.checkpoint.tensors import pack
 from quant.install import install
 from quant.layers.fold import fold
+from quant.layers.quantised import QuantizedLayer
 from quant.pipeline import Result, quantize_model
 from quant.recipe import BitWidths
 from quant.refinement.allocation import GroupSearch
 
 MODEL = "DiT-Digits"
 CONFIGURATION = {
-    "input_size": 8, "patch_size": 2, "in_channels": 4, "hidden_size": 128, "depth": 10,
-    "num_heads": 4, "num_classes": 10}
+    "input_size": 8,
+    "patch_size": 2,
+    "in_channels": 4,
+    "hidden_size": 128,
+    "depth": 10,
+    "num_heads": 4,
+    "num_classes": 10,
+}
+MAPPED_FILES = Path("/proc/self/maps")
 
 
-def digits_model():
+def digits_model() -> DiT:
+    """Make a random model of the bundled one's shape."""
     model = random_model(hidden_size=128, depth=10)
     assert model.state_dict().keys() == DiT_models[MODEL].build(16).state_dict().keys()
     return model
 
 
-def stored(model):
-    """Unquantised tensors as the file keeps them."""
+def stored(model: nn.Module) -> nn.Module:
+    """Round unquantised tensors as the file does."""
     return model.half().float()
 
 
-def header(recipe_name, weight_bit, act_bit=8, **kwargs):
-    return checkpoint.Header(**{**dict(model=MODEL, image_size=16, num_classes=10, weight_bit=weight_bit, act_bit=act_bit, recipe_name=recipe_name,
-                                       recipe=RECIPES[recipe_name], seed=3, num_sampling_steps="2", svd="fast", alphas={"blocks.0.attn.qkv": 0.5}), **kwargs})
+def header(recipe_name: str, weight_bit: int, act_bit: int = 8, **fields) -> checkpoint.Header:
+    """Make the header of a checkpoint that tests write; ``fields`` override."""
+    fields = {"seed": 3, "alphas": {"blocks.0.attn.qkv": 0.5}, **fields}
+    return checkpoint_header(recipe_name, weight_bit=weight_bit, act_bit=act_bit, **fields)
 
 
-def quantised(recipe_name, weight_bit):
-    noise = ImageNoise(0, range(2), (4, 8, 8))
-    recipe = replace(RECIPES[recipe_name], rounds=2, iterations=2, population=3, generations=1)  # for speed; what matters here is what is written
-    schedule, model = make_schedule("2"), digits_model()
+def quantised(recipe_name: str, weight_bit: int) -> Result:
+    """Quantise as fast as the recipe can go: what matters here is what is written."""
+    recipe = RECIPES[recipe_name]
+    recipe = replace(recipe, rounds=2, iterations=2, population=3, generations=1)
+    model = digits_model()
     return quantize_model(
-        model, recipe, BitWidths(weight_bit, 8),
-        guided_drive(schedule, noise(), noise, torch.arange(2), 1.5),
-        search=GroupSearch(sqnr_judge(model, schedule, 0)))
+        model, recipe, BitWidths(weight_bit, 8), noise_drive(2, torch.arange(2)),
+        search=GroupSearch(sqnr_judge(model, make_schedule("2"), 0)))
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
+def saved(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("checkpoint") / "model.safetensors"
     with torch.no_grad():
         checkpoint.save(path, digits_model(), quantised("ditas", 4), header("ditas", 4))
     return path
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux's list of mapped files")
+@pytest.mark.skipif(not MAPPED_FILES.exists(), reason="needs Linux's list of mapped files")
 @pytest.mark.parametrize("backend", ["fake", "integer"])
 def test_a_loaded_model_does_not_keep_the_file_in_memory(saved, backend):
-    header, model = checkpoint.load(saved, "cpu", True, backend)
-    with open("/proc/self/maps") as mapped:
-        assert str(saved) not in mapped.read()
+    loaded = checkpoint.load(saved, "cpu", True, backend)
+    assert str(saved) not in MAPPED_FILES.read_text()
+    del loaded
 
 
-@pytest.mark.parametrize("recipe_name, weight_bit", [("rtn", 2), ("rtn", 3), ("smoothquant", 8), ("ditas", 4), ("ditas", 5), ("ditas-published", 4), ("ptq4dm", 4),
-                                                     ("repq-vit", 4), ("tfmq-dm", 3), ("g4w-p4a", 4), ("ptq4dit", 4), ("qdit", 4), ("ditas-plus", 4)])
+def two_images(model: nn.Module) -> Tensor:
+    """Sample two latents, one class each."""
+    labels = torch.tensor([1, 7])
+    return generate_latents(model, make_schedule("2"), range(2), labels, 0, 1.5, ddpm_step)
+
+
+@pytest.mark.parametrize("recipe_name, weight_bit", [
+    ("rtn", 2),
+    ("rtn", 3),
+    ("smoothquant", 8),
+    ("ditas", 4),
+    ("ditas", 5),
+    ("ditas-published", 4),
+    ("ptq4dm", 4),
+    ("repq-vit", 4),
+    ("tfmq-dm", 3),
+    ("g4w-p4a", 4),
+    ("ptq4dit", 4),
+    ("qdit", 4),
+    ("ditas-plus", 4),
+])
 def test_a_reloaded_model_computes_the_same_bits(tmp_path, recipe_name, weight_bit):
     result = quantised(recipe_name, weight_bit)
+    written = header(recipe_name, weight_bit, groups=result.groups)
     path = tmp_path / "model.safetensors"
-    checkpoint.save(path, digits_model(), result, header(recipe_name, weight_bit, groups=result.groups))
-    back, model = checkpoint.load(path)
-    expected = header(recipe_name, weight_bit, groups=result.groups)
-    assert replace(back, architecture="", configuration={}) == expected
-    assert (back.architecture, back.configuration) == ("dit", CONFIGURATION)
+    checkpoint.save(path, digits_model(), result, written)
+    read, model = checkpoint.load(path)
+    assert replace(read, architecture="", configuration={}) == written
+    assert read.architecture == "dit"
+    assert read.configuration == CONFIGURATION
+
     expected = install(stored(digits_model()), result.layers, operands=result.operands)
-    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([10, 800]), torch.tensor([0, 10])
-    assert torch.equal(model(x, t, y), expected(x, t, y))
-    kept = stored(digits_model())
-    expected = install(kept, fold(kept, result.layers), operands={name: each.fold() for name, each in result.operands.items()})
-    images = [generate_latents(each, make_schedule("2"), range(2), torch.tensor([1, 7]), 0, 1.5, ddpm_step)
-              for each in (checkpoint.load(path, folded=True)[1], expected)]
-    assert torch.equal(*images) and torch.isfinite(images[0]).all()
+    inputs = torch.randn(2, *LATENT_SHAPE), torch.tensor([10, 800]), torch.tensor([0, 10])
+    assert torch.equal(model(*inputs), expected(*inputs))
+
+    folded = stored(digits_model())
+    layers = fold(folded, result.layers)
+    operands = {name: quantisers.fold() for name, quantisers in result.operands.items()}
+    expected = two_images(install(folded, layers, operands=operands))
+    assert torch.equal(two_images(checkpoint.load(path, folded=True)[1]), expected)
+    assert torch.isfinite(expected).all()
     assert os.listdir(tmp_path) == ["model.safetensors"]
+
+
+def stored_fields(path: Path) -> dict:
+    """Read the header as it is written in the file."""
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["ditas"])
 
 
 def test_codes_take_their_true_width(saved):
     tensors = load_file(saved)
     for name, linear in block_linears(digits_model()).items():
-        assert tensors[f"{name}.codes"].numel() == linear.weight.numel() // 2 and tensors[f"{name}.codes"].dtype == torch.uint8
+        codes = tensors[f"{name}.codes"]
+        assert codes.numel() == linear.weight.numel() // 2
+        assert codes.dtype == torch.uint8
         assert f"{name}.weight" not in tensors
-    with safe_open(saved, framework="pt") as file:
-        fields = json.loads(file.metadata()["ditas"])
-    assert fields["model"] == MODEL and fields["recipe"]["weight_group"] == 64 and fields["format_version"] == 5
+
+
+def test_the_header_says_what_was_done(saved):
+    fields = stored_fields(saved)
+    assert fields["model"] == MODEL
+    assert fields["recipe"]["weight_group"] == 64
+    assert fields["format_version"] == 5
 
 
 def test_the_path_may_lack_its_extension(saved):
-    assert checkpoint.find(str(saved)) == saved == checkpoint.find(str(saved.with_suffix("")))
+    assert checkpoint.find(str(saved)) == saved
+    assert checkpoint.find(str(saved.with_suffix(""))) == saved
     with pytest.raises(UserError, match="does not exist"):
         checkpoint.find(str(saved) + "x")
 
 
-def damaged(saved, tmp_path, change_tensors=None, change_header=None, metadata=True):
-    tensors = load_file(saved)
-    with safe_open(saved, framework="pt") as file:
-        fields = json.loads(file.metadata()["ditas"])
-    if change_tensors:
-        change_tensors(tensors)
-    if change_header:
-        change_header(fields)
-    path = tmp_path / "damaged.safetensors"
-    save_file(tensors, path, metadata={"ditas": json.dumps(fields)} if metadata else None)
+def unchanged(contents: dict) -> None:
+    """Leave tensors or header as they are."""
+
+
+def damaged(
+    saved: Path,
+    folder: Path,
+    change_tensors: Callable[[dict], object] = unchanged,
+    change_header: Callable[[dict], object] = unchanged,
+) -> Path:
+    """Write a copy of a checkpoint with other tensors or another header."""
+    tensors, fields = load_file(saved), stored_fields(saved)
+    change_tensors(tensors)
+    change_header(fields)
+    path = folder / "damaged.safetensors"
+    save_file(tensors, path, metadata={"ditas": json.dumps(fields)})
     return path
+
+
+def configured(fields: dict) -> dict:
+    """Let a header describe a model that has no name here, and return its configuration."""
+    fields.update(image_size=None)
+    return fields["configuration"]
 
 
 @pytest.mark.parametrize("change, message", [
@@ -134,9 +202,9 @@ def damaged(saved, tmp_path, change_tensors=None, change_header=None, metadata=T
     (lambda f: f["configuration"].update(depth=9), "configuration is not that"),
     (lambda f: f.update(architecture="nope"), "configuration is not that"),
     (lambda f: f.update(architecture="nope", image_size=None), "'nope' is unknown here"),
-    (lambda f: f.update(image_size=None) or f["configuration"].update(depth=9), "unexpected 'blocks.9"),
-    (lambda f: f.update(image_size=None) or f["configuration"].update(depth="9"), "positive numbers"),
-    (lambda f: f.update(image_size=None) or f["configuration"].pop("depth"), "expected the fields"),
+    (lambda f: configured(f).update(depth=9), "unexpected 'blocks.9"),
+    (lambda f: configured(f).update(depth="9"), "positive numbers"),
+    (lambda f: configured(f).pop("depth"), "expected the fields"),
     (lambda f: f["recipe"].update(weight_granularity="nonsense"), "unknown quantiser"),
     (lambda f: f["recipe"].update(weight_group=32), "bytes for"),
     (lambda f: f["recipe"].update(surplus=1), "damaged header"),
@@ -160,7 +228,7 @@ def test_tensors_that_do_not_fit_are_refused(saved, tmp_path, change, message):
         checkpoint.load(damaged(saved, tmp_path, change_tensors=change))
 
 
-def test_other_files_are_refused_and_pickles_do_not_run(saved, tmp_path):
+def test_pickles_do_not_run(tmp_path):
     ran = tmp_path / "ran"
 
     class Evil:
@@ -169,99 +237,164 @@ def test_other_files_are_refused_and_pickles_do_not_run(saved, tmp_path):
 
     evil = tmp_path / "evil.safetensors"
     evil.write_bytes(pickle.dumps(Evil()))
-    half = tmp_path / "half.safetensors"
-    half.write_bytes(saved.read_bytes()[: saved.stat().st_size // 2])
-    empty = tmp_path / "empty.safetensors"
-    empty.touch()
-    for path in (evil, half, empty):
-        with pytest.raises(UserError, match="truncated, or not a safetensors file"):
-            checkpoint.load(path)
+    with pytest.raises(UserError, match="truncated, or not a safetensors file"):
+        checkpoint.load(evil)
     assert not ran.exists()
+
+
+@pytest.mark.parametrize("share", [0.5, 0])
+def test_truncated_files_are_refused(saved, tmp_path, share):
+    kept = int(share * saved.stat().st_size)
+    path = tmp_path / "truncated.safetensors"
+    path.write_bytes(saved.read_bytes()[:kept])
+    with pytest.raises(UserError, match="truncated, or not a safetensors file"):
+        checkpoint.load(path)
+
+
+def test_a_file_of_bare_tensors_is_refused(saved, tmp_path):
+    path = tmp_path / "bare.safetensors"
+    save_file(load_file(saved), path)
     with pytest.raises(UserError, match="not a quantised checkpoint"):
-        checkpoint.load(damaged(saved, tmp_path, metadata=False))
+        checkpoint.load(path)
 
 
 def test_a_failed_write_leaves_nothing(saved, tmp_path, monkeypatch):
-    def full_disk(tensors, path, metadata):
+    def fill_the_disk(tensors, path, metadata):
         path.write_bytes(b"half")
         raise OSError("no space left on device")
-    monkeypatch.setattr(checkpoint.store, "save_file", full_disk)
+
+    monkeypatch.setattr(checkpoint.store, "save_file", fill_the_disk)
+    path = tmp_path / "model.safetensors"
     with pytest.raises(OSError):
-        checkpoint.save(tmp_path / "model.safetensors", digits_model(), Result({}), header("rtn", 4))
+        checkpoint.save(path, digits_model(), Result({}), header("rtn", 4))
     assert os.listdir(tmp_path) == []
 
 
 def test_default_names_say_what_was_done():
-    assert checkpoint.default_name("DiT-XL/2", 256, config.weight_bit, config.act_bit, "ditas") == "DiT-XL-2-256-W4A8-ditas.safetensors"
+    name = checkpoint.default_name("DiT-XL/2", 256, config.weight_bit, config.act_bit, "ditas")
+    assert name == "DiT-XL-2-256-W4A8-ditas.safetensors"
 
 
-def test_an_older_format_is_still_read(saved, tmp_path):
-    """Format 1: zero points in a byte each, float32 scales and factors, no integer steps, adaLN in float32."""
+# The parts of a recipe that format 1 knew.
+FORMAT_1_PARTS = (
+    "balance",
+    "timestep",
+    "alphas",
+    "weight_granularity",
+    "weight_group",
+    "act_granularity",
+    "convention",
+    "rank",
+    "rounds",
+    "keep",
+    "order",
+)
+
+
+def format_1_tensors(layer: QuantizedLayer, name: str) -> dict[str, Tensor]:
+    """Lay a layer out as format 1 did, with a branch that is a third of the layer's."""
+    base = layer.weight.base
+    return {
+        f"{name}.codes": pack(base.codes, 4),
+        f"{name}.scale": base.scale,
+        f"{name}.zero": base.zero.to(torch.uint8),
+        f"{name}.left": layer.weight.left,
+        f"{name}.right": layer.weight.right / 3,
+        f"{name}.smooth": layer.smoothing.factors,
+    }
+
+
+def test_an_older_format_is_still_read(tmp_path):
+    """Format 1: zero points of a byte, float32 scales and factors, and adaLN in float32."""
     name = "blocks.2.mlp.fc1"
     recipe = replace(RECIPES["ditas"], weight_scales="float", adaln_bits=16)
-    noise = ImageNoise(0, range(2), (4, 8, 8))
-    layers = quantize_model(
-        digits_model(), recipe, BitWidths(4, 8),
-        guided_drive(make_schedule("2"), noise(), noise, torch.arange(2), 1.5)).layers
-    tensors = {key: value for key, value in digits_model().state_dict().items() if key.removesuffix(".weight") not in layers}
+    drive = noise_drive(2, torch.arange(2))
+    layers = quantize_model(digits_model(), recipe, BitWidths(4, 8), drive).layers
+    tensors = {}
+    for key, value in digits_model().state_dict().items():
+        if key.removesuffix(".weight") not in layers:
+            tensors[key] = value
     for key, layer in layers.items():
-        weight = layer.weight.base
-        tensors |= {f"{key}.codes": pack(weight.codes, 4), f"{key}.scale": weight.scale, f"{key}.zero": weight.zero.to(torch.uint8),
-                    f"{key}.left": layer.weight.left, f"{key}.right": layer.weight.right / 3, f"{key}.smooth": layer.smoothing.factors}
+        tensors |= format_1_tensors(layer, key)
     fields = asdict(header("ditas", 4, recipe=recipe, format_version=1))
-    known = ("balance", "timestep", "alphas", "weight_granularity", "weight_group", "act_granularity", "convention", "rank", "rounds", "keep", "order")
-    fields["recipe"] = {key: fields["recipe"][key] for key in known}
+    fields["recipe"] = {part: fields["recipe"][part] for part in FORMAT_1_PARTS}
     del fields["groups"]
+    path = tmp_path / "old.safetensors"
     tensors = {key: value.contiguous() for key, value in tensors.items()}
-    save_file(tensors, tmp_path / "old.safetensors", metadata={"ditas": json.dumps(fields)})
-    old = checkpoint.read(tmp_path / "old.safetensors")
-    back, read = old.header, old.layers
-    assert back.recipe == recipe and read.keys() == layers.keys()
-    expected = layers[name].weight
-    assert torch.allclose(read[name].weight.dense(), expected.base.dequantize() + expected.left @ expected.right / 3)
-    assert checkpoint.backend_for(back, "auto", torch.device("cpu"), pytest.fail) == "fake"
+    save_file(tensors, path, metadata={"ditas": json.dumps(fields)})
+
+    old = checkpoint.read(path)
+    assert old.header.recipe == recipe
+    assert old.layers.keys() == layers.keys()
+    weight = layers[name].weight
+    expected = weight.base.dequantize() + weight.left @ weight.right / 3
+    assert torch.allclose(old.layers[name].weight.dense(), expected)
+    cpu = torch.device("cpu")
+    assert checkpoint.backend_for(old.header, "auto", cpu, pytest.fail) == "fake"
     with pytest.raises(UserError, match="quantise again with --weight-scales two-level"):
-        checkpoint.backend_for(back, "integer", torch.device("cpu"), pytest.fail)
+        checkpoint.backend_for(old.header, "integer", cpu, pytest.fail)
 
 
 def test_powers_of_root_two_of_format_3_begin_at_1(tmp_path):
-    model, noise, schedule = digits_model(), ImageNoise(0, range(2), (4, 8, 8)), make_schedule("1")
-    result = quantize_model(
-        model, RECIPES["repq-vit"], BitWidths(4, 8),
-        guided_drive(schedule, noise(), noise, torch.arange(2), 1.5))
+    model, recipe = digits_model(), RECIPES["repq-vit"]
+    result = quantize_model(model, recipe, BitWidths(4, 8), noise_drive(1, torch.arange(2)))
     path = tmp_path / "model.safetensors"
-    checkpoint.save(path, model, result, header("repq-vit", 4, recipe=RECIPES["repq-vit"]))
-    tensors = {key: value[:3].clone() if key.endswith(".operands") else value for key, value in load_file(path).items()}
-    fields = asdict(header("repq-vit", 4, recipe=RECIPES["repq-vit"], format_version=3))
+    checkpoint.save(path, model, result, header("repq-vit", 4))
+    tensors = load_file(path)
+    for key, value in tensors.items():
+        if key.endswith(".operands"):
+            tensors[key] = value[:3].clone()
+    fields = asdict(header("repq-vit", 4, format_version=3))
     save_file(tensors, path, metadata={"ditas": json.dumps(fields)})
-    scales = [each.probabilities.scale for each in checkpoint.read(path).operands.values()]
-    assert scales == [1.0] * 10 and all(each.probabilities.scale < 1 for each in result.operands.values())
+
+    read = checkpoint.read(path).operands
+    assert len(read) == 10
+    for name, operands in read.items():
+        assert operands.probabilities.scale == 1
+        assert result.operands[name].probabilities.scale < 1
 
 
-@pytest.mark.parametrize("adaln_bits, share", [(16, 2.0), (8, 1.0), (4, 0.5)])
+@pytest.mark.parametrize("adaln_bits, share", [
+    (16, 2.0),
+    (8, 1.0),
+    (4, 0.5),
+])
 def test_modulation_takes_its_share_of_the_file(tmp_path, adaln_bits, share):
     recipe = replace(RECIPES["rtn"], adaln_bits=adaln_bits)
     result = quantize_model(digits_model(), recipe, BitWidths(4, 8), None)
-    checkpoint.save(tmp_path / "model.safetensors", digits_model(), result, header("rtn", 4, recipe=recipe))
-    sizes = [value.numel() * value.element_size() for key, value in load_file(tmp_path / "model.safetensors").items()
-             if key.startswith("blocks.1.adaLN_modulation.1.") and key.endswith(("codes", "weight"))]
+    path = tmp_path / "model.safetensors"
+    checkpoint.save(path, digits_model(), result, header("rtn", 4, recipe=recipe))
+    sizes = []
+    for key, value in load_file(path).items():
+        if key.startswith("blocks.1.adaLN_modulation.1.") and key.endswith(("codes", "weight")):
+            sizes.append(value.numel() * value.element_size())
     assert sizes == [share * 6 * 128 * 128]
-    assert checkpoint.load(tmp_path / "model.safetensors")[0].recipe.adaln_bits == adaln_bits
+    assert checkpoint.load(path)[0].recipe.adaln_bits == adaln_bits
 
 
-@pytest.mark.parametrize("recipe_name, act_bit", [("ptq4dit", 16), ("repq-vit", 8), ("tfmq-dm", 16), ("qdit", 16), ("ptq4dit", 8)])
+@pytest.mark.parametrize("recipe_name, act_bit", [
+    ("ptq4dit", 16),
+    ("repq-vit", 8),
+    ("tfmq-dm", 16),
+    ("qdit", 16),
+    ("ptq4dit", 8),
+])
 def test_recipes_reload_without_activation_bits_and_in_bfloat16(tmp_path, recipe_name, act_bit):
     recipe = replace(RECIPES[recipe_name], iterations=1, population=2, generations=1)
-    model, noise, schedule = digits_model(), ImageNoise(0, range(2), (4, 8, 8)), make_schedule("1")
+    model = digits_model()
     result = quantize_model(
-        model, recipe, BitWidths(4, act_bit),
-        guided_drive(schedule, noise(), noise, torch.arange(2), 1.5),
-        search=GroupSearch(sqnr_judge(model, schedule, 0)))
+        model, recipe, BitWidths(4, act_bit), noise_drive(1, torch.arange(2)),
+        search=GroupSearch(sqnr_judge(model, make_schedule("1"), 0)))
     path = tmp_path / "model.safetensors"
-    checkpoint.save(path, model, result, header(recipe_name, 4, act_bit, recipe=recipe, groups=result.groups))
-    inputs = torch.randn(2, 4, 8, 8), torch.tensor([10, 800]), torch.tensor([0, 10])
-    exact = checkpoint.load(path)[1](*inputs)
+    written = header(recipe_name, 4, act_bit, recipe=recipe, groups=result.groups)
+    checkpoint.save(path, model, result, written)
+
+    inputs = torch.randn(2, *LATENT_SHAPE), torch.tensor([10, 800]), torch.tensor([0, 10])
+    output = checkpoint.load(path)[1](*inputs)
+    expected = install(stored(digits_model()), result.layers, operands=result.operands)
+    assert torch.equal(output, expected(*inputs))
     for folded in (False, True):
-        assert checkpoint.load(path, folded=folded, dtype=torch.bfloat16)[1](*inputs).dtype == torch.float32
-        assert torch.isfinite(checkpoint.load(path, folded=folded)[1](*inputs)).all()
-    assert torch.equal(exact, install(stored(digits_model()), result.layers, operands=result.operands)(*inputs))
+        _, half = checkpoint.load(path, folded=folded, dtype=torch.bfloat16)
+        assert half(*inputs).dtype == torch.float32
+        _, full = checkpoint.load(path, folded=folded)
+        assert torch.isfinite(full(*inputs)).all()

@@ -1,9 +1,10 @@
 """Checkpoints of this repository's older commits are still read, and compute the same.
 
 The files in ``tests/golden/`` are of a DiT-Digits with random weights, calibrated for three steps.
-They are compressed. adaLN weights repeat every four columns, so that 5.4 MB of format 1 become 1.4.
+They are compressed. adaLN weights repeat every four columns, so that 5.4 MB of format 1 become
+1.4.
 
-    format-1          commit 242d8d3  ditas W2A16: a byte a zero point; float32 factors, scales, adaLN
+    format-1          commit 242d8d3  ditas W2A16: byte zero points; float32 factors, scales, adaLN
     format-2          commit b2b1b51  ditas W4A16: two-level scales, integer branch, adaLN of 8 bits
     format-3          commit 73e547f  repq-vit W2A8: static ranges, shifts, powers of root 2 from 1
     format-4          commit b4f607d  qdit W2A16: group sizes that differ from layer to layer
@@ -12,9 +13,10 @@ They are compressed. adaLN weights repeat every four columns, so that 5.4 MB of 
 ``formats.npz`` holds inputs, and what the same commit computed from its own file, not folded.
 
 Without activation quantisers outputs differ by rounding errors alone, and have to agree to 90 dB.
-With them an input may lie on a rounding tie: its code may flip on another processor or after folding.
-Through ten blocks flips grow to what 8 bits lose at all, 34 dB, so one whole forward tells little.
-So each block also gets a recorded input. A flip leaves 44 dB and more there, and most blocks have none.
+With them an input may lie on a rounding tie: its code may flip on another processor or after
+folding. Through ten blocks flips grow to what 8 bits lose at all, 34 dB, so one whole forward tells
+little. So each block also gets a recorded input. A flip leaves 44 dB and more there, and most
+blocks have none.
 A range that is 2 % off leaves no block more than 41 dB, so that the median of ten tells them apart.
 """
 import json
@@ -37,21 +39,59 @@ WEIGHT_ONLY = ("format-1", "format-2", "format-4")
 STATIC = ("format-3", "format-4-static")
 FILES = WEIGHT_ONLY + STATIC
 
-COMMON = {"model": "DiT-Digits", "image_size": 16, "num_classes": 10, "seed": 0,
-          "num_sampling_steps": "3", "svd": "fast"}
+COMMON = {
+    "model": "DiT-Digits",
+    "image_size": 16,
+    "num_classes": 10,
+    "seed": 0,
+    "num_sampling_steps": "3",
+    "svd": "fast",
+}
 WRITTEN = {
-    "format-1": {"format_version": 1, "recipe_name": "ditas", "weight_bit": 2, "act_bit": 16},
-    "format-2": {"format_version": 2, "recipe_name": "ditas", "weight_bit": 4, "act_bit": 16},
-    "format-3": {"format_version": 3, "recipe_name": "repq-vit", "weight_bit": 2, "act_bit": 8},
-    "format-4": {"format_version": 4, "recipe_name": "qdit", "weight_bit": 2, "act_bit": 16},
-    "format-4-static": {"format_version": 4, "recipe_name": "repq-vit act-steps=each",
-                        "weight_bit": 2, "act_bit": 8},
+    "format-1": {
+        "format_version": 1,
+        "recipe_name": "ditas",
+        "weight_bit": 2,
+        "act_bit": 16,
+    },
+    "format-2": {
+        "format_version": 2,
+        "recipe_name": "ditas",
+        "weight_bit": 4,
+        "act_bit": 16,
+    },
+    "format-3": {
+        "format_version": 3,
+        "recipe_name": "repq-vit",
+        "weight_bit": 2,
+        "act_bit": 8,
+    },
+    "format-4": {
+        "format_version": 4,
+        "recipe_name": "qdit",
+        "weight_bit": 2,
+        "act_bit": 16,
+    },
+    "format-4-static": {
+        "format_version": 4,
+        "recipe_name": "repq-vit act-steps=each",
+        "weight_bit": 2,
+        "act_bit": 8,
+    },
 }
 # What a format did not know yet, and the only thing that its recipes did then.
 IMPLIED = {
-    "format-1": {"adaln_bits": 16, "scope": "blocks", "act_range": "dynamic"},
-    "format-2": {"scope": "blocks", "act_range": "dynamic", "attention": "none",
-                 "weight": "nearest"},
+    "format-1": {
+        "adaln_bits": 16,
+        "scope": "blocks",
+        "act_range": "dynamic",
+    },
+    "format-2": {
+        "scope": "blocks",
+        "act_range": "dynamic",
+        "attention": "none",
+        "weight": "nearest",
+    },
     "format-3": {},
     "format-4": {},
     "format-4-static": {},
@@ -61,11 +101,12 @@ IMPLIED = {
 # The product's API, in one place.
 
 def load(path: Path, folded: bool = False) -> nn.Module:
+    """Load the model of a checkpoint."""
     return checkpoint.load(path, folded=folded)[1]
 
 
 def read_fields(path: Path) -> dict:
-    """The header as the product reads it, with its recipe as a dict."""
+    """Read the header as the product does, with its recipe as a dict."""
     return asdict(checkpoint.read_header(path))
 
 
@@ -77,6 +118,7 @@ def name(request) -> str:
 
 
 def unpack(name: str, folder: Path) -> Path:
+    """Unpack an old checkpoint into a folder."""
     path = folder / f"{name}.safetensors"
     path.write_bytes(lzma.decompress((GOLDEN / f"{name}.safetensors.xz").read_bytes()))
     return path
@@ -84,18 +126,17 @@ def unpack(name: str, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def old(name, tmp_path_factory) -> Path:
-    """The old checkpoint, unpacked."""
     return unpack(name, tmp_path_factory.mktemp("old"))
 
 
 def stored_fields(path: Path) -> dict:
-    """The header as it is written in the file."""
+    """Read the header as it is written in the file."""
     with safe_open(path, framework="pt") as file:
         return json.loads(file.metadata()["ditas"])
 
 
 def renumbered(old: Path, version: int) -> Path:
-    """A copy whose header claims another format."""
+    """Write a copy whose header claims another format."""
     fields = stored_fields(old) | {"format_version": version}
     path = old.with_name(f"claims-{version}.safetensors")
     save_file(load_file(old), path, metadata={"ditas": json.dumps(fields)})
@@ -103,6 +144,7 @@ def renumbered(old: Path, version: int) -> Path:
 
 
 def recorded(name: str) -> dict[str, Tensor]:
+    """Load what the commit that wrote a file computed from it, and from what."""
     prefix = f"{name.replace('-', '', 1)}/"
     arrays = golden("formats")
     keys = [key for key in arrays if key.startswith(prefix)]
@@ -110,7 +152,7 @@ def recorded(name: str) -> dict[str, Tensor]:
 
 
 def listed(value):
-    """Tuples as lists, as JSON has them."""
+    """Turn a tuple into a list, as JSON has it."""
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -119,29 +161,40 @@ def listed(value):
 def test_the_header_says_what_was_written(name, old):
     read, stored = read_fields(old), stored_fields(old)
     for key, value in (COMMON | WRITTEN[name]).items():
-        assert read[key] == stored[key] == value, key
+        assert stored[key] == value, key
+        assert read[key] == value, key
+    alphas = 40 if stored["recipe_name"] == "ditas" else 0
+    assert len(stored["alphas"]) == alphas
     assert read["alphas"] == stored["alphas"]
-    assert len(stored["alphas"]) == (40 if stored["recipe_name"] == "ditas" else 0)
+    group_sizes = {32, 64, 128} if name == "format-4" else set()
+    assert set(read["groups"].values()) == group_sizes
     assert read["groups"] == stored.get("groups", {})
-    assert set(read["groups"].values()) == ({32, 64, 128} if name == "format-4" else set())
     for key, value in stored["recipe"].items():
         assert listed(read["recipe"][key]) == value, key
+
+
+def test_what_a_format_did_not_know_is_filled_in(name, old):
+    read, stored = read_fields(old)["recipe"], stored_fields(old)["recipe"]
     for key, value in IMPLIED[name].items():
-        assert read["recipe"][key] == value and key not in stored["recipe"], key
+        assert read[key] == value, key
+        assert key not in stored, key
 
 
 @pytest.mark.parametrize("folded", [False, True])
 def test_outputs_are_those_of_the_commit_that_wrote_the_file(name, old, folded):
     values, model = recorded(name), load(old, folded)
-    found = model(values["x"], values["t"], values["y"])
-    assert sqnr_db(values["output"], found) >= (90 if name in WEIGHT_ONLY else 28)
+    output = model(values["x"], values["t"], values["y"])
+    assert sqnr_db(values["output"], output) >= (90 if name in WEIGHT_ONLY else 28)
     if name in WEIGHT_ONLY:
         return
-    assert len(model.blocks) == len(values["blocks"]) == 10
+    assert len(model.blocks) == 10
+    assert len(values["blocks"]) == 10
     fidelity = []
     for expected, block in zip(values["blocks"], model.blocks):
-        fidelity.append(sqnr_db(expected, block(values["tokens"], values["condition"])))
-    assert sorted(fidelity)[5] >= 45 and min(fidelity) >= 30, fidelity
+        tokens = block(values["tokens"], values["condition"])
+        fidelity.append(sqnr_db(expected, tokens))
+    assert sorted(fidelity)[5] >= 45, fidelity
+    assert min(fidelity) >= 30, fidelity
 
 
 def test_truncated_files_are_refused(old, tmp_path):
@@ -156,7 +209,10 @@ def test_formats_of_the_future_are_refused(old):
         load(renumbered(old, 99))
 
 
-@pytest.mark.parametrize("name, claimed", [("format-3", 4), ("format-4-static", 3)])
+@pytest.mark.parametrize("name, claimed", [
+    ("format-3", 4),
+    ("format-4-static", 3),
+])
 def test_the_version_decides_how_powers_of_root_2_are_read(name, claimed, tmp_path):
     with pytest.raises(UserError, match="operands is"):
         load(renumbered(unpack(name, tmp_path), claimed))

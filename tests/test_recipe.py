@@ -1,27 +1,30 @@
 """Which parts of recipes go together, and what they see of the trajectory."""
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_model, relative, scope_linears
+from conftest import noise_drive, random_model, relative, scope_linears
+from torch import Tensor, nn
 
 from architectures.registry import architecture_of
 from cli.recipe_flags import FLAGS, build_recipe
 from config import RECIPES
-from diffusion import ImageNoise, make_schedule
-from diffusion.generate import guided_drive
 from errors import UserError
 from evaluation.judge import Judge
 from quant.calibration.observers import ImageMaxima, Samples, StepRange, pick
 from quant.calibration.trajectory import record, replay
-from quant.calibration.watch import Watch
+from quant.calibration.watch import Observer, Watch
 from quant.numerics.tokens import matrix
 from quant.pipeline import quantize_model
 from quant.recipe import BitWidths, check_recipe
 from quant.refinement.allocation import GroupSearch
 from QuantDiT import make_parser
+
+STEPS, IMAGES = 6, 3
+W4A8 = BitWidths(4, 8)
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
@@ -29,7 +32,7 @@ def test_every_recipe_is_sound(name):
     check_recipe(RECIPES[name], 8)
 
 
-@pytest.mark.parametrize("name, changes, words", [
+@pytest.mark.parametrize("name, changes, advice", [
     ("rtn", {"weight_scales": "two-level"}, "--weight-granularity group"),
     ("rtn", {"weight_granularity": "group"}, "--group-size"),
     ("rtn", {"weight_granularity": "strided"}, "--group-size"),
@@ -41,149 +44,224 @@ def test_every_recipe_is_sound(name):
     ("ditas", {"act_range": "static", "act_granularity": "tensor"}, "--alpha"),
     ("rtn", {"balance": "tas"}, "--alpha"),
     ("ditas-published", {"weight": "gptq"}, "--weight nearest"),
-    ("rtn", {"weight": "gptq", "weight_granularity": "strided", "weight_group": 32}, "--weight-granularity"),
+    ("rtn", {"weight": "gptq", "weight_granularity": "strided", "weight_group": 32},
+     "--weight-granularity"),
     ("ditas", {"weight": "adaround"}, "--lowrank 0"),
     ("ditas", {"weight_range": "shrink"}, "--weight-scales float"),
     ("ditas-published", {"metric": "output"}, "--lowrank-metric weight"),
     ("rtn", {"group_sizes": (32,)}, "--weight-granularity group"),
     ("ditas", {"scope": "adaln"}, "--adaln-weight-bit 16"),
 ])
-def test_parts_that_do_not_go_together_are_refused(name, changes, words):
+def test_parts_that_do_not_go_together_are_refused(name, changes, advice):
     with pytest.raises(ValueError, match="do not go together") as caught:
         check_recipe(replace(RECIPES[name], **changes), 8)
-    assert words in str(caught.value)
+    assert advice in str(caught.value)
 
 
 def test_every_part_has_a_flag_and_every_flag_its_part():
-    parts = {flag.field for flag in FLAGS}
-    assert parts <= set(RECIPES["rtn"].__dataclass_fields__) and len(parts) == len(FLAGS)
-    assert set(RECIPES["rtn"].__dataclass_fields__) - parts == {"convention", "rounds", "keep", "order"}  # of the published code only
-    words = ["--recipe", "rtn", "--balance", "tas", "--alpha", "0.5", "--weight", "gptq", "--group-sizes", "32/64", "--lowrank", "paper", "--act-granularity", "token"]
-    recipe = build_recipe(make_parser().parse_args(words))
-    assert recipe == replace(RECIPES["rtn"], balance="tas", alphas=(0.5,), weight="gptq", group_sizes=(32, 64), rank=None, act_granularity="token")
+    parts = set(RECIPES["rtn"].__dataclass_fields__)
+    flagged = {flag.field for flag in FLAGS}
+    assert flagged <= parts
+    assert len(flagged) == len(FLAGS)
+    # Those without a flag are of the published code only.
+    assert parts - flagged == {"convention", "rounds", "keep", "order"}
 
 
-@pytest.mark.parametrize("words, message", [
-    (["--alpha", "1.5"], "--alpha '1.5'"), (["--weight", "up"], "--weight up is not available"), (["--group-sizes", "32,x"], "--group-sizes '32,x'"),
-    (["--iterations", "many"], "--iterations 'many'"), (["--lowrank", "-2"], "--lowrank -2"), (["--scope", "final"], "expected one of blocks, adaln, all"),
+def test_flags_change_the_parts_of_a_recipe():
+    arguments = [
+        "--recipe", "rtn",
+        "--balance", "tas",
+        "--alpha", "0.5",
+        "--weight", "gptq",
+        "--group-sizes", "32/64",
+        "--lowrank", "paper",
+        "--act-granularity", "token",
+    ]
+    recipe = build_recipe(make_parser().parse_args(arguments))
+    assert recipe == replace(
+        RECIPES["rtn"],
+        balance="tas",
+        alphas=(0.5,),
+        weight="gptq",
+        group_sizes=(32, 64),
+        rank=None,
+        act_granularity="token")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--alpha", "1.5"], "--alpha '1.5'"),
+    (["--weight", "up"], "--weight up is not available"),
+    (["--group-sizes", "32,x"], "--group-sizes '32,x'"),
+    (["--iterations", "many"], "--iterations 'many'"),
+    (["--lowrank", "-2"], "--lowrank -2"),
+    (["--scope", "final"], "expected one of blocks, adaln, all"),
 ])
-def test_a_wrong_part_is_named(words, message):
+def test_a_wrong_part_is_named(arguments, message):
     with pytest.raises(UserError, match=message):
-        build_recipe(make_parser().parse_args(words))
+        build_recipe(make_parser().parse_args(arguments))
 
 
 def test_scopes_hold_what_they_say():
     model = random_model()
-    names = {scope: set(scope_linears(model, scope)) for scope in ("blocks", "adaln", "all")}
-    assert len(names["blocks"]) == 8 and len(names["adaln"] - names["blocks"]) == 2
-    every = {name for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))}
-    assert names["all"] == every
+    blocks = set(scope_linears(model, "blocks"))
+    adaln = set(scope_linears(model, "adaln"))
+    everything = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            everything.add(name)
+    assert len(blocks) == 8
+    assert len(adaln - blocks) == 2
+    assert set(scope_linears(model, "all")) == everything
 
 
-def recorded(observers, tokens):
-    model, n = random_model(), 3
-    linears = scope_linears(model, "all")
-    noise = ImageNoise(0, range(n), (4, 8, 8))
+def keep_inputs(linears: dict[str, nn.Module]) -> dict[str, list[Tensor]]:
+    """Note every input of some linears, in lists that grow."""
     inputs = {name: [] for name in linears}
+
+    def hook_of(name):
+        return lambda module, args, output: inputs[name].append(args[0])
+
     for name, linear in linears.items():
-        linear.register_forward_hook(lambda m, i, o, name=name: inputs[name].append(i[0]))
-    drive = guided_drive(make_schedule("6"), noise(), noise, torch.arange(n), 1.5)
+        linear.register_forward_hook(hook_of(name))
+    return inputs
+
+
+def replay_to(
+    new_observer: Callable[[], Observer], tokens: int
+) -> tuple[dict[str, nn.Module], dict[str, Tensor], dict[str, Observer]]:
+    """Record a trajectory, and replay it to an observer of every linear of a small model.
+
+    Returns:
+        The linears, their inputs (steps, 2N, ...) while the model sampled, and their observers.
+    """
+    model = random_model()
+    linears = scope_linears(model, "all")
+    inputs = keep_inputs(linears)
+    drive = noise_drive(STEPS, torch.arange(IMAGES))
     trajectory, _ = record(model, architecture_of(model).sites(model, "all"), drive)
-    straight = {name: torch.stack(parts[:6]) for name, parts in inputs.items()}  # (steps, 2N, ...)
+    straight = {name: torch.stack(parts[:STEPS]) for name, parts in inputs.items()}
     watch = Watch()
-    made = {name: watch.add(name, "test", observers) for name in linears}
+    observers = {name: watch.add(name, "test", new_observer) for name in linears}
     replay(model, trajectory, watch, tokens, "test")
-    return linears, straight, made
+    return linears, straight, observers
 
 
-class Both:
-    """All tokens, four of them, and outputs."""
+class InputsAndOutputs:
+    """Samples a linear's inputs, four tokens of each input, and its outputs."""
 
-    def __init__(self, picks):
-        self.inputs, self.few, self.outputs = Samples(picks), Samples(picks, 4), Samples(picks)
+    def __init__(self, picks: Tensor):
+        self.inputs = Samples(picks)
+        self.four_tokens = Samples(picks, 4)
+        self.outputs = Samples(picks)
 
-    def __call__(self, x, y):
+    def __call__(self, x: Tensor, y: Tensor) -> None:
         self.inputs(x, y)
-        self.few(x, y)
+        self.four_tokens(x, y)
         self.outputs(y, y)
 
 
 @pytest.mark.parametrize("tokens", [1, 300])
 def test_samples_are_the_inputs_and_outputs_at_the_picked_images(tokens):
-    picks = pick(6, 6, 20, "uniform")
-    linears, straight, made = recorded(lambda: Both(picks), tokens)
+    picks = pick(STEPS, 2 * IMAGES, 20, "uniform")
+    linears, straight, observers = replay_to(lambda: InputsAndOutputs(picks), tokens)
     for name in ("blocks.1.mlp.fc2", "t_embedder.mlp.2", "final_layer.linear"):
+        observer, linear = observers[name], linears[name]
+        inputs = observer.inputs.value
         expected = torch.stack([straight[name][step, image] for step, image in picks])
+        # A vector per image is a single token.
         expected = expected if expected.dim() == 3 else expected.unsqueeze(1)
-        assert torch.allclose(made[name].inputs.value, expected, atol=1e-5)
-        assert torch.equal(made[name].few.value, made[name].inputs.value[:, ::4][:, :4] if expected.shape[1] > 1 else made[name].inputs.value)
-        outputs = F.linear(expected, matrix(linears[name]), linears[name].bias)
-        assert relative(made[name].outputs.value, outputs) < 1e-6
-    patches, embed = made["x_embedder.proj"], linears["x_embedder.proj"]
+        assert torch.allclose(inputs, expected, atol=1e-5)
+        four = inputs[:, ::4][:, :4] if expected.shape[1] > 1 else inputs
+        assert torch.equal(observer.four_tokens.value, four)
+        outputs = F.linear(expected, matrix(linear), linear.bias)
+        assert relative(observer.outputs.value, outputs) < 1e-6
+
+    patches, embedder = observers["x_embedder.proj"], linears["x_embedder.proj"]
     assert patches.inputs.value.shape == (20, 16, 16)
     # Inputs of several hundred cancel in single outputs: rounding errors are those of the whole.
-    outputs = F.linear(patches.inputs.value, matrix(embed), embed.bias)
+    outputs = F.linear(patches.inputs.value, matrix(embedder), embedder.bias)
     assert relative(patches.outputs.value, outputs) < 1e-6
 
 
-def test_maxima_and_ranges_are_those_of_the_inputs():
-    _, straight, made = recorded(ImageMaxima, 100)
+def test_maxima_are_those_of_the_inputs():
+    _, straight, maxima = replay_to(ImageMaxima, 100)
     name = "blocks.0.attn.proj"
-    assert torch.allclose(made[name].value, straight[name].abs().amax(2).flatten(0, 1), atol=1e-5)
-    _, straight, made = recorded(StepRange, 100)
+    expected = straight[name].abs().amax(2).flatten(0, 1)
+    assert torch.allclose(maxima[name].value, expected, atol=1e-5)
+
+
+def test_ranges_are_those_of_the_inputs():
+    _, straight, ranges = replay_to(StepRange, 100)
     for name in ("blocks.0.adaLN_modulation.1", "t_embedder.mlp.0"):
-        assert torch.allclose(made[name].low, straight[name].flatten(1).amin(1), atol=1e-5)
-        assert torch.allclose(made[name].high, straight[name].flatten(1).amax(1), atol=1e-5)
+        inputs = straight[name].flatten(1)
+        assert torch.allclose(ranges[name].low, inputs.amin(1), atol=1e-5)
+        assert torch.allclose(ranges[name].high, inputs.amax(1), atol=1e-5)
 
 
 def test_ptq4dm_draws_more_of_the_cleaner_steps():
-    normal, uniform = (pick(50, 32, 20_000, spread).numpy() for spread in ("normal", "uniform"))
+    normal = pick(50, 32, 20_000, "normal").numpy()
+    uniform = pick(50, 32, 20_000, "uniform").numpy()
     assert np.array_equal(np.bincount(uniform[:, 0]), np.full(50, 400))
-    counts = np.bincount(normal[:, 0], minlength=50)
-    rng = np.random.default_rng(0)  # the same draw by the book: N(0.4, 0.4) stretched to [0, 1], 0 the clean end
-    time = rng.normal(0.4, 0.4, 20_000)
+
+    # The same draw by the book: N(0.4, 0.4) stretched to [0, 1], where 0 is the clean end.
+    time = np.random.default_rng(0).normal(0.4, 0.4, 20_000)
     time = (time - time.min()) / (time.max() - time.min())
-    assert abs(normal[:, 0].mean() - 49.5 + 50 * time.mean()) < 3 and counts.argmax() in range(17, 35) and counts[0] < 30
+    counts = np.bincount(normal[:, 0], minlength=50)
+    assert abs(normal[:, 0].mean() - 49.5 + 50 * time.mean()) < 3
+    assert counts.argmax() in range(17, 35)
+    assert counts[0] < 30
+
     for picks in (normal, uniform):
-        assert (np.diff(picks[:, 0]) >= 0).all() and picks[:, 1].min() >= 0 and picks[:, 1].max() == 31
+        steps, images = picks.T
+        assert (np.diff(steps) >= 0).all()
+        assert images.min() >= 0
+        assert images.max() == 31
+
+
+def small_fc2_large_elsewhere(quantised: nn.Module) -> float:
+    """Judge a model by its group sizes: small ones are liked in fc2 and large ones elsewhere."""
+    score = 0
+    for name, module in quantised.named_modules():
+        if not hasattr(getattr(module, "act", None), "spec"):
+            continue
+        size = module.act.spec.group
+        score += size / 32 if name.endswith("fc2") else -size / 32
+    return score
 
 
 def test_group_sizes_are_chosen_by_the_judge(tmp_path):
-    """A judge that likes small groups in one kind of layer and large ones elsewhere gets them, within the constraint."""
-    model, n = random_model(hidden_size=128, num_heads=4), 2
+    """A judge that likes small groups in one kind of layer gets them, within the constraint."""
+    model = random_model(hidden_size=128, num_heads=4)
     recipe = replace(RECIPES["qdit"], weight="nearest", population=16, generations=8)
-    noise = ImageNoise(0, range(n), (4, 8, 8))
-
-    def judge(quantised):
-        sizes = {name: module.act.spec.group for name, module in quantised.named_modules() if hasattr(getattr(module, "act", None), "spec")}
-        return sum(size / 32 if name.endswith("fc2") else -size / 32 for name, size in sizes.items())
+    judge = Judge(small_fc2_large_elsewhere, "test")
     result = quantize_model(
-        model, recipe, BitWidths(4, 8),
-        guided_drive(make_schedule("2"), noise(), noise, torch.arange(n), 1.5),
-        search=GroupSearch(Judge(judge, "test"), tmp_path / "found.json"))
+        model, recipe, W4A8, noise_drive(2, torch.arange(2)),
+        search=GroupSearch(judge, tmp_path / "found.json"))
     assert result.groups.keys() == result.layers.keys()
-    assert all(result.groups[name] == (32 if name.endswith("fc2") else 128) for name in result.groups)
     for name, layer in result.layers.items():
-        assert layer.weight.base.spec.group == layer.act.spec.group == result.groups[name]
-    assert [each.best for each in result.evolution] == sorted((each.best for each in result.evolution), reverse=True)
+        assert result.groups[name] == (32 if name.endswith("fc2") else 128)
+        assert layer.weight.base.spec.group == result.groups[name]
+        assert layer.act.spec.group == result.groups[name]
+    best = [generation.best for generation in result.evolution]
+    assert best == sorted(best, reverse=True)
 
 
 def test_group_sizes_that_divide_nothing_are_refused():
-    model, noise = random_model(), ImageNoise(0, range(1), (4, 8, 8))
     recipe = replace(RECIPES["qdit"], group_sizes=(7,), weight="nearest", weight_group=64)
     with pytest.raises(ValueError, match="none of the group sizes"):
         quantize_model(
-            model, recipe, BitWidths(4, 8),
-            guided_drive(make_schedule("1"), noise(), noise, torch.arange(1), 1.5),
+            random_model(), recipe, W4A8, noise_drive(1, torch.arange(1)),
             search=GroupSearch(Judge(lambda _: 0.0, "test")))
 
 
-@pytest.mark.parametrize("changes", [{"balance": "none"}, {"balance": "salience"}, {"scope": "all"}])
-def test_the_published_order_takes_other_parts_too(changes):
-    model, noise = random_model(hidden_size=128), ImageNoise(0, range(2), (4, 8, 8))
+@pytest.mark.parametrize("changes, balanced", [
+    ({"balance": "none"}, 0),
+    ({"balance": "salience"}, 6),
+    ({"scope": "all"}, 8),
+])
+def test_the_published_order_takes_other_parts_too(changes, balanced):
+    model = random_model(hidden_size=128)
     recipe = replace(RECIPES["ditas-published"], rounds=1, rank=2, **changes)
-    result = quantize_model(
-        model, recipe, BitWidths(4, 8),
-        guided_drive(make_schedule("2"), noise(), noise, torch.arange(2), 1.5))
-    smoothed = sum(layer.smoothing.factors is not None for layer in result.layers.values())
-    assert smoothed == {"none": 0, "salience": 6}.get(changes.get("balance"), 8)
+    result = quantize_model(model, recipe, W4A8, noise_drive(2, torch.arange(2)))
+    smoothings = [layer.smoothing for layer in result.layers.values()]
+    assert sum(smoothing.factors is not None for smoothing in smoothings) == balanced

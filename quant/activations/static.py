@@ -159,9 +159,21 @@ class StaticOperands:
             self._samples[site.name] = watch.add(attention, OperandSamples, self._new_samples)
 
     def finish(self, smoothing: dict[str, Smoothing]) -> dict[str, Operands]:
-        """Find the quantisers of every attention, given the smoothing of each site."""
-        return {self._by_output[output].name: self._operands(samples, smoothing[output])
-                for output, samples in self._samples.items()}
+        """Find the quantisers of every attention, given the smoothing of each site.
+
+        Raises:
+            ValueError: an attention never multiplied where its operands can be seen.
+        """
+        operands = {}
+        for output, samples in self._samples.items():
+            name = self._by_output[output].name
+            if samples.is_empty:
+                raise ValueError(
+                    f"attention {name} never called scaled_dot_product_attention, where its "
+                    "operands are quantised: let it (timm's does under TIMM_FUSED_ATTN=1), or give "
+                    "--attention none")
+            operands[name] = self._operands(samples, smoothing[output])
+        return operands
 
     def _operands(self, samples: OperandSamples, smoothing: Smoothing) -> Operands:
         query, key, value = samples.value  # (P, T, D) each

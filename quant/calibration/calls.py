@@ -1,5 +1,5 @@
 """Calls of a model: its arguments by name, recorded while it runs and put together again."""
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,10 +64,16 @@ def can_stack(calls: Sequence[Call], batched: Sequence[str]) -> bool:
 
 
 def _stacks(values: list[Any], is_batched: bool, images: int) -> bool:
-    if is_batched and isinstance(values[0], Tensor):
-        return values[0].dim() > 0 and all(
-            len(value) == images and value.shape == values[0].shape for value in values)
-    return all(_same(value, values[0]) for value in values)
+    first = values[0]
+    if is_batched and isinstance(first, dict):
+        if not all(isinstance(value, dict) and value.keys() == first.keys() for value in values):
+            return False
+        return all(_stacks([value[key] for value in values], True, images) for key in first)
+    if is_batched and isinstance(first, Tensor):
+        return first.dim() > 0 and all(
+            isinstance(value, Tensor) and len(value) == images and value.shape == first.shape
+            for value in values)
+    return all(_same(value, first) for value in values)
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -81,11 +87,28 @@ def _same(a: Any, b: Any) -> bool:
 
 def stack(calls: Sequence[Call], batched: Sequence[str]) -> Call:
     """Make one call of several (see ``can_stack``), image after image."""
-    stacked = dict(calls[0])
+    return _combined(calls, batched, torch.cat)
+
+
+def _combined(
+    calls: Sequence[Call], batched: Sequence[str], combine: Callable[[list[Tensor]], Tensor]
+) -> Call:
+    """Combine what the calls have for each image; the rest is that of the first call."""
+    combined = dict(calls[0])
     for name in batched:
-        if isinstance(stacked.get(name), Tensor):
-            stacked[name] = torch.cat([call[name] for call in calls])
-    return stacked
+        if name in combined:
+            combined[name] = _combine([call[name] for call in calls], combine)
+    return combined
+
+
+def _combine(values: list[Any], combine: Callable[[list[Tensor]], Tensor]) -> Any:
+    """Combine tensors, on their own or in dicts of them; other values are all the same."""
+    first = values[0]
+    if isinstance(first, Tensor):
+        return combine(values)
+    if isinstance(first, dict):
+        return {key: _combine([value[key] for value in values], combine) for key in first}
+    return first
 
 
 def take(calls: Sequence[Call], picks: Tensor, batched: Sequence[str]) -> Call:
@@ -96,8 +119,9 @@ def take(calls: Sequence[Call], picks: Tensor, batched: Sequence[str]) -> Call:
     """
     if not can_stack(calls, batched):
         raise ValueError("block reconstruction needs calls that differ in their images only")
-    taken = dict(calls[0])
-    for name in batched:
-        if isinstance(taken.get(name), Tensor):
-            taken[name] = torch.stack([calls[call][name][image] for call, image in picks.tolist()])
-    return taken
+    chosen = picks.tolist()
+
+    def pick_images(tensors: list[Tensor]) -> Tensor:
+        return torch.stack([tensors[call][image] for call, image in chosen])
+
+    return _combined(calls, batched, pick_images)

@@ -74,6 +74,11 @@ class OperandSamples:
             samples(tokens, tokens)
 
     @property
+    def is_empty(self) -> bool:
+        """Whether the attention never multiplied."""
+        return self.heads == 0
+
+    @property
     def value(self) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values in the order of the picks, heads side by side, (P, T, D)."""
         query, key, value = self._samples

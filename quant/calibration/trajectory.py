@@ -47,8 +47,8 @@ class Trajectory:
 
     @property
     def images(self) -> int:
-        """Images in a call; with guidance each one counts twice."""
-        return batch_size(self.calls[0], self.batched)
+        """Images in every call, in the smallest one; with guidance each one counts twice."""
+        return min(batch_size(call, self.batched) for call in self.calls)
 
     def take(self, picks: Tensor) -> Call:
         """Make a call of single images; ``picks`` (P, 2) are their steps and numbers there."""
