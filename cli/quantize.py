@@ -1,7 +1,7 @@
 """The story of quantising: load, quantise, save, draw, report, and say what comes next.
 
-Memory holds one whole model at a time. What the float model adds to the picture is drawn as
-latents and decoded at the end, when both models are gone.
+Memory holds one whole model at a time. The float model's half of the picture is sampled before
+that model goes, and both halves are decoded when no model is left.
 """
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -228,8 +228,8 @@ def decode_pair(
         UserError: a model produced NaN.
     """
     pictures = []
-    for each_models in (float_latents, latents):
-        images = user_value(to_bytes, decoder(each_models))
+    for of_model in (float_latents, latents):
+        images = user_value(to_bytes, decoder(of_model))
         pictures.append(grid(images, columns=PICTURE_COLUMNS))
     title = f"W{settings.weight_bits}A{settings.act_bits} {settings.label}"
     return side_by_side(pictures, ["float", title])

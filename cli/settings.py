@@ -200,20 +200,10 @@ def sample_settings(args: argparse.Namespace) -> SampleSettings:
     _check_what_is_made(args)
     _check_log_file(args.log_file)
 
-    # What is sampled: a checkpoint, or a float model.
-    if args.path is not None:
-        path = checkpoint.find(args.path)
-        header = _open_checkpoint(args, path)
-        model = ModelChoice(header.model, find_card(header.model), header.image_size,
-                            header.num_classes, None, args.vae)
-        steps = args.num_sampling_steps or header.num_sampling_steps
-    else:
-        path = None
-        model = _choose_float_model(args)
-        steps = args.num_sampling_steps or "50"
+    model, path, steps = _choose_source(args)
     user_value(make_schedule, steps)
 
-    # A restart by torchrun repeats the command line, but must not delete what was made before it.
+    # A restart by torchrun repeats the command line: it must not delete what was made before.
     first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     return SampleSettings(
         model=model,
@@ -302,6 +292,23 @@ def _open_checkpoint(args: argparse.Namespace, path: Path) -> checkpoint.Header:
             raise UserError(f"--{flag} {given} contradicts '{path}', which has {stored}: "
                             "drop the flag or give another --path")
     return header
+
+
+def _choose_source(args: argparse.Namespace) -> tuple[ModelChoice, Path | None, str]:
+    """Find the model, the checkpoint if one is sampled, and the sampling steps."""
+    if args.path is None:
+        return _choose_float_model(args), None, args.num_sampling_steps or "50"
+    path = checkpoint.find(args.path)
+    header = _open_checkpoint(args, path)
+    model = ModelChoice(
+        name=header.model,
+        card=find_card(header.model),
+        image_size=header.image_size,
+        num_classes=header.num_classes,
+        weights=None,
+        vae=args.vae,
+    )
+    return model, path, args.num_sampling_steps or header.num_sampling_steps
 
 
 def _choose_float_model(args: argparse.Namespace) -> ModelChoice:
