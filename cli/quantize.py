@@ -3,6 +3,7 @@
 Memory holds one whole model at a time. The float model's half of the picture is sampled before
 that model goes, and both halves are decoded when no model is left.
 """
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -92,9 +93,11 @@ def quantize(settings: QuantizeSettings) -> Quantized:
         with stage("observe"):
             shown = look_at_layers(settings, model, result, schedule, shown_layers)
     del model, result
+    gc.collect()  # hooks and closures hold them in cycles, which else may live for minutes
 
     with stage("quantised samples"):
         latents = draw_latents(settings, load_quantised(settings, device), schedule)
+    gc.collect()
     with stage("decode"):
         pair = decode_pair(settings, decoder, float_latents, latents)
     save_picture(settings, pair)

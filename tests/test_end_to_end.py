@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from conftest import call, error_line, random_model
 from PIL import Image
 from test_download import tiny_vae
 
+import cli.quantize
 import QuantDiT
 import sample_merge_TAS
 from quant import checkpoint
@@ -68,6 +70,39 @@ def test_the_time_of_every_stage_is_printed_when_it_ends(quantised):
     wrote = f"wrote results/DiT-Digits-16-W4A8-ditas{checkpoint.SUFFIX}"
     assert order.index("save") < order.index(wrote) < order.index("float samples")
     assert lines[-1].startswith("next: torchrun")
+
+
+def test_one_model_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    """Peak memory of the whole command stays that of quantising."""
+    monkeypatch.chdir(tmp_path)
+    loaded = {}
+    lives = {}
+
+    def watch(name: str, later: str) -> None:
+        load = getattr(cli.quantize, name)
+
+        def watched(*arguments):
+            lives[later] = [other for other, model in loaded.items() if model() is not None]
+            model = load(*arguments)
+            loaded[name] = weakref.ref(model)
+            return model
+        monkeypatch.setattr(cli.quantize, name, watched)
+
+    watch("load_float", "at the float model")
+    watch("load_quantised", "at the quantised model")
+    decode = cli.quantize.decode_pair
+
+    def decode_pair(*arguments):
+        lives["when decoding"] = [name for name, model in loaded.items() if model() is not None]
+        return decode(*arguments)
+
+    monkeypatch.setattr(cli.quantize, "decode_pair", decode_pair)
+    call(QuantDiT, "--model", "DiT-Digits", "--num-sampling-steps", 2, "--report", "report")
+    assert lives == {
+        "at the float model": [],
+        "at the quantised model": [],
+        "when decoding": [],
+    }
 
 
 def npz(folder: Path) -> bytes:
