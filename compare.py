@@ -29,6 +29,10 @@ It is printed and written as Markdown and CSV, with --report also as pictures.
         --bits W8A8 W6A8 W4A8 --num-fid-samples 10000 --nproc 8 \\
         --reference VIRTUAL_imagenet256_labeled.npz VIRTUAL_imagenet512.npz
 """
+from cli.threads import wait_gently
+
+wait_gently()  # before torch loads, which reads it once
+
 import argparse
 import signal
 import sys

@@ -92,9 +92,7 @@ def find_state_dict(
 
 def _read_published(path: Path) -> dict[str, Tensor]:
     """Read weights by their published names; those of diffusers are converted."""
-    state = read_state_dict(path)
-    is_diffusers = "proj_out_2.weight" in state
-    return convert_diffusers(state) if is_diffusers else state
+    return convert_diffusers(read_state_dict(path))
 
 
 def fetch(

@@ -25,6 +25,10 @@ from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from cli.threads import wait_gently
+
+wait_gently()  # before torch loads, which reads it once
+
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile

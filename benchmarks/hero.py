@@ -16,12 +16,16 @@ from tempfile import TemporaryDirectory
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from cli.threads import wait_gently
+
+wait_gently()  # before torch loads, which reads it once
+
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-from diffusion import ddpm_step, make_schedule
+from diffusion import make_schedule
 from download import load_decoder, load_model
 from evaluation import fidelity
 from models import DiT_models
@@ -87,7 +91,7 @@ def main(args: argparse.Namespace) -> None:
 
     def sample(model: nn.Module) -> fidelity.Run:
         return fidelity.sample_run(
-            model, decode, schedule, labels, args.seed, args.cfg_scale, ddpm_step, IMAGES)
+            model, decode, schedule, labels, args.seed, args.cfg_scale, IMAGES)
 
     # The float model first: the others are measured against it.
     reference = sample(model)

@@ -26,6 +26,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from cli.threads import wait_gently
+
+wait_gently()  # before torch loads, which reads it once
+
 import torch
 from torch import nn
 from tqdm import tqdm

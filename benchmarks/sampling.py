@@ -20,6 +20,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from cli.threads import wait_gently
+
+wait_gently()  # before torch loads, which reads it once
+
 import torch
 
 from benchmarks.sections import run_sections

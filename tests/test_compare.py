@@ -91,11 +91,15 @@ def test_overrides_reach_the_checkpoint_and_sqnr_is_that_of_the_final_latents(co
 
 
 def final_latents(model):
-    """Sample the compared images in the comparison's batches: in others, codes near a rounding tie fall the other way."""
-    latents = []
+    """Sample the compared images in the comparison's batches.
+
+    In others, codes near a rounding tie fall the other way.
+    """
+    latents, schedule = [], make_schedule(str(STEPS))
     for batch in (range(4), range(4, 6)):
         labels = labels_for(batch, 0, 10, None)
-        latents.append(generate_latents(model, make_schedule(str(STEPS)), batch, labels, 0, 1.5, ddpm_step))
+        latents.append(
+            generate_latents(model, schedule, batch, labels, 0, 1.5, ddpm_step))
     return torch.cat(latents)
 
 
