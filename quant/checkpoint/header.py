@@ -125,7 +125,8 @@ def _parse(fields: dict[str, Any], version: int) -> Header:
             header = replace(header, architecture=architecture, configuration=configuration)
         if (header.architecture, header.configuration) != (architecture, configuration):
             raise ValueError(f"its configuration is not that of {header.model} at "
-                             f"{header.image_size} pixels with {header.num_classes} classes")
+                             f"{header.image_size} pixels with {header.num_classes} classes, "
+                             "but of another model")
     _check(header)
     return header
 
