@@ -27,9 +27,10 @@ sample_tokens = 4096           # tokens of all these images together
 
 @dataclass(frozen=True)
 class Recipe:
-    """A quantisation method as independent choices. Every one of them is a flag of QuantDiT.py.
+    """A quantisation method as independent choices. Nearly all are flags of QuantDiT.py.
 
-    Checkpoints store these names, so they stay as they are.
+    ``convention``, ``rounds``, ``keep`` and ``order`` are not. Checkpoints store
+    these names, so they stay as they are.
     """
 
     # "blocks": the four linears of every block; "adaln": its modulation too;

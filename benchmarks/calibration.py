@@ -200,13 +200,13 @@ def memory() -> None:
     print("\n| model | float model, MB | largest activation of a layer, MB | bound, MB "
           "| model and tensors alive at the peak (4 steps), MB | growth of the resident set, MB |")
     print("|---|---|---|---|---|---|")
-    for each in models:
+    for run in models:
         schedule = make_schedule("4")
-        again = partial(calibrate, each.model, RECIPES["ditas"], schedule, each.start)
-        alive = each.weights + alive_at_peak(again)
-        bound = each.weights + 25 * each.activation
-        print(f"| {each.name} | {each.weights:.0f} | {each.activation:.1f} | {bound:.0f} "
-              f"| {alive:.0f} | {each.growth:.0f} |", flush=True)
+        again = partial(calibrate, run.model, RECIPES["ditas"], schedule, run.start)
+        alive = run.weights + alive_at_peak(again)
+        bound = run.weights + 25 * run.activation
+        print(f"| {run.name} | {run.weights:.0f} | {run.activation:.1f} | {bound:.0f} "
+              f"| {alive:.0f} | {run.growth:.0f} |", flush=True)
 
 
 def calibrate_once(name: str, image_size: int, steps: str) -> Calibrated:

@@ -254,7 +254,7 @@ def write_report(
     figures = quantisation_figures(shown.observed, settings.recipe, shown.result, pair)
     choice = settings.model
     title = f"{choice.name}, W{settings.weight_bits}A{settings.act_bits}, {settings.label}"
-    about = (f"{choice.image_size} pixels, {steps} steps, seed {settings.seed}, calibrated on "
+    intro = (f"{choice.image_size} pixels, {steps} steps, seed {settings.seed}, calibrated on "
              f"{len(settings.labels)} images. {choice.card.origin}")
-    page = write_page(settings.report, title, about, [Section("", "", figures)])
+    page = write_page(settings.report, title, intro, [Section("", "", figures)])
     print(f"wrote {page} and its {len(figures)} figures")

@@ -1,4 +1,4 @@
-"""Every part of a recipe as a flag of the command line."""
+"""The parts of a recipe as flags of the command line."""
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -169,7 +169,7 @@ FLAGS = (
 
 
 def add_recipe_flags(parser: Parser) -> None:
-    """Add a flag for every part of a recipe."""
+    """Add the flags of ``FLAGS``."""
     group = parser.add_argument_group(
         "parts of the recipe (default: the recipe's own, see config.py)")
     for flag in FLAGS:

@@ -18,5 +18,7 @@ A layer passes through the rooms in this order.
 ``numerics/``       What every room uses: codes and scales, ranges, smoothing, compiled passes.
 ==================  ===========================================================================
 
-Of a model's insides this package knows sites only (see ``architectures``).
+TAS is ``aggregate`` in ``balancing/maxima.py``. A *step* is one call of the model while it samples;
+a weight's ``step`` is the factor of an output channel. ``docs/architecture.md`` says how to add a
+recipe. Of a model's insides this package knows sites only (see ``architectures``).
 """

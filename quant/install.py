@@ -118,5 +118,6 @@ def _weight_only(
 
 
 def unnumbered(device: torch.device) -> torch.device:
+    """Drop the number of a CPU device."""
     # accelerate says cpu:0, where oneDNN's packed weights cannot be copied to.
     return torch.device("cpu") if device.type == "cpu" else device

@@ -105,8 +105,8 @@ def quantize_model(
     # What follows from it.
     groups, evolution = {}, ()
     if recipe.group_sizes:
-        found = choose_group_sizes(task, parts, smoothing, trajectory, search)
-        groups, evolution = found.groups, found.history
+        chosen = choose_group_sizes(task, parts, smoothing, trajectory, search)
+        groups, evolution = chosen.groups, chosen.history
     layers = _layers(task, parts, smoothing, groups)
     operands = parts.operands.finish(smoothing)
 

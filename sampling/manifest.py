@@ -54,9 +54,9 @@ def agree(folder: Path, settings: Settings) -> None:
     """
     if not (folder / NAME).exists():
         _write(folder, settings)
-    found = differences(read(folder), settings)
-    if found:
-        raise UserError(f"'{folder}' holds images made with other settings ({'; '.join(found)}): "
+    changes = differences(read(folder), settings)
+    if changes:
+        raise UserError(f"'{folder}' holds images made with other settings ({'; '.join(changes)}): "
                         "give the same, another --sample-dir, or --overwrite to start anew")
 
 

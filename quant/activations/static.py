@@ -111,8 +111,8 @@ class ReparameterisedRanges(StaticRanges):
         """Take the range over from the balance, or find it."""
         if site.name not in self._balance.found:
             return super().finish(site, smoothing, group)
-        found = self._balance.found[site.name]
-        return Activation(self._spec_of(site, group), found.scale, found.zero)
+        static = self._balance.found[site.name]
+        return Activation(self._spec_of(site, group), static.scale, static.zero)
 
 
 class FloatOperands:

@@ -55,8 +55,8 @@ def rounded(weight: Tensor, factors: Tensor, spec: QuantSpec) -> Candidates:
         count = 1
     values = []
     steps = []
-    for some in factors.split(count):
-        rows = (weight * some[:, None]).flatten(0, 1)  # (count O, I)
+    for chunk in factors.split(count):
+        rows = (weight * chunk[:, None]).flatten(0, 1)  # (count O, I)
         values_of_rows, step_of_rows = _quantize_rows(rows, spec)
         values.append(values_of_rows)
         steps.append(step_of_rows)

@@ -1,4 +1,7 @@
-"""Channel maxima to smoothing factors: TAS (DiTAS, section 4), SmoothQuant (Xiao et al., 2023)."""
+"""Channel maxima to smoothing factors: TAS (DiTAS, section 4), SmoothQuant (Xiao et al., 2023).
+
+TAS is temporal-aggregated smoothing: a channel's magnitude is its maximum over all steps.
+"""
 from collections.abc import Callable
 from functools import partial
 

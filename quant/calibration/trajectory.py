@@ -100,11 +100,11 @@ def record(
         def see(name, inputs, _):
             tokens = as_tokens(model.get_submodule(name), inputs)
             rows.append(tokens.shape[0] * tokens.shape[1])
-            found, values = tokens.abs().amax((0, 1)), maxima[readers[name]]
+            largest, values = tokens.abs().amax((0, 1)), maxima[readers[name]]
             if len(values) == len(calls):  # the linear runs several times in a call
-                values[-1] = torch.maximum(values[-1], found)
+                values[-1] = torch.maximum(values[-1], largest)
             else:
-                values.append(found)
+                values.append(largest)
 
         with hooked(model, list(readers), see):
             drive(model)

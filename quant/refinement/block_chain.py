@@ -32,13 +32,13 @@ class BlockChain:
         self._steps = None if self.timestep_index is None else self.timestep_index.index  # (P,)
 
     def run(self, block: nn.Module, chosen: Tensor) -> Tensor:
-        """Run a block on some of the images, (n,) int64; its output (n, T, D)."""
+        """Run a block on some of the images, (n,) int64, and return its output (n, T, D)."""
         if self.timestep_index is not None:
             self.timestep_index.index = self._steps[chosen]
         return block(**{name: self._pick(value, chosen) for name, value in self._call.items()})
 
     def outputs(self, block: nn.Module) -> Tensor:
-        """Run a block on all images, a batch at a time; its output (P, T, D)."""
+        """Run a block on all images, a batch at a time, and return its output (P, T, D)."""
         device = next(value for value in self._call.values() if isinstance(value, Tensor)).device
         every = torch.arange(self._images, device=device)
         return torch.cat([self.run(block, chosen)
@@ -54,7 +54,7 @@ class BlockChain:
 
 
 def _first_call(model: nn.Module, first: str, inputs: Call) -> Call:
-    """Run a model up to its first block; the arguments that the block is called with."""
+    """Run a model up to its first block; return the arguments of the block's call."""
     reached: Call = {}
 
     def hook(block, args, kwargs):

@@ -118,7 +118,7 @@ class SoftLinear(nn.Module):
         return F.linear(inputs, torch.addcmul(self.down, self.step, self.h), self.bias)
 
     def harden(self) -> QuantizedLayer:
-        """Return the layer with every weight rounded the way it leans, and the steps found."""
+        """Return the layer with every weight rounded the way it leans, and the learned step."""
         codes = (self.codes + self.gap * (self.v >= 0)).to(torch.uint8)
         base = replace(self.layer.weight.base, codes=codes)
         act = self.layer.act

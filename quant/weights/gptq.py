@@ -73,8 +73,8 @@ def gptq_quantize(
         first, last = len(grids), -(-end // size)
         if last > first:
             groups = corrected[first * size:last * size].T.unflatten(1, (-1, size))
-            made = make_grid(groups, slice(first, last))
-            grids += [made.select(k) for k in range(last - first)]
+            grid = make_grid(groups, slice(first, last))
+            grids += [grid.select(k) for k in range(last - first)]
         # Round its channels, then correct all that come after the block at once.
         here = slice(begin, end)
         channel_grids = [grids[i // size] for i in range(begin, end)]

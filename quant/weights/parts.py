@@ -69,10 +69,10 @@ class SmoothFirst:
         weights = {}
         for name in site.linears:
             weight = smoothing.of_weight(matrix(self._model.get_submodule(name)))
-            found = lowrank_quantize(
+            approximation = lowrank_quantize(
                 weight, quantizer, config.lowrank_rank(self._recipe, min(weight.shape)),
                 self._recipe.rounds, self._recipe.keep, self._svd, metric)
-            weights[name] = found.integer_branch(weight, metric)
+            weights[name] = approximation.integer_branch(weight, metric)
         return weights
 
     def draft(self, site: Site, smoothing: Smoothing, group: int | None) -> Weights:
