@@ -90,7 +90,6 @@ def quantize_model(
     sites = architecture_of(model).sites(model, recipe.scope)
     task = Task(model, sites, recipe, bits, svd)
     check_groups(task, search)
-
     # First pass: sample, and keep the model's calls and every input's maxima.
     bases = quantize_first(task) if recipe.order == "lowrank-first" else None
     trajectory, maxima = None, {}

@@ -100,3 +100,17 @@ def test_compiled_blocks_quantise_operands_too(recipe_name):
     for block in model.blocks:
         block.compile()
     assert relative(model(*inputs), expected) < 1e-4
+
+
+def test_reparameterised_ranges_leave_ranges_per_timestep_alone():
+    """RepQ-ViT's ranges and TFMQ-DM's are those of different sites."""
+    result = quantise(random_model(depth=1), "repq-vit", act_steps="each", scope="adaln")
+    modulation = result.layers["blocks.0.adaLN_modulation.1"].act
+    assert modulation.scale.shape == (DRIVE_STEPS,)
+    assert modulation.timesteps.shape == (DRIVE_STEPS,)
+
+    uniform = quantise(random_model(depth=1), "repq-vit", scope="adaln")
+    assert uniform.layers["blocks.0.adaLN_modulation.1"].act.timesteps is None
+    for name in ("blocks.0.attn.qkv", "blocks.0.mlp.fc1"):
+        assert result.layers[name].act == uniform.layers[name].act
+        assert result.layers[name].act.timesteps is None
