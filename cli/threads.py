@@ -2,36 +2,65 @@
 
 Imports nothing that loads OpenMP, so that scripts can import it first.
 
-A thread of GNU's OpenMP, which torch brings along on Linux, looks for work many times before it
-sleeps. By default it looks 300,000 times, which takes milliseconds. Beside another process, the
-thread that is waited for may not run meanwhile. Sleeping at once is no better: waking up takes
-longer than most steps of a small model.
+A thread of GNU's OpenMP, which torch brings along on Linux, looks for work 300,000 times before it
+sleeps, which takes milliseconds. Beside another process the thread that is waited for may not run
+meanwhile, and both processes crawl. On an idle machine looking is right: there a core that slept
+takes longest to wake up. So a process looks around when it starts, and waits gently if the cores
+are busy.
 
-Seconds of calibrating the bundled model with ``ditas`` (10 steps, 16 images, two threads) on two
-cores that others used too. Alone: medians of five, interleaved. Beside the same: the slower of
-two, medians of two.
+Milliseconds of a forward pass (DiT-S/2 W4A8, batch 2, bfloat16, int8 products, compiled blocks),
+two threads on the two idle cores of an AMD EPYC, medians over 5 to 10 s:
 
-    GOMP_SPINCOUNT        default    20000     5000     2000     1000
-    alone                     1.9      1.9      1.9      2.1      2.4
-    two at once               >25      >25       17      9.5      5.7
+    GOMP_SPINCOUNT          300000 (default)   20000      10000      5000       2000
+    alone                   51 / 53            47 / 58    55 / 57    204 / 196  137 / 147
+    two at once             304, 304           -          312, 307   202, 205   140, 143
 
-One thread takes 2.2 s alone. OMP_WAIT_POLICY=passive was measured to take 5.9 s alone, and 3.6 s
-twice at once. KMP_BLOCKTIME is for another OpenMP.
+One process with the default beside one with 2000: 52 and 138. KMP_BLOCKTIME is for another OpenMP,
+and OMP_WAIT_POLICY=passive takes three times as long alone.
 """
 import os
+import time
 from pathlib import Path
 
-# How often a thread of GNU's OpenMP looks for work before it sleeps.
-SPIN_COUNT = "2000"
+# How often a thread looks for work before it sleeps, where other processes keep cores busy.
+GENTLE_SPIN_COUNT = "2000"
+
+# Cores that others keep busy, from which on a process waits gently.
+BUSY_CORES = 0.5
+
+# Seconds for which a process looks around.
+LOOK_SECONDS = 0.1
 
 
 def wait_gently() -> None:
-    """Let threads that wait for work sleep soon. Call it before torch is imported.
+    """Let threads that wait for work sleep soon, if other processes keep cores busy.
 
-    What the user set stays.
+    Call it before torch is imported. What the user set stays.
     """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+    if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
+        return
+    if busy_cores() >= BUSY_CORES:
+        os.environ["GOMP_SPINCOUNT"] = GENTLE_SPIN_COUNT
+
+
+def busy_cores() -> float:
+    """Look how many cores are busy while this process sleeps; 0 where the system does not say."""
+    before = _busy_seconds()
+    if before is None:
+        return 0.0
+    time.sleep(LOOK_SECONDS)
+    return (_busy_seconds() - before) / LOOK_SECONDS
+
+
+def _busy_seconds() -> float | None:
+    """Add up the seconds that all cores have worked since the system started."""
+    try:
+        first = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+    except OSError:
+        return None
+    # After the word "cpu": user, nice, system.
+    ticks = sum(map(int, first[1:4]))
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def default_threads() -> int:

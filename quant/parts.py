@@ -87,7 +87,7 @@ class Parts:
 
     balance: Balance
     weights: SmoothFirst | LowRankFirst
-    activations: DynamicRanges | StaticRanges
+    activations: DynamicRanges | StaticRanges | ReparameterisedRanges
     operands: FloatOperands | StaticOperands
 
     def __iter__(self):
@@ -162,16 +162,18 @@ def _new_search(
 
 def _activations(
     task: Task, first: FirstPass, samples_of, balance: Balance
-) -> DynamicRanges | StaticRanges:
+) -> DynamicRanges | StaticRanges | ReparameterisedRanges:
     recipe = task.recipe
     if not task.has_static_ranges:
         return DynamicRanges(task.act_spec)
     arguments = task.act_spec, recipe.act_clip, samples_of
-    if isinstance(balance, Reparameterisation):
-        return ReparameterisedRanges(*arguments, balance)
     if recipe.act_steps == "each":
-        return TimestepRanges(*arguments, first.trajectory.timesteps)
-    return StaticRanges(*arguments)
+        ranges = TimestepRanges(*arguments, first.trajectory.timesteps)
+    else:
+        ranges = StaticRanges(*arguments)
+    if isinstance(balance, Reparameterisation):
+        return ReparameterisedRanges(task.act_spec, ranges, balance)
+    return ranges
 
 
 def _operands(task: Task, first: FirstPass) -> FloatOperands | StaticOperands:

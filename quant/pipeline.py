@@ -89,7 +89,7 @@ def quantize_model(
     check_recipe(recipe, bits.activations)
     sites = architecture_of(model).sites(model, recipe.scope)
     task = Task(model, sites, recipe, bits, svd)
-    check_groups(task)
+    check_groups(task, search)
     # First pass: sample, and keep the model's calls and every input's maxima.
     bases = quantize_first(task) if recipe.order == "lowrank-first" else None
     trajectory, maxima = None, {}
@@ -102,13 +102,13 @@ def quantize_model(
     parts = _look(task, weights, trajectory, maxima)
     smoothing = {site.name: parts.balance.finish(site) for site in sites}
 
-    # What follows from it.
+    # What follows from it. An attention may be refused, so it comes before the weights' long work.
+    operands = parts.operands.finish(smoothing)
     groups, evolution = {}, ()
     if recipe.group_sizes:
         chosen = choose_group_sizes(task, parts, smoothing, trajectory, search)
         groups, evolution = chosen.groups, chosen.history
     layers = _layers(task, parts, smoothing, groups)
-    operands = parts.operands.finish(smoothing)
 
     # What is learned or added afterwards.
     if recipe.weight == "adaround":
@@ -118,8 +118,15 @@ def quantize_model(
     return Result(layers, operands, maxima, smoothing, groups, evolution)
 
 
-def check_groups(task: Task) -> None:
-    """Raise a ``ValueError`` if a group size does not fit a layer, before any work is done."""
+def check_groups(task: Task, search: GroupSearch | None) -> None:
+    """Make sure that group sizes fit or can be chosen, before any work is done.
+
+    Raises:
+        ValueError: a size does not fit a layer, or there are several and no search.
+    """
+    if task.recipe.group_sizes and search is None:
+        raise ValueError("the recipe has several group sizes: give quantize_model a search, "
+                         "which chooses among them")
     spec = weight_spec(task.recipe, task.bits.weights)
     for site in task.sites:
         for name in site.linears:

@@ -17,7 +17,7 @@ from conftest import (
 from torch import Tensor, nn
 
 from architectures.registry import architecture_of
-from architectures.sites import Call
+from architectures.sites import Call, single
 from config import RECIPES
 from quant.calibration.calls import can_stack, recorded_calls, stack, take
 from quant.calibration.trajectory import record, replay
@@ -273,3 +273,36 @@ def test_a_drive_that_calls_another_model_is_refused():
         quantize_model(
             random_model(), RECIPES["ditas"], W4A8,
             lambda model: noise_drive(1, torch.arange(IMAGES))(other))
+
+
+class Detour(nn.Module):
+    """Runs a linear in all calls but the first ``skipped``, and gives zeros instead."""
+
+    def __init__(self, linear: nn.Linear, skipped: int):
+        super().__init__()
+        self.linear = linear
+        self.skipped = skipped
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.skipped -= 1
+        if self.skipped >= 0:
+            return x.new_zeros(*x.shape[:-1], self.linear.out_features)
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("skipped", [1, 3])
+def test_a_site_that_does_not_run_in_every_call_is_named(skipped):
+    model = random_model()
+    linear = model.blocks[1].mlp.fc1
+    model.blocks[1].mlp.fc1 = Detour(linear, skipped)
+    drive = noise_drive(3, torch.arange(IMAGES))
+    with pytest.raises(ValueError, match=f"blocks.1.mlp.fc1.linear ran in {3 - skipped} of the 3"):
+        record(model, [single("blocks.1.mlp.fc1.linear", "fc1", "blocks.1")], drive)
+
+
+def test_a_choice_of_group_sizes_without_a_search_is_refused_before_the_model_runs():
+    def drive(model: nn.Module) -> None:
+        raise AssertionError("the model is sampled from")
+
+    with pytest.raises(ValueError, match="several group sizes: give quantize_model a search"):
+        quantize_model(random_model(), RECIPES["qdit"], W4A8, drive)

@@ -11,7 +11,14 @@ import QuantDiT
 import sample_merge_TAS
 from cli import threads
 from cli.settings import quantize_settings, sample_settings
-from cli.threads import SPIN_COUNT, cores_per_process, default_threads, user_threads
+from cli.threads import (
+    GENTLE_SPIN_COUNT,
+    busy_cores,
+    cores_per_process,
+    default_threads,
+    user_threads,
+    wait_gently,
+)
 
 ROOT = Path(__file__).parents[1]
 CORES = cores_per_process()
@@ -97,9 +104,29 @@ def display(script: str, **environment: str) -> str:
     return done.stderr
 
 
+@pytest.fixture
+def busy_neighbour():
+    """Keep a core busy with another process."""
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        yield
+        process.kill()
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="the system does not say")
 @pytest.mark.parametrize("script", ["QuantDiT.py", "sample_merge_TAS.py"])
-def test_openmp_knows_how_long_to_spin_when_it_loads(script):
-    assert f"GOMP_SPINCOUNT = '{SPIN_COUNT}'" in display(script)
+def test_beside_a_busy_process_openmp_loads_with_a_short_spin(script, busy_neighbour):
+    assert busy_cores() >= 0.5
+    assert f"GOMP_SPINCOUNT = '{GENTLE_SPIN_COUNT}'" in display(script)
+
+
+@pytest.mark.parametrize("busy, spin", [(0.0, None), (0.49, None), (1.0, GENTLE_SPIN_COUNT)])
+def test_alone_threads_wait_as_the_library_has_it(monkeypatch, busy, spin):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(threads, "busy_cores", lambda: busy)
+    wait_gently()
+    assert os.environ.get("GOMP_SPINCOUNT") == spin
 
 
 @pytest.mark.parametrize("name, value, shown", [

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from errors import UserError
 from quant.activations.quantisers import Activation, activation_module
 from quant.activations.softmax import LogSqrt2, PowersOfRootTwo
 
@@ -84,6 +85,7 @@ class QuantOperands(nn.Module):
             self.probabilities = activation_module(operands.probabilities)
         self.register_buffer("factors", operands.factors)
         self._open: Interception | None = None
+        self._has_computed = False
 
     def forward(
         self,
@@ -96,6 +98,7 @@ class QuantOperands(nn.Module):
         scale: float | None = None,
     ) -> Tensor:
         """Compute attention as ``scaled_dot_product_attention`` does, (N, heads, T, D / heads)."""
+        self._has_computed = True
         if is_causal:
             raise ValueError("causal attention cannot have quantised operands")
         heads = query.shape[1]
@@ -118,6 +121,7 @@ class QuantOperands(nn.Module):
 
     def open(self) -> None:
         """Begin to stand in for ``scaled_dot_product_attention``."""
+        self._has_computed = False
         self._open = Interception(self)
         self._open.__enter__()
 
@@ -125,6 +129,17 @@ class QuantOperands(nn.Module):
         """End what ``open`` began."""
         self._open.__exit__(None, None, None)
         self._open = None
+
+    def check_use(self) -> None:
+        """Make sure that the attention computed with quantised operands since ``open``.
+
+        Raises:
+            UserError: it did not, so that its operands stayed in floating point.
+        """
+        if not self._has_computed:
+            raise UserError(
+                "an attention with quantised operands never called scaled_dot_product_attention, "
+                "where they are quantised: let it (timm's does under TIMM_FUSED_ATTN=1)")
 
 
 def quantize_operands(attention: nn.Module, operands: Operands) -> None:
@@ -137,6 +152,7 @@ def quantize_operands(attention: nn.Module, operands: Operands) -> None:
     if not is_hooked:
         attention.register_forward_pre_hook(_open_operands)
         attention.register_forward_hook(_close_operands, always_call=True)
+        attention.register_forward_hook(_check_operands)
 
 
 # Hooks reach the operands through the module they are called for: a copy of the model has its own.
@@ -147,6 +163,10 @@ def _open_operands(attention: nn.Module, inputs: tuple) -> None:
 
 def _close_operands(attention: nn.Module, inputs: tuple, output: Tensor) -> None:
     attention.operands.close()
+
+
+def _check_operands(attention: nn.Module, inputs: tuple, output: Tensor) -> None:
+    attention.operands.check_use()
 
 
 @contextmanager

@@ -90,27 +90,27 @@ class TimestepRanges(StaticRanges):
         return Activation(spec, *scale_and_zero(seen.low, seen.high, spec), self._timesteps)
 
 
-class ReparameterisedRanges(StaticRanges):
+class ReparameterisedRanges:
     """RepQ-ViT: the range of a balanced site comes out of its balance.
 
     Args:
+        others: finds the ranges of all other sites.
         balance: has finished the site before.
     """
 
-    def __init__(
-        self,
-        spec_of: SpecOf,
-        clip: str,
-        samples_of: Callable[[Site, Watch], Samples],
-        balance: Reparameterisation,
-    ):
-        super().__init__(spec_of, clip, samples_of)
+    def __init__(self, spec_of: SpecOf, others: StaticRanges, balance: Reparameterisation):
+        self._spec_of = spec_of
+        self._others = others
         self._balance = balance
+
+    def observe(self, site: Site, watch: Watch) -> None:
+        """Ask for what the ranges of other sites need."""
+        self._others.observe(site, watch)
 
     def finish(self, site: Site, smoothing: Smoothing, group: int | None) -> Activation:
         """Take the range over from the balance, or find it."""
         if site.name not in self._balance.found:
-            return super().finish(site, smoothing, group)
+            return self._others.finish(site, smoothing, group)
         static = self._balance.found[site.name]
         return Activation(self._spec_of(site, group), static.scale, static.zero)
 

@@ -88,7 +88,8 @@ def record(
         (steps, I) float32.
 
     Raises:
-        ValueError: an input was not finite, or the model was not called.
+        ValueError: an input was not finite, the model was not called, or it did not run a site in
+            every call.
     """
     architecture = architecture_of(model)
     readers = {site.linears[0]: site.name for site in sites}
@@ -110,10 +111,19 @@ def record(
             drive(model)
     if not calls:
         raise ValueError("the calibration run never called the model")
+    _check_every_call(maxima, len(calls))
     absmax = {name: torch.stack(values) for name, values in maxima.items()}
     _check_finite(absmax)
     timesteps = torch.stack([architecture.timesteps(call).flatten()[0] for call in calls])
     return Trajectory(tuple(calls), architecture.batched, timesteps, max(rows)), absmax
+
+
+def _check_every_call(maxima: dict[str, list[Tensor]], calls: int) -> None:
+    """Name the first site that a call left out: its steps would not be those of the trajectory."""
+    for name, values in maxima.items():
+        if len(values) != calls:
+            raise ValueError(f"{name} ran in {len(values)} of the {calls} calls of the calibration "
+                             "run: expected it to run in every one")
 
 
 def _check_finite(absmax: dict[str, Tensor]) -> None:

@@ -26,6 +26,7 @@ from quant.refinement.group_sizes import (
     bit_ops,
     bit_ops_at_most,
     group_choices,
+    largest_up_to,
     mean_at_least,
 )
 
@@ -108,10 +109,7 @@ def _constraint(
     if recipe.constraint == "mean":
         return mean_at_least(mean)
     # The paper's: no more bit operations than one size, as large as that mean, would cost.
-    uniform = {}
-    for name, sizes in choices.items():
-        within = [size for size in sizes if size <= mean]
-        uniform[name] = max(within or [min(sizes)])
+    uniform = {name: largest_up_to(mean, sizes) for name, sizes in choices.items()}
     return bit_ops_at_most(bit_ops(uniform, shapes, *bits), shapes, *bits)
 
 
