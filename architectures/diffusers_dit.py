@@ -1,12 +1,11 @@
 """diffusers' ``DiTTransformer2DModel``: the DiT of the hub, with queries, keys and values apart."""
 from collections.abc import Iterator
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from architectures.diffusers_blocks import DiffusersArchitecture
 from architectures.sites import (
     AttentionSite,
-    Call,
     Modulation,
     Rows,
     Site,
@@ -15,10 +14,11 @@ from architectures.sites import (
 )
 
 
-class DiffusersDiTArchitecture:
+class DiffusersDiTArchitecture(DiffusersArchitecture):
     """Every block holds its own copy of the embedders, and a modulation of six chunks."""
 
     name = "diffusers-dit"
+    class_name = "DiTTransformer2DModel"
     batched = ("hidden_states", "timestep", "class_labels")
 
     def sites(self, model: nn.Module, scope: str) -> list[Site]:
@@ -35,29 +35,9 @@ class DiffusersDiTArchitecture:
                 single("proj_out_1", "output modulation", None, per_image=True),
                 single("proj_out_2", "output", None)]
 
-    def blocks(self, model: nn.Module) -> list[str]:
-        return [f"transformer_blocks.{i}" for i in range(len(model.transformer_blocks))]
-
-    def advance(self, call: Call, output: Tensor) -> Call:
-        return {**call, "hidden_states": output}
-
     def attentions(self, model: nn.Module) -> list[AttentionSite]:
         return [AttentionSite(f"{name}.attn1", f"{name}.attn1.to_out.0")
                 for name in self.blocks(model)]
-
-    def timesteps(self, call: Call) -> Tensor:
-        return call["timestep"]
-
-    def configuration(self, model: nn.Module) -> dict[str, Any]:
-        return {key: value for key, value in model.config.items() if not key.startswith("_")}
-
-    def build(self, configuration: dict[str, Any]) -> nn.Module:
-        from diffusers import DiTTransformer2DModel
-        try:
-            return DiTTransformer2DModel(**configuration)
-        except (TypeError, NotImplementedError) as error:
-            raise ValueError(
-                f"this is no configuration of DiTTransformer2DModel: {error}") from None
 
 
 def _block_sites(block: str) -> Iterator[Site]:

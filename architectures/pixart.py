@@ -6,13 +6,12 @@ block go into its table and into what enters the block. Cross attention reads an
 LayerNorm makes, and text that no linear of the block makes: both divide their inputs themselves.
 """
 from collections.abc import Iterator
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from architectures.diffusers_blocks import DiffusersArchitecture
 from architectures.sites import (
     AttentionSite,
-    Call,
     Rows,
     SharedModulation,
     Site,
@@ -21,10 +20,11 @@ from architectures.sites import (
 )
 
 
-class PixArtArchitecture:
+class PixArtArchitecture(DiffusersArchitecture):
     """Self attention, cross attention to text, and an MLP in every block."""
 
     name = "pixart"
+    class_name = "PixArtTransformer2DModel"
     batched = (
         "hidden_states",
         "encoder_hidden_states",
@@ -44,29 +44,9 @@ class PixArtArchitecture:
         return [single("pos_embed.proj", "patches", None), *_embedder_sites(model), modulation,
                 *blocks, single("proj_out", "output", None)]
 
-    def blocks(self, model: nn.Module) -> list[str]:
-        return [f"transformer_blocks.{i}" for i in range(len(model.transformer_blocks))]
-
-    def advance(self, call: Call, output: Tensor) -> Call:
-        return {**call, "hidden_states": output}
-
     def attentions(self, model: nn.Module) -> list[AttentionSite]:
         return [AttentionSite(f"{name}.{attention}", f"{name}.{attention}.to_out.0")
                 for name in self.blocks(model) for attention in ("attn1", "attn2")]
-
-    def timesteps(self, call: Call) -> Tensor:
-        return call["timestep"]
-
-    def configuration(self, model: nn.Module) -> dict[str, Any]:
-        return {key: value for key, value in model.config.items() if not key.startswith("_")}
-
-    def build(self, configuration: dict[str, Any]) -> nn.Module:
-        from diffusers import PixArtTransformer2DModel
-        try:
-            return PixArtTransformer2DModel(**configuration)
-        except (TypeError, NotImplementedError) as error:
-            raise ValueError(
-                f"this is no configuration of PixArtTransformer2DModel: {error}") from None
 
 
 def _block_sites(block: str) -> Iterator[Site]:
