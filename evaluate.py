@@ -9,6 +9,7 @@ FID, sFID, Inception Score, precision and recall.
 import argparse
 import dataclasses
 import json
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -21,30 +22,61 @@ from evaluation.networks import FEATURES, load_extractor
 from evaluation.scores import HEADINGS, Scores, cells, score
 
 
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """The checked command line of evaluate.py."""
+
+    reference: Path            # .npz of real images, or of their statistics
+    samples: tuple[Path, ...]  # .npz files of generated images
+    features: str              # the network that looks at them
+    inception: str | None      # its weights; None: fetched on first use
+    half: bool                 # distances of precision and recall in float16
+    batch: int                 # images sent through the network at once
+    cache: bool                # keep the features beside each file
+    json: bool                 # print JSON instead of a table
+
+
+def evaluate_settings(args: argparse.Namespace) -> EvaluateSettings:
+    """Check the command line of evaluate.py.
+
+    Raises:
+        UserError: a flag is out of range.
+    """
+    return EvaluateSettings(
+        reference=Path(args.reference),
+        samples=tuple(map(Path, args.samples)),
+        features=args.features,
+        inception=args.inception,
+        half=args.pr_dtype == "float16",
+        batch=at_least(args.batch_size, 1, "--batch-size"),
+        cache=args.cache,
+        json=args.json)
+
+
 def main(args: argparse.Namespace) -> None:
-    at_least(args.batch_size, 1, "--batch-size")
+    settings = evaluate_settings(args)
     # The numbers are to be those of full float32 products.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    half = args.pr_dtype == "float16"
 
     # Look at the images.
-    extractor = load_extractor(args.features, args.inception, device)
-    load = partial(load_set, extractor=extractor, batch=args.batch_size, cache=args.cache)
-    reference = user_value(load, Path(args.reference))
+    extractor = load_extractor(settings.features, settings.inception, device)
+    load = partial(load_set, extractor=extractor, batch=settings.batch, cache=settings.cache)
+    reference = user_value(load, settings.reference)
     rows = []
-    for path in args.samples:
-        samples = user_value(load, Path(path))
-        rows.append((path, user_value(score, reference, samples, half, device)))
+    for path in settings.samples:
+        samples = user_value(load, path)
+        rows.append((str(path), user_value(score, reference, samples, settings.half, device)))
 
     # Show their numbers.
-    if args.json:
-        print(as_json(rows, args.reference, extractor.name))
+    if settings.json:
+        print(as_json(rows, str(settings.reference), extractor.name))
         return
     print(as_table(rows))
-    print(f"\nreference: {args.reference} (N = {reference.count or 'n/a'}), "
-          f"features {extractor.name}, distances of precision and recall in {args.pr_dtype}")
+    print(f"\nreference: {settings.reference} (N = {reference.count or 'n/a'}), "
+          f"features {extractor.name}, distances of precision and recall in "
+          f"{'float16' if settings.half else 'float32'}")
     width = extractor.widths[0]
     if any(scores.n is not None and scores.n < width for _, scores in rows):
         print(f"fewer images than the {width} features: "
