@@ -3,6 +3,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import sample_merge_TAS
 from cli import threads
 from cli.settings import quantize_settings, sample_settings
 from cli.threads import (
+    FIRST,
     GENTLE_SPIN_COUNT,
     busy_cores,
     cores_per_process,
@@ -95,7 +97,8 @@ def test_both_scripts_take_the_flag_before_all_else(tmp_path, monkeypatch):
 
 def display(script: str, **environment: str) -> str:
     """What OpenMP says of itself when it is loaded; the help needs no model."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("GOMP", "OMP"))}
+    ours = ("GOMP", "OMP", "DITAS")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True,
                           text=True, env={**kept, "OMP_DISPLAY_ENV": "VERBOSE", **environment})
     assert done.returncode == 0, done.stderr
@@ -119,14 +122,60 @@ def test_beside_a_busy_process_openmp_loads_with_a_short_spin(script, busy_neigh
     assert f"GOMP_SPINCOUNT = '{GENTLE_SPIN_COUNT}'" in display(script)
 
 
-@pytest.mark.parametrize("busy, spin", [(0.0, None), (0.49, None), (1.0, GENTLE_SPIN_COUNT)])
-def test_alone_threads_wait_as_the_library_has_it(monkeypatch, busy, spin):
-    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+@pytest.mark.parametrize("first, busy, spin", [
+    (True, 0.0, None),
+    (True, 0.49, None),
+    (True, 1.0, GENTLE_SPIN_COUNT),
+    (False, 0.0, GENTLE_SPIN_COUNT),
+])
+def test_alone_threads_wait_as_the_library_has_it(monkeypatch, first, busy, spin):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", FIRST):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
+    monkeypatch.setattr(threads, "is_first", lambda: first)
     monkeypatch.setattr(threads, "busy_cores", lambda: busy)
     wait_gently()
     assert os.environ.get("GOMP_SPINCOUNT") == spin
+
+    # A child decides as its parent did, whatever it sees.
+    monkeypatch.setattr(threads, "is_first", lambda: not first)
+    monkeypatch.setattr(threads, "busy_cores", lambda: 2.0)
+    wait_gently()
+    assert os.environ.get("GOMP_SPINCOUNT") == spin
+
+
+ASK_AND_STAY = """
+from cli.threads import is_first
+print(is_first(), flush=True)
+input()
+"""
+
+
+@pytest.mark.skipif(threads.fcntl is None, reason="this system has no file locks")
+def test_one_process_is_the_first_until_it_is_killed(tmp_path):
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment.pop("TORCHELASTIC_RUN_ID", None)
+
+    @contextmanager
+    def process(**more):
+        command = [sys.executable, "-c", ASK_AND_STAY]
+        with subprocess.Popen(command, env={**environment, **more}, text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE) as running:
+            yield running.stdout.readline().strip()
+            running.kill()
+
+    with process() as one, process() as two, process(TORCHELASTIC_RUN_ID="none") as rank:
+        assert (one, two, rank) == ("True", "False", "True")
+    with process() as later:
+        assert later == "True"
+
+    # Where no lock can be had, nothing is known about others.
+    lock, = tmp_path.iterdir()
+    lock.unlink()
+    lock.symlink_to(tmp_path / "elsewhere")
+    with process() as one, process() as two:
+        assert (one, two) == ("True", "True")
+    assert not (tmp_path / "elsewhere").exists()
 
 
 @pytest.mark.parametrize("name, value, shown", [

@@ -19,6 +19,7 @@ from architectures.registry import architecture_of
 from architectures.sites import Call, Site
 from quant.activations.attention import intercepted_attention
 from quant.calibration.calls import batch_size, can_stack, recorded_calls, stack, take
+from quant.calibration.step_maxima import StepMaxima
 from quant.calibration.watch import Watch
 from quant.numerics.tokens import as_tokens, matrix
 
@@ -93,37 +94,25 @@ def record(
     """
     architecture = architecture_of(model)
     readers = {site.linears[0]: site.name for site in sites}
-    maxima: dict[str, list[Tensor]] = {site.name: [] for site in sites}
+    widths = {site.name: matrix(model.get_submodule(site.linears[0])).shape[1] for site in sites}
+    maxima = StepMaxima(widths, next(model.parameters()).device)
     rows = [0]
 
     with recorded_calls(model) as calls:
 
         def see(name, inputs, _):
-            tokens = as_tokens(model.get_submodule(name), inputs)
-            rows.append(tokens.shape[0] * tokens.shape[1])
-            largest, values = tokens.abs().amax((0, 1)), maxima[readers[name]]
-            if len(values) == len(calls):  # the linear runs several times in a call
-                values[-1] = torch.maximum(values[-1], largest)
-            else:
-                values.append(largest)
+            tokens = as_tokens(model.get_submodule(name), inputs).flatten(0, 1)
+            rows.append(len(tokens))
+            maxima.see(len(calls) - 1, readers[name], tokens)
 
         with hooked(model, list(readers), see):
             drive(model)
     if not calls:
         raise ValueError("the calibration run never called the model")
-    _check_every_call(maxima, len(calls))
-    absmax = {name: torch.stack(values) for name, values in maxima.items()}
+    absmax = maxima.by_site(len(calls))
     _check_finite(absmax)
     timesteps = torch.stack([architecture.timesteps(call).flatten()[0] for call in calls])
     return Trajectory(tuple(calls), architecture.batched, timesteps, max(rows)), absmax
-
-
-def _check_every_call(maxima: dict[str, list[Tensor]], calls: int) -> None:
-    """Name the first site that a call left out: its steps would not be those of the trajectory."""
-    for name, values in maxima.items():
-        if len(values) != calls:
-            raise ValueError(f"{name} ran in {len(values)} of the {calls} calls of the calibration "
-                             "run: expected it to run in every one")
 
 
 def _check_finite(absmax: dict[str, Tensor]) -> None:

@@ -1,0 +1,53 @@
+"""The largest magnitudes of every site's input, step by step."""
+import torch
+from torch import Tensor
+
+# Of a channel that was not seen. Magnitudes are never negative.
+UNSEEN = -1.0
+
+
+class StepMaxima:
+    """Collects the largest magnitude of every input channel of each site, at every step.
+
+    Those of a step lie in one tensor, made when it begins. Small tensors made while large
+    activations come and go would keep the memory of these apart: 4 GB more for DiT-XL/2.
+
+    Args:
+        widths: input channels of each site.
+        device: of the inputs.
+    """
+
+    def __init__(self, widths: dict[str, int], device: torch.device):
+        self._widths = widths
+        self._device = device
+        self._steps: list[dict[str, Tensor]] = []
+
+    def see(self, step: int, name: str, tokens: Tensor) -> None:
+        """Look at inputs (n, I) of a site."""
+        self._begin_until(step)
+        largest = self._steps[step][name]
+        # Twice as fast as the maximum of magnitudes, and as exact.
+        magnitude = torch.maximum(tokens.amax(0), -tokens.amin(0))
+        torch.maximum(largest, magnitude, out=largest)
+
+    def by_site(self, steps: int) -> dict[str, Tensor]:
+        """Return the maxima of each site, (steps, I) float32.
+
+        Raises:
+            ValueError: a site had no input at some step.
+        """
+        self._begin_until(steps - 1)
+        maxima = {name: torch.stack([values[name] for values in self._steps])
+                  for name in self._widths}
+        for name, values in maxima.items():
+            seen = int((values[:, 0] != UNSEEN).sum())
+            if seen != steps:
+                raise ValueError(f"{name} ran in {seen} of the {steps} calls of the calibration "
+                                 "run: expected it to run in every one")
+        return maxima
+
+    def _begin_until(self, step: int) -> None:
+        widths = list(self._widths.values())
+        while len(self._steps) <= step:
+            parts = torch.full((sum(widths),), UNSEEN, device=self._device).split(widths)
+            self._steps.append(dict(zip(self._widths, parts)))
