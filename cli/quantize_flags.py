@@ -1,9 +1,24 @@
 """The command line of QuantDiT.py, which compare.py fills in too."""
+import argparse
+import sys
+
 import config
 from cli.parser import Parser, add_model_flags, add_threads_flag, make_script_parser
 from cli.recipe_flags import add_recipe_flags
 from config import RECIPES
 from quant.weights.low_rank import SOLVERS
+
+# The published QuantDiT.py accepts these and never reads them.
+IGNORED = (
+    "results-dir",
+    "global-batch-size",
+    "global-seed",
+    "num-workers",
+    "epochs",
+    "per-proc-batch-size",
+    "log-every",
+    "ckpt-every",
+)
 
 
 def make_parser(description: str = "") -> Parser:
@@ -32,7 +47,26 @@ def make_parser(description: str = "") -> Parser:
     _add_output_flags(parser)
     add_threads_flag(parser)
     add_recipe_flags(parser)
+    _add_ignored_flags(parser)
     return parser
+
+
+def _add_ignored_flags(parser: Parser) -> None:
+    """Add the flags that the published command line has and that change nothing."""
+    group = parser.add_argument_group(
+        "accepted with a warning, without effect here as in the published script",
+        ", ".join(f"--{name}" for name in IGNORED))
+    for name in IGNORED:
+        group.add_argument(f"--{name}", help=argparse.SUPPRESS)
+
+
+def warn_of_ignored_flags(args: argparse.Namespace) -> None:
+    """Say in one line on stderr which of the given flags have no effect."""
+    given = [name for name in IGNORED if getattr(args, name.replace("-", "_")) is not None]
+    if given:
+        flags = ", ".join(f"--{name}" for name in given)
+        print(f"warning: {flags}: no effect, here as in the published QuantDiT.py",
+              file=sys.stderr)
 
 
 def _add_output_flags(parser: Parser) -> None:
