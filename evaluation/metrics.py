@@ -207,22 +207,23 @@ def _strips(a: Tensor, b: Tensor) -> Iterator[Tensor]:
 
 def _half_strips(a: Tensor, b: Tensor) -> Iterator[Tensor]:
     """Compute them in float16; if a single one overflows, all of the block in float32."""
+    y, y_norms = _half(b)
     block = []
     for rows in a.split(ROWS):
-        d = _half_distances(rows, b)
+        x, x_norms = _half(rows)
+        products = (x @ y.T).half()
+        d = (x_norms[:, None] - 2 * products + y_norms).clamp_(min=0)
         if not torch.isfinite(d).all():
             return _strips(a, b)
         block.append(d)
     return (d.float() for d in block)
 
 
-def _half_distances(a: Tensor, b: Tensor) -> Tensor:
-    """Compute squared distances with every intermediate rounded to float16.
+def _half(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Round rows (N, D) to float16, and their squared norms (N,).
 
-    Sums and products accumulate in float32.
+    The rows are given as float32, in which sums and products accumulate.
     """
-    x, y = a.half(), b.half()
-    products = (x.float() @ y.float().T).half()
-    x_norms = x.square().sum(1, dtype=torch.float32).half()
-    y_norms = y.square().sum(1, dtype=torch.float32).half()
-    return (x_norms[:, None] - 2 * products + y_norms).clamp_(min=0)
+    half = rows.half()
+    norms = half.square().sum(1, dtype=torch.float32).half()
+    return half.float(), norms

@@ -52,6 +52,8 @@ def checkpoint_path(tmp_path_factory):
      "--iterations has no effect on this recipe: it is for --weight adaround"),
     (["--group-size", "32", "--weight-granularity", "channel", "--weight-scales", "float"],
      "--group-size has no effect on this recipe"),
+    (["--search-steps", "published", "--alpha", "0.5"],
+     "--search-steps has no effect on this recipe: it is for --alpha grid"),
     (["--adaln-weight-bit", "6"], "--adaln-weight-bit 6 is not available"),
     (["--nonsense"], "nonsense"),
     (["--model", "DiT-Digits", "--image-size", "256"],
