@@ -97,7 +97,7 @@ class Recipe:
     # the paper: no more bit operations than one size as large as that mean.
     constraint: str = "mean"
     # What evolution makes small: "sqnr": minus the latents' SQNR in dB; "fid": FID of 500 images,
-    # as published.
+    # as published; "fvd": FVD of 100 videos.
     judge: str = "sqnr"
 
     @property
@@ -240,6 +240,7 @@ mean_group_share = 128 / 140.8
 # What group sizes are judged by.
 judge_images = 8                   # whose latents' SQNR is measured
 judge_fid_images = 500             # whose FID is measured, as published
+judge_fvd_videos = 100             # whose FVD is measured, as published
 
 # AdaRound with learned activation steps (PTQ4DiT, appendix, and the code it builds on).
 step_rate = 4e-5                   # learning rate of the activation steps

@@ -80,10 +80,15 @@ def _add_output_flags(parser: Parser) -> None:
              "(default: the last fc2 and qkv)")
     parser.add_argument(
         "--reference",
-        help="with --judge fid: .npz of real images (default: the bundled model's data)")
+        help="with --judge fid or fvd: .npz of real images or videos "
+             "(default: the bundled model's data)")
     parser.add_argument(
         "--inception",
         help="with --judge fid: Inception weights (default: fetched on first use)")
+    parser.add_argument(
+        "--i3d", metavar="FILE",
+        help="with --judge fvd: TorchScript of a video network (default: the bundled models' "
+             "stand-in)")
     parser.add_argument(
         "--output",
         help="where to write (default: results/<model>-<size>-W<w>A<a>-<recipe>.safetensors)")

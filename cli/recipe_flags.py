@@ -175,8 +175,9 @@ FLAGS = (
     Flag("population", "population", _number(2), "of that evolution", EVOLVED),
     Flag("generations", "generations", _number(1), "of that evolution", EVOLVED),
     Flag("constraint", "constraint", _choice("mean", "bitops"), "on the group sizes", EVOLVED),
-    Flag("judge", "judge", _choice("sqnr", "fid"),
-         "what evolution looks at: SQNR of latents, or FID of 500 images", EVOLVED),
+    Flag("judge", "judge", _choice("sqnr", "fid", "fvd"),
+         "what evolution looks at: SQNR of latents, FID of 500 images, or FVD of 100 videos",
+         EVOLVED),
 )
 
 
