@@ -23,7 +23,10 @@ from cli.settings import quantize_settings
 
 def main(args: argparse.Namespace) -> None:
     """Quantise what the command line says."""
-    quantize(quantize_settings(args))
+    settings = quantize_settings(args)
+    # A mistake leaves its one line and no other, so this comes after the checks.
+    quantize_flags.warn_of_ignored_flags(args)
+    quantize(settings)
 
 
 def make_parser() -> Parser:

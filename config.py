@@ -42,11 +42,16 @@ class Recipe:
     # "salience": PTQ4DiT's; "reparameterise": RepQ-ViT's, factors and shifts that make a range
     # per channel one per tensor.
     balance: str = "none"
+    # The weight whose product with RepQ-ViT's shifts is taken out of the bias: "quantised" or
+    # "float".
+    bias_correction: str = "quantised"
     # The timestep of "smoothquant", in sampling order: 0 is the noisiest.
     timestep: int = 0
     # Migration strengths that "smoothquant" and "tas" try in each layer. The one of least loss is
     # kept; a single one needs no search.
     alphas: tuple[float, ...] = ()
+    # Timesteps whose losses the search of several sums: "all", or "published", the 50 noisiest.
+    search_steps: str = "all"
 
     # Weights.
     weight: str = "nearest"              # "gptq"; "adaround": rounding learned block by block
@@ -92,7 +97,7 @@ class Recipe:
     # the paper: no more bit operations than one size as large as that mean.
     constraint: str = "mean"
     # What evolution makes small: "sqnr": minus the latents' SQNR in dB; "fid": FID of 500 images,
-    # as published.
+    # as published; "fvd": FVD of 100 videos.
     judge: str = "sqnr"
 
     @property
@@ -141,6 +146,7 @@ RECIPES: dict[str, Recipe] = {
     "repq-vit": replace(
         _STATIC,
         balance="reparameterise",
+        bias_correction="float",
         act_clip="minmax",
         attention="log-sqrt2",
     ),
@@ -186,6 +192,7 @@ RECIPES: dict[str, Recipe] = {
     "ditas-published": Recipe(
         balance="tas",
         alphas=alpha_grid,
+        search_steps="published",
         weight_granularity="strided",
         weight_group=32,
         act_granularity="tensor",
@@ -233,6 +240,7 @@ mean_group_share = 128 / 140.8
 # What group sizes are judged by.
 judge_images = 8                   # whose latents' SQNR is measured
 judge_fid_images = 500             # whose FID is measured, as published
+judge_fvd_videos = 100             # whose FVD is measured, as published
 
 # AdaRound with learned activation steps (PTQ4DiT, appendix, and the code it builds on).
 step_rate = 4e-5                   # learning rate of the activation steps

@@ -7,6 +7,8 @@ calibration  The whole quantisation of the digits model, ours and the published 
              and replays one trajectory for all layers. The published code samples one per layer,
              stores the layer's inputs and searches candidate by candidate. The recipe and the
              low-rank solver are equal.
+alphas       How many α of ditas-published on the twin stay the same when its weights are disturbed
+             by 1e-7, and when the search looks at all of 100 steps.
 forward      A forward pass of DiT-B/2 with random weights, batch 8: fake-quantised against float.
 lowrank      Ten alternations at rank 32: full SVDs against the warm-started solver.
 gptq         GPTQ of a 1152 x 4608 layer.
@@ -18,7 +20,8 @@ import resource
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -77,6 +80,39 @@ def calibration() -> None:
         worst = max(largest_difference(result.losses[layer], losses[layer]) for layer in losses)
         print(f"| {name} | {slow:.1f} | {seconds} | {ratio:.1f}x | {same} of {len(alphas)} "
               f"| {worst:.1e} |", flush=True)
+
+
+def alphas() -> None:
+    model = load_digits("DiT-Digits-Outliers")
+    recipe = RECIPES["ditas-published"]
+    bits = BitWidths(WEIGHT_BITS, ACT_BITS)
+
+    def chosen(model: DiT, recipe: Recipe, steps: int) -> dict[str, float]:
+        drive = calibration_start(model, IMAGES).drive(make_schedule(str(steps)))
+        return quantize_model(model, recipe, bits, drive, svd="exact").alphas
+
+    def same(a: dict[str, float], b: dict[str, float]) -> str:
+        return f"{sum(a[name] == b[name] for name in a)} of {len(a)}"
+
+    print("\n| ditas-published, full SVDs | α that stay the same |")
+    print("|---|---|")
+    expected = chosen(model, recipe, STEPS)
+    for seed in range(3):
+        found = chosen(disturbed(model, seed), recipe, STEPS)
+        print(f"| weights disturbed by 1e-7, seed {seed} | {same(expected, found)} |", flush=True)
+    short = chosen(model, recipe, 2 * STEPS)
+    whole = chosen(model, replace(recipe, search_steps="all"), 2 * STEPS)
+    print(f"| {2 * STEPS} steps, --search-steps all | {same(short, whole)} |", flush=True)
+
+
+def disturbed(model: DiT, seed: int) -> DiT:
+    """Copy a model, with a relative error of 1e-7 in the weights that are quantised."""
+    model = deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    for linear in block_linears(model).values():
+        noise = torch.randn(linear.weight.shape, generator=generator)
+        linear.weight.data.mul_(1 + 1e-7 * noise)
+    return model
 
 
 def calibrate(
@@ -248,4 +284,5 @@ if __name__ == "__main__":
         "gptq": gptq,
         "forward": forward,
         "calibration": calibration,
+        "alphas": alphas,
     })

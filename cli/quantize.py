@@ -23,7 +23,9 @@ from diffusion import Schedule, ddpm_step, make_schedule
 from diffusion.generate import device_of, generate_latents, guided_drive, latent_noise
 from download import Decoder, load_decoder, load_model
 from evaluation.judge import Judge, fid_judge, sqnr_judge
-from evaluation.networks import load_extractor, load_reference
+from evaluation.networks import load_extractor, load_reference, load_video_reference
+from evaluation.video import load_video_extractor
+from evaluation.video_judge import fvd_judge
 from files.atomic import atomic
 from files.images import grid, side_by_side, to_bytes
 from quant import checkpoint
@@ -151,10 +153,25 @@ def make_judge(
     """Make the loss that group sizes are chosen by."""
     if settings.recipe.judge == "sqnr":
         return sqnr_judge(model, schedule, settings.seed)
+    if settings.recipe.judge == "fvd":
+        return make_video_judge(settings, model, decoder, schedule)
     card = settings.model.card
     extractor = load_extractor(card.features, settings.inception, device_of(model))
     reference = load_reference(card, settings.reference, settings.output.parent)
     return user_value(fid_judge, decoder, extractor, reference, schedule, settings.seed)
+
+
+def make_video_judge(
+    settings: QuantizeSettings, model: nn.Module, decoder: Decoder, schedule: Schedule,
+) -> Judge:
+    """Make a loss that looks at videos, which the bundled models make of images that follow."""
+    from examples.digits.videos import sample_videos
+    card = settings.model.card
+    extractor = load_video_extractor(card.features, settings.i3d, device_of(model))
+    reference = load_video_reference(card, settings.reference, settings.output.parent)
+    sample = partial(sample_videos, decode=decoder, schedule=schedule, seed=settings.seed)
+    description = f"{len(schedule)} steps, seed {settings.seed}"
+    return user_value(fvd_judge, sample, extractor, reference, description)
 
 
 def calibration_drive(

@@ -1,9 +1,24 @@
 """The command line of QuantDiT.py, which compare.py fills in too."""
+import argparse
+import sys
+
 import config
 from cli.parser import Parser, add_model_flags, add_threads_flag, make_script_parser
 from cli.recipe_flags import add_recipe_flags
 from config import RECIPES
 from quant.weights.low_rank import SOLVERS
+
+# The published QuantDiT.py accepts these and never reads them.
+IGNORED = (
+    "results-dir",
+    "global-batch-size",
+    "global-seed",
+    "num-workers",
+    "epochs",
+    "per-proc-batch-size",
+    "log-every",
+    "ckpt-every",
+)
 
 
 def make_parser(description: str = "") -> Parser:
@@ -32,7 +47,26 @@ def make_parser(description: str = "") -> Parser:
     _add_output_flags(parser)
     add_threads_flag(parser)
     add_recipe_flags(parser)
+    _add_ignored_flags(parser)
     return parser
+
+
+def _add_ignored_flags(parser: Parser) -> None:
+    """Add the flags that the published command line has and that change nothing."""
+    group = parser.add_argument_group(
+        "accepted with a warning, without effect here as in the published script",
+        ", ".join(f"--{name}" for name in IGNORED))
+    for name in IGNORED:
+        group.add_argument(f"--{name}", help=argparse.SUPPRESS)
+
+
+def warn_of_ignored_flags(args: argparse.Namespace) -> None:
+    """Say in one line on stderr which of the given flags have no effect."""
+    given = [name for name in IGNORED if getattr(args, name.replace("-", "_")) is not None]
+    if given:
+        flags = ", ".join(f"--{name}" for name in given)
+        print(f"warning: {flags}: no effect, here as in the published QuantDiT.py",
+              file=sys.stderr)
 
 
 def _add_output_flags(parser: Parser) -> None:
@@ -46,10 +80,15 @@ def _add_output_flags(parser: Parser) -> None:
              "(default: the last fc2 and qkv)")
     parser.add_argument(
         "--reference",
-        help="with --judge fid: .npz of real images (default: the bundled model's data)")
+        help="with --judge fid or fvd: .npz of real images or videos "
+             "(default: the bundled model's data)")
     parser.add_argument(
         "--inception",
         help="with --judge fid: Inception weights (default: fetched on first use)")
+    parser.add_argument(
+        "--i3d", metavar="FILE",
+        help="with --judge fvd: TorchScript of a video network (default: the bundled models' "
+             "stand-in)")
     parser.add_argument(
         "--output",
         help="where to write (default: results/<model>-<size>-W<w>A<a>-<recipe>.safetensors)")

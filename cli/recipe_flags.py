@@ -8,6 +8,7 @@ from cli.parser import Parser
 from cli.values import at_least, one_of
 from config import RECIPES, Recipe, alpha_grid
 from errors import UserError
+from quant.balancing.maxima import PUBLISHED_SEARCH_STEPS
 from quant.numerics.ranges import RANGES
 from quant.recipe import ADALN_BITS
 
@@ -114,6 +115,11 @@ EVOLVED = Needs(lambda recipe: bool(recipe.group_sizes), "a list of --group-size
 SMOOTHQUANT = Needs(lambda recipe: recipe.balance == "smoothquant", "--balance smoothquant")
 MIGRATED = Needs(
     lambda recipe: recipe.balance in ("smoothquant", "tas"), "--balance smoothquant or tas")
+SEARCHED = Needs(
+    lambda recipe: MIGRATED.applies(recipe) and len(recipe.alphas) > 1,
+    "--alpha grid, and --balance smoothquant or tas")
+SHIFTED = Needs(
+    lambda recipe: recipe.balance == "reparameterise", "--balance reparameterise")
 BRANCHED = Needs(lambda recipe: recipe.rank != 0, "a --lowrank above 0")
 
 FLAGS = (
@@ -123,11 +129,17 @@ FLAGS = (
     Flag("balance", "balance",
          _choice("none", "smoothquant", "tas", "salience", "reparameterise"),
          "where smoothing factors come from"),
+    Flag("bias_correction", "bias-correction", _choice("quantised", "float"),
+         "the weight whose product with balance reparameterise's shifts is taken out of the bias",
+         SHIFTED),
     Flag("timestep", "smooth-timestep", _number(None),
          "index in sampling order that balance smoothquant looks at (0 is the noisiest)",
          SMOOTHQUANT),
     Flag("alphas", "alpha", _alphas,
          "migration strength: 'grid' searches layer by layer, or one number", MIGRATED),
+    Flag("search_steps", "search-steps", _choice("all", "published"),
+         "timesteps whose losses that search sums: all, "
+         f"or at most the {PUBLISHED_SEARCH_STEPS} noisiest, as the published code does", SEARCHED),
     Flag("weight", "weight", _choice("nearest", "gptq", "adaround"), "how weights are rounded"),
     Flag("weight_range", "weight-range", _choice(*RANGES),
          "of floating weight scales: minmax, or the best of several"),
@@ -163,8 +175,9 @@ FLAGS = (
     Flag("population", "population", _number(2), "of that evolution", EVOLVED),
     Flag("generations", "generations", _number(1), "of that evolution", EVOLVED),
     Flag("constraint", "constraint", _choice("mean", "bitops"), "on the group sizes", EVOLVED),
-    Flag("judge", "judge", _choice("sqnr", "fid"),
-         "what evolution looks at: SQNR of latents, or FID of 500 images", EVOLVED),
+    Flag("judge", "judge", _choice("sqnr", "fid", "fvd"),
+         "what evolution looks at: SQNR of latents, FID of 500 images, or FVD of 100 videos",
+         EVOLVED),
 )
 
 

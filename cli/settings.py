@@ -56,6 +56,7 @@ class QuantizeSettings:
     report_layers: tuple[str, ...] | None  # whose inputs are drawn; None: the default ones
     reference: str | None  # .npz of real images that group sizes are judged by
     inception: str | None  # file of Inception weights for that
+    i3d: str | None  # file of a video network for that
     threads: int  # CPU threads
 
     @property
@@ -114,6 +115,7 @@ def quantize_settings(args: argparse.Namespace) -> QuantizeSettings:
     recipe = build_recipe(args)
     label = recipe_label(args)
     user_value(check_recipe, recipe, act_bits)
+    _check_video_judge(recipe, model)
     at_least(args.cfg_scale, 1.0, "--cfg-scale")
     at_least(args.seed, 0, "--seed")
     schedule = user_value(make_schedule, args.num_sampling_steps)
@@ -140,6 +142,7 @@ def quantize_settings(args: argparse.Namespace) -> QuantizeSettings:
         report_layers=_names(args.report_layers),
         reference=args.reference,
         inception=args.inception,
+        i3d=args.i3d,
         threads=_threads(args.threads, default_threads()),
     )
 
@@ -163,6 +166,12 @@ def choose_model(args: argparse.Namespace) -> ModelChoice:
         weights=args.ckpt,
         vae=args.vae,
     )
+
+
+def _check_video_judge(recipe: Recipe, model: ModelChoice) -> None:
+    if recipe.judge == "fvd" and model.card.features != "digits":
+        raise UserError(f"--judge fvd looks at videos, and {model.name} makes images: "
+                        "give --judge fid (the bundled models have videos that stand in)")
 
 
 def _calibration_labels(text: str | None, num_classes: int) -> tuple[int, ...]:

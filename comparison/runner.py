@@ -178,7 +178,8 @@ class Comparison:
     def _quantising_arguments(self, job: Job, path: Path) -> list[str]:
         settings = self.settings
         files = []
-        if "--judge" in job.arguments:
+        # Other judges look at no images.
+        if "fid" in job.arguments:
             files = flags(reference=self._judge.reference_path, inception=settings.inception)
         rest = flags(seed=settings.seed, vae=settings.vae, output=path)
         return [*self._model_arguments(), *job.arguments, *files, *rest]

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 ROWS = 1000  # rows of a distance matrix, or features of a covariance, handled at a time
+BLOCK = 10_000  # rows and columns of distances that ADM's evaluator computes together
 NEIGHBOURS = 3
 IS_SPLIT = 5000
 
@@ -136,8 +137,8 @@ def precision_recall(
 
     Args:
         reference, samples: (N, D), (M, D).
-        half: squared distances in float16 where they stay finite, as ADM's evaluator computes
-            them; else float32.
+        half: squared distances in float16, as ADM's evaluator computes them. A block of
+            ``BLOCK`` x ``BLOCK`` of them is computed in float32 if one overflows.
 
     Raises:
         ValueError: widths differ, fewer than 4 features, or a value is not finite.
@@ -151,57 +152,78 @@ def precision_recall(
     if reference.shape[1] != samples.shape[1]:
         raise ValueError(
             f"features of width {reference.shape[1]} and {samples.shape[1]} cannot be compared")
-    distances = _half_distances if half else _distances
+    strips = _half_strips if half else _strips
 
     # The balls around each feature.
     real = torch.tensor(reference, dtype=torch.float32, device=device)  # (N, D)
     generated = torch.tensor(samples, dtype=torch.float32, device=device)  # (M, D)
-    real_radii = _squared_radii(real, distances)  # (N,)
-    generated_radii = _squared_radii(generated, distances)  # (M,)
+    real_radii = _squared_radii(real, strips)  # (N,)
+    generated_radii = _squared_radii(generated, strips)  # (M,)
 
     # Who lies in whose ball.
     covered = torch.zeros(len(generated), dtype=torch.bool, device=device)
-    recalled = []
-    for d, radii in zip(_strips(real, generated, distances), real_radii.split(ROWS)):
-        covered |= (d <= radii[:, None]).any(0)
-        recalled.append((d <= generated_radii).any(1))
-    precision = covered.double().mean()
-    recall = torch.cat(recalled).double().mean()
-    return float(precision), float(recall)
+    recalled = torch.zeros(len(real), dtype=torch.bool, device=device)
+    for rows, columns, d in _distances(real, generated, strips):
+        covered[columns] |= (d <= real_radii[rows, None]).any(0)
+        recalled[rows] |= (d <= generated_radii[columns]).any(1)
+    return float(covered.double().mean()), float(recalled.double().mean())
 
 
-Distances = Callable[[Tensor, Tensor], Tensor]  # rows (N, D) and (M, D) to (N, M)
+# Rows (N, D) and (M, D) of a block to their squared distances, in strips (<= ROWS, M) of the first.
+Strips = Callable[[Tensor, Tensor], Iterator[Tensor]]
 
 
-def _squared_radii(x: Tensor, distances: Distances) -> Tensor:
+def _squared_radii(x: Tensor, strips: Strips) -> Tensor:
     """Compute the squared distance of each row (N, D) to its third neighbour, (N,)."""
-    radii = []
-    for d in _strips(x, x, distances):
-        # A row's own distance, 0, is the smallest.
-        nearest = d.topk(NEIGHBOURS + 1, largest=False).values
-        radii.append(nearest[:, -1])
-    return torch.cat(radii)
+    # A row's own distance, 0, is the smallest.
+    nearest = torch.full((len(x), NEIGHBOURS + 1), torch.inf, device=x.device)
+    for rows, _, d in _distances(x, x, strips):
+        both = torch.cat([nearest[rows], d], 1)
+        nearest[rows] = both.topk(NEIGHBOURS + 1, largest=False).values
+    return nearest[:, -1]
 
 
-def _strips(a: Tensor, b: Tensor, distances: Distances) -> Iterator[Tensor]:
-    """Yield squared distances (<= ROWS, M) of a's rows to all of b's."""
-    return (distances(rows, b) for rows in a.split(ROWS))
+def _distances(a: Tensor, b: Tensor, strips: Strips) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yield squared distances (<= ROWS, <= BLOCK) of some of a's rows to some of b's.
 
-
-def _distances(a: Tensor, b: Tensor) -> Tensor:
-    """Compute squared distances (N, M) of rows (N, D) and (M, D) in float32."""
-    norms = a.square().sum(1)[:, None] + b.square().sum(1)
-    return torch.addmm(norms, a, b.T, alpha=-2).clamp_(min=0)
-
-
-def _half_distances(a: Tensor, b: Tensor) -> Tensor:
-    """Compute them with every intermediate rounded to float16, or in float32 if one overflows.
-
-    Sums and products accumulate in float32.
+    Before them stand the rows of ``a`` and of ``b`` that they belong to.
     """
-    x, y = a.half(), b.half()
-    products = (x.float() @ y.float().T).half()
-    x_norms = x.square().sum(1, dtype=torch.float32).half()
-    y_norms = y.square().sum(1, dtype=torch.float32).half()
-    d = (x_norms[:, None] - 2 * products + y_norms).clamp_(min=0)
-    return d.float() if torch.isfinite(d).all() else _distances(a, b)
+    for i, rows in enumerate(a.split(BLOCK)):
+        for j, others in enumerate(b.split(BLOCK)):
+            columns = slice(j * BLOCK, j * BLOCK + len(others))
+            start = i * BLOCK
+            for d in strips(rows, others):
+                yield slice(start, start + len(d)), columns, d
+                start += len(d)
+
+
+def _strips(a: Tensor, b: Tensor) -> Iterator[Tensor]:
+    """Compute squared distances of rows (N, D) and (M, D) in float32."""
+    b_norms = b.square().sum(1)
+    for rows in a.split(ROWS):
+        norms = rows.square().sum(1)[:, None] + b_norms
+        yield torch.addmm(norms, rows, b.T, alpha=-2).clamp_(min=0)
+
+
+def _half_strips(a: Tensor, b: Tensor) -> Iterator[Tensor]:
+    """Compute them in float16; if a single one overflows, all of the block in float32."""
+    y, y_norms = _half(b)
+    block = []
+    for rows in a.split(ROWS):
+        x, x_norms = _half(rows)
+        products = (x @ y.T).half()
+        d = (x_norms[:, None] - 2 * products + y_norms).clamp_(min=0)
+        if not torch.isfinite(d).all():
+            return _strips(a, b)
+        block.append(d)
+    return (d.float() for d in block)
+
+
+def _half(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Round rows (N, D) to float16, and their squared norms (N,).
+
+    The rows are given as float32, in which sums and products accumulate.
+    """
+    half = rows.half()
+    norms = half.square().sum(1, dtype=torch.float32).half()
+    return half.float(), norms

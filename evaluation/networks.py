@@ -67,6 +67,23 @@ def load_reference(card: ModelCard, given: str | None, folder: Path) -> Path:
         f"for 256 pixels {IMAGENET_REFERENCE_URL}")
 
 
+def load_video_reference(card: ModelCard, given: str | None, folder: Path) -> Path:
+    """Choose the ``.npz`` of real videos that samples of a model are compared with.
+
+    It is the one ``given``, or videos of the bundled model's data, written into ``folder``.
+
+    Raises:
+        UserError: none was given and none is bundled.
+    """
+    if given is not None:
+        return Path(given)
+    if card.features == "digits":
+        from examples.digits.videos import write_video_reference
+        path = folder / "digits-videos.npz"
+        return path if path.exists() else write_video_reference(path)
+    raise UserError("--reference is missing: give an .npz of real videos, uint8 (N, F, H, W, 3)")
+
+
 def load_lpips(device: torch.device) -> Perceptual:
     """Load LPIPS (Zhang et al., 2018) with AlexNet.
 

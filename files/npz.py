@@ -121,14 +121,27 @@ def read_images(path: Path, arrays: dict[str, NDArray]) -> NDArray:
     Raises:
         ValueError: missing, empty, or of another type or shape.
     """
+    return _read_pixels(path, arrays, "images (N, H, W, 3)", 4)
+
+
+def read_videos(path: Path, arrays: dict[str, NDArray]) -> NDArray:
+    """Take the videos ``arr_0``, uint8 (N, F, H, W, 3), from what ``read_arrays`` gave.
+
+    Raises:
+        ValueError: missing, empty, or of another type or shape.
+    """
+    return _read_pixels(path, arrays, "videos (N, F, H, W, 3)", 5)
+
+
+def _read_pixels(path: Path, arrays: dict[str, NDArray], what: str, axes: int) -> NDArray:
+    """Take ``arr_0``, uint8 of so many axes, the last one of 3 colours; errors call it ``what``."""
     if "arr_0" not in arrays:
         present = ", ".join(sorted(arrays)) or "nothing"
+        raise ValueError(f"'{path}' holds no 'arr_0' (it has {present}): expected uint8 {what}")
+    pixels = arrays["arr_0"]
+    fits = pixels.dtype == np.uint8 and pixels.ndim == axes and pixels.shape[-1] == 3
+    if not fits or not pixels.size:
         raise ValueError(
-            f"'{path}' holds no 'arr_0' (it has {present}): expected uint8 images (N, H, W, 3)")
-    images = arrays["arr_0"]
-    is_images = images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] == 3
-    if not is_images or not images.size:
-        raise ValueError(
-            f"'arr_0' of '{path}' is {images.dtype} {images.shape}: "
-            "expected uint8 images (N, H, W, 3), at least one")
-    return images
+            f"'arr_0' of '{path}' is {pixels.dtype} {pixels.shape}: "
+            f"expected uint8 {what}, at least one")
+    return pixels

@@ -20,7 +20,7 @@ from quant.activations.static import (
     StaticRanges,
     TimestepRanges,
 )
-from quant.balancing.maxima import ChannelMaxima, aggregate
+from quant.balancing.maxima import ChannelMaxima, aggregate, searched_steps
 from quant.balancing.none import NoBalance
 from quant.balancing.reparameterise import Reparameterisation
 from quant.balancing.salience import Salience
@@ -147,7 +147,8 @@ def _balance(
     magnitudes = {name: aggregate(values, recipe.balance, recipe.timestep)
                   for name, values in first.maxima.items()}
     new_search = partial(_new_search, task, weights)
-    return ChannelMaxima(magnitudes, recipe.alphas, weights.weight_of, new_search)
+    steps = searched_steps(recipe.search_steps, len(first.trajectory))
+    return ChannelMaxima(magnitudes, recipe.alphas, weights.weight_of, new_search, steps)
 
 
 def _new_search(

@@ -156,8 +156,18 @@ def _layers(
     for site in task.sites:
         act = parts.activations.finish(site, smoothing[site.name], groups.get(site.name))
         for name, weight in weights[site.name].items():
-            layers[name] = QuantizedLayer(weight, act, without_search(smoothing[site.name]))
+            offset = _offset(task, name, smoothing[site.name])
+            kept = without_search(smoothing[site.name])
+            layers[name] = QuantizedLayer(weight, act, kept, offset=offset)
     return layers
+
+
+def _offset(task: Task, name: str, smoothing: Smoothing) -> Tensor | None:
+    """Compute what a shift adds to a linear's float product, (O,), if that is to be taken out."""
+    if smoothing.shift is None or task.recipe.bias_correction == "quantised":
+        return None
+    # (W diag(s)) (shift / s), before W diag(s) is rounded.
+    return matrix(task.model.get_submodule(name)) @ smoothing.shift
 
 
 def _drawn_call(first: FirstPass, recipe: Recipe) -> Call:

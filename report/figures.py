@@ -1,5 +1,4 @@
 """The figures of a report, each drawn from plain arrays, as PNG bytes."""
-import io
 from collections.abc import Mapping
 
 import numpy as np
@@ -8,29 +7,10 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from report.canvas import draw_surface, png
 from report.places import Place, blocks_of, by_role
 
-DPI = 110
 DARK = 0.6  # below this share of the color map, lettering has to be white
-
-
-def _png(canvas: Canvas) -> bytes:
-    """Draw a canvas as a PNG."""
-    buffer = io.BytesIO()
-    canvas.savefig(buffer, format="png", dpi=DPI)
-    return buffer.getvalue()
-
-
-def _thinned(values: NDArray, rows: int, columns: int) -> NDArray:
-    """Reduce to at most ``rows`` x ``columns`` values.
-
-    Each is the maximum of a rectangle, so that no outlier is lost.
-    """
-    for axis, most in enumerate((rows, columns)):
-        edges = np.linspace(0, values.shape[axis], most, endpoint=False)
-        starts = np.unique(edges.astype(int))
-        values = np.maximum.reduceat(values, starts, axis=axis)
-    return values
 
 
 def channel_magnitude(name: str, before: NDArray, after: NDArray) -> bytes:
@@ -40,26 +20,10 @@ def channel_magnitude(name: str, before: NDArray, after: NDArray) -> bytes:
     """
     canvas = Canvas(figsize=(11, 4.6), layout="constrained")
     left = canvas.add_subplot(1, 2, 1, projection="3d")
-    _draw_surface(left, before, f"{name}, before smoothing")
+    draw_surface(left, before, f"{name}, before smoothing")
     right = canvas.add_subplot(1, 2, 2, projection="3d")
-    _draw_surface(right, after, f"{name}, after smoothing")
-    return _png(canvas)
-
-
-def _draw_surface(axes: Axes, values: NDArray, title: str) -> None:
-    """Draw magnitudes (T, I) as heights over tokens and input channels."""
-    heights = _thinned(values, 64, 512)
-    rows = np.linspace(0, values.shape[0] - 1, heights.shape[0])
-    columns = np.linspace(0, values.shape[1] - 1, heights.shape[1])
-    tokens, channels = np.meshgrid(rows, columns, indexing="ij")
-    axes.plot_surface(
-        channels, tokens, heights,
-        cmap="coolwarm", rstride=1, cstride=1, linewidth=0, antialiased=False)
-    axes.set(title=title, xlabel="input channel", ylabel="token", zlabel="magnitude")
-    axes.set_zlim(bottom=0)
-    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    axes.set_box_aspect((2, 1, 1), zoom=0.95)
-    axes.view_init(elev=25, azim=-60)
+    draw_surface(right, after, f"{name}, after smoothing")
+    return png(canvas)
 
 
 def channel_maxima(name: str, absmax: NDArray) -> bytes:
@@ -84,7 +48,7 @@ def channel_maxima(name: str, absmax: NDArray) -> bytes:
         right.semilogy(absmax[step][order], linewidth=0.8, label=f"at step {step}")
     right.set(title="channel maxima, sorted", xlabel="rank of the channel")
     right.legend()
-    return _png(canvas)
+    return png(canvas)
 
 
 def alpha_losses(
@@ -109,7 +73,7 @@ def alpha_losses(
     axes.set_xticks(range(0, len(alphas), 2), [f"{alpha:.1f}" for alpha in alphas[::2]])
     axes.set_yticks(range(len(losses)), list(losses), fontsize=7)
     axes.set(xlabel="migration strength α", title="loss against α (dot: chosen)")
-    return _png(canvas)
+    return png(canvas)
 
 
 def layer_errors(error_db: dict[str, float], places: Mapping[str, Place]) -> bytes:
@@ -131,7 +95,7 @@ def layer_errors(error_db: dict[str, float], places: Mapping[str, Place]) -> byt
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
-    return _png(canvas)
+    return png(canvas)
 
 
 def group_allocation(
@@ -152,7 +116,7 @@ def group_allocation(
     top, bottom = canvas.subplots(2, 1, height_ratios=(3, 2))
     _draw_rounds(top, best, mean)
     _draw_groups(bottom, by_role(groups, places), blocks_of(groups, places))
-    return _png(canvas)
+    return png(canvas)
 
 
 def _draw_rounds(axes: Axes, best: list[float], mean: list[float]) -> None:
@@ -201,7 +165,7 @@ def sqnr_over_steps(curves: dict[str, list[float]]) -> bytes:
         title="distance from the float model along the trajectory")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    return _png(canvas)
+    return png(canvas)
 
 
 def same_seeds(rows: dict[str, NDArray]) -> bytes:
@@ -216,4 +180,4 @@ def same_seeds(rows: dict[str, NDArray]) -> bytes:
             axes.set_xticks([])
             axes.set_yticks([])
         line[0].set_ylabel(label, rotation=0, ha="right", va="center")
-    return _png(canvas)
+    return png(canvas)

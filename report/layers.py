@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from architectures.registry import architecture_of
 from architectures.sites import Site
-from quant.calibration.trajectory import Drive, record, replay
+from quant.calibration.trajectory import Drive, hooked, record, replay
 from quant.calibration.watch import Observer, Watch
 from quant.layers.linear import QuantLinear
 from quant.layers.quantised import QuantizedLayer
+from report.spreads import Spreads, image_quantiles
 
 IMAGES = 4  # in the trajectory that a report looks at
 DEFAULT_ROLES = ("fc2", "qkv")
@@ -25,21 +26,43 @@ class Observed:
         absmax: (steps, I), largest magnitude of each input channel at each step.
         error_db: SQNR of the layer's output on the float model's inputs at the first, middle and
             last step.
-        inputs: (T, I) magnitudes of one image's input at the middle step, for the layers asked
-            for.
+        deviations: (steps, N) standard deviations of every image's input.
         watched: the steps (indices in sampling order) behind ``error_db``.
         places: the layer's role and block.
+        shown: of the layers asked for, more.
     """
 
     absmax: dict[str, Tensor]
     error_db: dict[str, float]
-    inputs: dict[str, Tensor]
+    deviations: dict[str, Tensor]
     watched: list[int]
     places: Mapping[str, Site]
+    shown: dict[str, "ShownLayer"]
 
     @property
     def steps(self) -> int:
         return len(next(iter(self.absmax.values())))
+
+    @property
+    def middle(self) -> int:
+        return self.steps // 2
+
+
+@dataclass(frozen=True)
+class ShownLayer:
+    """What figures show of one linear.
+
+    Attributes:
+        weight: (O, I) magnitudes.
+        inputs: (T, I) magnitudes of the first image's input at the middle step.
+        step_quantiles: (steps, 7) ``report.spreads.QUANTILES`` of the first image's input.
+        image_quantiles: (N, 7) those of every image's input at the middle step.
+    """
+
+    weight: Tensor
+    inputs: Tensor
+    step_quantiles: Tensor
+    image_quantiles: Tensor
 
 
 def places_of(model: nn.Module) -> dict[str, Site]:
@@ -108,38 +131,57 @@ def observe(
 
     Args:
         drive: lets the model sample once; a few images are enough.
-        wanted: layers whose inputs are kept.
+        wanted: layers whose weights and inputs are shown.
     """
     # Sample, and keep the trajectory.
     places = places_of(model)
     linears = {name: model.get_submodule(name) for name in places}
     sites = architecture_of(model).sites(model, "blocks")
-    trajectory, maxima = record(model, sites, drive)
+    wanted = [name for name in linears if name in wanted]
+    spreads = Spreads(wanted)
+    with hooked(model, list(linears), spreads.see):
+        trajectory, maxima = record(model, sites, drive)
 
     # Replay three of its steps.
     middle = len(trajectory) // 2
     watched = sorted({0, middle, len(trajectory) - 1})
     errors = OutputErrors(linears, layers)
-    inputs = {}
+    inputs = {name: MiddleInput() for name in wanted}
     for step in watched:
         watch = Watch()
         for name in linears:
             watch.add(name, OutputErrors, partial(errors.observer, name))
         if step == middle:
-            for name in set(wanted) & linears.keys():
-                watch.add(name, "magnitudes", partial(_keep_magnitudes, inputs, name))
+            for name, observer in inputs.items():
+                watch.add(name, MiddleInput, lambda observer=observer: observer)
         replay(model, trajectory.at(step), watch, 1, f"errors at step {step}")
     return Observed(
         absmax={name: maxima[site.name].cpu() for name, site in places.items()},
         error_db=errors.decibels(),
-        inputs=inputs,
+        deviations=spreads.deviations,
         watched=watched,
-        places=places)
+        places=places,
+        shown={
+            name: ShownLayer(
+                weight=linears[name].weight.abs().cpu(),
+                inputs=inputs[name].magnitudes,
+                step_quantiles=spreads.quantiles[name],
+                image_quantiles=inputs[name].quantiles)
+            for name in wanted
+        })
 
 
-def _keep_magnitudes(inputs: dict[str, Tensor], name: str) -> Observer:
-    """Make an observer that keeps the first image's input magnitudes (T, I) in ``inputs``."""
-    def observe_input(x: Tensor, _: Tensor) -> None:
-        inputs[name] = x[0, 0].abs().cpu()
+class MiddleInput:
+    """Keeps what figures show of a linear's input at the one step that is replayed.
 
-    return observe_input
+    Attributes:
+        magnitudes: (T, I), of the first image.
+        quantiles: (N, 7), of every image.
+    """
+
+    magnitudes: Tensor
+    quantiles: Tensor
+
+    def __call__(self, x: Tensor, _: Tensor) -> None:
+        self.magnitudes = x[0, 0].abs().cpu()
+        self.quantiles = image_quantiles(x[0]).cpu()

@@ -52,6 +52,8 @@ def checkpoint_path(tmp_path_factory):
      "--iterations has no effect on this recipe: it is for --weight adaround"),
     (["--group-size", "32", "--weight-granularity", "channel", "--weight-scales", "float"],
      "--group-size has no effect on this recipe"),
+    (["--search-steps", "published", "--alpha", "0.5"],
+     "--search-steps has no effect on this recipe: it is for --alpha grid"),
     (["--adaln-weight-bit", "6"], "--adaln-weight-bit 6 is not available"),
     (["--nonsense"], "nonsense"),
     (["--model", "DiT-Digits", "--image-size", "256"],
@@ -208,6 +210,38 @@ def test_the_published_command_lines_parse():
     assert (args.path, args.num_fid_samples) == ("/path/DiTAS_Model", 10000)
     assert (args.cfg_scale, args.per_proc_batch_size) == (1.5, 64)
     assert (args.global_seed, args.tf32, args.sample_dir, args.fold) == (0, True, "samples", True)
+
+
+# The published QuantDiT.py's flags that it never reads, with its own defaults.
+NEVER_READ = {
+    "--results-dir": "results",
+    "--global-batch-size": "256",
+    "--global-seed": "0",
+    "--num-workers": "4",
+    "--epochs": "1",
+    "--per-proc-batch-size": "2",
+    "--log-every": "100",
+    "--ckpt-every": "5000",
+}
+
+
+def test_flags_that_the_published_script_never_reads_leave_a_warning_and_the_same_bytes(capsys):
+    call(QuantDiT, *QUICK, "--recipe", "rtn", "--output", "without")
+    capsys.readouterr()
+    ignored = [word for pair in NEVER_READ.items() for word in pair]
+    call(QuantDiT, *QUICK, "--recipe", "rtn", "--output", "with", *ignored)
+    lines = capsys.readouterr().err.splitlines()
+    warnings = [line for line in lines if line.startswith("warning: ")]
+    assert len(warnings) == 1
+    assert all(flag in warnings[0] for flag in NEVER_READ)
+    assert Path("with.safetensors").read_bytes() == Path("without.safetensors").read_bytes()
+
+    call(QuantDiT, *QUICK, "--recipe", "rtn", "--epochs", "3")
+    assert "warning: --epochs: no effect" in capsys.readouterr().err
+
+
+def test_a_mistake_beside_such_a_flag_still_leaves_one_line(capsys):
+    assert "--seed -1" in fails(capsys, "quant", "--seed", "-1", "--epochs", "3")
 
 
 @pytest.mark.parametrize("script, argv", [

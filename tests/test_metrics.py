@@ -260,6 +260,52 @@ def test_float16_gives_way_to_float32_where_it_overflows():
     assert precision_recall(real, samples, half=True) == pytest.approx(expected)
 
 
+def blockwise_distance(a: np.ndarray, b: np.ndarray, block: int):
+    """Make the distance of row i of ``a`` to row j of ``b`` that ADM's evaluator computes.
+
+    It is that of float16, unless one overflows in the block x block pairs around it.
+    """
+    half = np.array([[half_distance(x, y) for y in b] for x in a], np.float64)
+    exact = np.array([[exact_distance(x, y) for y in b] for x in a])
+    for i in range(0, len(a), block):
+        for j in range(0, len(b), block):
+            place = slice(i, i + block), slice(j, j + block)
+            if not np.isfinite(half[place]).all():
+                half[place] = exact[place]
+    return half
+
+
+def blockwise_precision_recall(real: np.ndarray, made: np.ndarray, block: int):
+    """Compute precision and recall from all pairs of distances at once."""
+    real_radii, made_radii = (
+        np.sort(blockwise_distance(x, x, block), axis=1)[:, 3] for x in (real, made))
+    between = blockwise_distance(real, made, block)
+    precision = (between <= real_radii[:, None]).any(0).mean()
+    recall = (between <= made_radii).any(1).mean()
+    return precision, recall
+
+
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
+@pytest.mark.parametrize("seed", range(4))
+def test_float16_gives_way_in_blocks_of_the_published_size(monkeypatch, seed):
+    monkeypatch.setattr(metrics, "ROWS", 3)
+    monkeypatch.setattr(metrics, "BLOCK", 10)
+    real = grid_points(seed, 34, width=3, side=25) / 4 + 30
+    made = grid_points(seed + 50, 28, width=3, side=25) / 4 + 30 + 2
+    # Their squared norms overflow: in the second block of rows, and in the last of the columns.
+    real[14] = 200
+    made[25] = 200
+    found = precision_recall(real, made, half=True)
+    assert found == pytest.approx(blockwise_precision_recall(real, made, 10))
+    # Strips of three rows, or everything at once, come to other numbers.
+    for block in (3, 100):
+        assert found != pytest.approx(blockwise_precision_recall(real, made, block))
+
+
+def test_the_published_blocks_are_of_10_000():
+    assert metrics.BLOCK == 10_000
+
+
 def test_precision_and_recall_refuse():
     fine = gaussian(0, 10, 4)
     for bad, message in (

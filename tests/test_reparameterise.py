@@ -5,15 +5,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_model, relative
+from conftest import bundled_digits, checkpoint_header, noise_drive, random_model, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 from config import RECIPES
 from diffusion import ImageNoise, make_schedule
 from diffusion.generate import guided_drive
 from quant.activations.quantisers import Activation
 from quant.balancing.reparameterise import PerChannel, channel_ranges, reparameterize
+from quant.checkpoint import save
 from quant.layers.linear import QuantLinear
 from quant.layers.quantised import QuantizedLayer
 from quant.numerics.ranges import static_codes
@@ -71,6 +73,76 @@ def test_the_linear_computes_the_same(seed):
     expected = F.linear(x.double(), expected_weight, bias.double())
     assert relative(QuantLinear(layer, layer.bias(bias))(x), expected) < 1e-4
     assert relative(QuantLinear(layer, layer.bias(None))(x), expected - bias.double()) < 1e-4
+
+
+def published_output(
+    x: np.ndarray, weight: np.ndarray, bias: np.ndarray, scale: np.ndarray, zero: np.ndarray,
+    spec: QuantSpec,
+) -> np.ndarray:
+    """Compute what the published code makes of a LayerNorm's output and the linear behind it.
+
+    In float64. The norm gives ``x / r - b``, whose effect goes into the bias with float weights.
+    Only then are weights rounded. The zero point of all is rounded, as ours is.
+    """
+    low = -zero * scale
+    target, center = scale.mean(), np.clip(np.round(zero.mean()), 0, 255)
+    r = scale / target
+    b = low / r - -center * target
+    weight = weight * r
+    bias = bias + weight @ b
+
+    codes = np.clip(np.round((x / r - b) / target) + center, 0, 255)
+    rounded = quantize_weight(torch.tensor(weight, dtype=torch.float32), spec).dequantize()
+    return (codes - center) * target @ rounded.double().numpy().T + bias
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_float_bias_correction_is_the_published_codes(seed):
+    weight_spec, spec, x = QuantSpec(4, "channel"), QuantSpec(8, "tensor"), activations(seed)
+    torch.manual_seed(seed)
+    linear = torch.nn.Linear(24, 16)
+    scale, zero = channel_ranges(x, spec, "minmax")
+    changed = reparameterize(scale, zero, spec)
+    rounded = quantize_weight(linear.weight * changed.smooth, weight_spec)
+    act = Activation(spec, changed.scale, changed.zero)
+    smoothing = Smoothing(changed.smooth, changed.shift)
+    outputs, errors = {}, {}
+    exact = linear(x)
+    for correction, offset in (("float", linear.weight @ changed.shift), ("quantised", None)):
+        layer = QuantizedLayer(without_branch(rounded), act, smoothing, offset=offset)
+        outputs[correction] = QuantLinear(layer, layer.bias(linear.bias))(x)
+        errors[correction] = relative(outputs[correction], exact)
+
+    arrays = [value.detach().double().numpy() for value in (x, linear.weight, linear.bias)]
+    expected = published_output(*arrays, scale.double().numpy(), zero.double().numpy(), weight_spec)
+    # Codes of values on a tie may differ.
+    assert relative(outputs["float"], expected) < 1e-3
+    # Inputs are far off 0 in some channels: the rounded weight should not multiply that.
+    assert errors["float"] < 0.85 * errors["quantised"]
+
+
+def test_the_recipe_corrects_biases_with_float_weights_and_the_file_keeps_it(tmp_path):
+    model, name = bundled_digits(depth=2), "blocks.1.mlp.fc1"
+    drive = noise_drive(3, torch.arange(4))
+    recipe = RECIPES["repq-vit"]
+    assert recipe.bias_correction == "float"
+    result = quantize_model(model, recipe, BitWidths(4, 8), drive)
+    layer = result.layers[name]
+    linear = model.get_submodule(name)
+    expected = linear.bias - linear.weight @ layer.smoothing.shift
+    assert torch.equal(layer.bias(linear.bias), expected)
+
+    path = tmp_path / "repq.safetensors"
+    save(path, model, result, checkpoint_header("repq-vit"))
+    with safe_open(path, framework="pt") as file:
+        stored = file.get_tensor(f"{name}.offset")
+    assert torch.equal(stored, layer.offset)
+
+    other = replace(recipe, bias_correction="quantised")
+    without = quantize_model(model, other, BitWidths(4, 8), drive).layers[name]
+    assert without.offset is None
+    shifted = without.weight.dense() @ (without.smoothing.shift / without.smoothing.factors)
+    assert torch.allclose(without.bias(linear.bias), linear.bias - shifted)
 
 
 def test_channel_ranges_are_used_to_the_full_even_off_zero():

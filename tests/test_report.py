@@ -23,11 +23,13 @@ from diffusion.generate import guided_drive
 from quant.layers.linear import QuantLinear
 from quant.pipeline import quantize_model
 from quant.recipe import BitWidths
-from report import figures
+from report import distributions, figures
+from report.canvas import thinned
 from report.layers import default_layers, observe, places_of
 from report.page import Figure, Section, html_table, write_page
 from report.places import blocks_of, by_role
 from report.quantisation import quantisation_figures
+from report.spreads import QUANTILES
 
 STEPS = 3
 
@@ -71,9 +73,21 @@ def test_layer_errors_equal_those_of_the_installed_layers(quantised):
     maxima = torch.stack([x.abs().amax((0, 1)) for x in inputs])
     assert observed.watched == [0, 1, 2] and observed.steps == STEPS
     assert observed.error_db[name] == pytest.approx(expected_db, abs=1e-3)
-    torch.testing.assert_close(observed.inputs[name], inputs[1][0].abs(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(observed.absmax[name], maxima)
-    assert list(observed.inputs) == [name]
+
+    # What is shown of the layer, by numpy.
+    assert list(observed.shown) == [name]
+    shown = observed.shown[name]
+    assert torch.equal(shown.weight, linear.weight.abs())
+    torch.testing.assert_close(shown.inputs, inputs[1][0].abs(), rtol=1e-4, atol=1e-5)
+    images = [x.numpy().reshape(len(x), -1) for x in inputs]
+    deviations = np.stack([image.std(1, ddof=1) for image in images])
+    assert np.allclose(observed.deviations[name], deviations, rtol=1e-4)
+    first = np.stack([np.quantile(image[0], QUANTILES, method="nearest") for image in images])
+    assert np.allclose(shown.step_quantiles, first, rtol=1e-3, atol=1e-4)
+    middle = np.quantile(images[1], QUANTILES, axis=1, method="nearest").T
+    assert np.allclose(shown.image_quantiles, middle, rtol=1e-3, atol=1e-4)
+    assert observed.deviations.keys() == block_linears(model).keys()
     assert observed.error_db.keys() == block_linears(model).keys()
 
 
@@ -85,8 +99,11 @@ def test_all_figures_of_a_run_are_drawn(quantised):
     pair = Image.new("RGB", (40, 20), "red")
     drawn = quantisation_figures(observed, recipe, result, pair)
     names = ["images", "layer-errors", "alpha-losses"]
-    for layer in observed.inputs:
-        names += [f"channel-magnitude-{layer}", f"channel-maxima-{layer}"]
+    for layer in observed.shown:
+        kinds = ("channel-magnitude", "channel-maxima", "weight-magnitude", "input-over-steps",
+                 "input-over-images")
+        names += [f"{kind}-{layer}" for kind in kinds]
+    names += ["deviation-over-steps", "deviation-over-images"]
     assert [figure.name for figure in drawn] == names
     for figure in drawn[1:]:
         image = pixels(figure.png)
@@ -116,13 +133,47 @@ def test_a_figure_has_a_line_per_role_and_leaves_out_what_is_outside_the_blocks(
     assert figures.group_allocation([1.0], [2.0], sizes, places) != with_last
 
 
+@pytest.mark.parametrize("draw", [
+    distributions.deviations_over_steps, distributions.deviations_over_images])
+def test_deviations_have_a_panel_per_role_and_leave_out_what_is_outside_the_blocks(draw):
+    places = {
+        "a.0": single("a", "first", "block 0"),
+        "a.1": single("b", "first", "block 1"),
+        "b.0": single("c", "second", "block 0"),
+        "last": single("d", "last", None),
+    }
+    rng = np.random.default_rng(0)
+    values = {name: rng.random(6) for name in places}
+    whole = draw(values, places)
+    without = {name: values[name] for name in ("a.0", "a.1", "b.0")}
+    assert draw(without, places) == whole
+    # Two roles stand side by side, three in two lines.
+    third = {"c.0": single("e", "third", "block 0")}
+    more = pixels(draw({**without, "c.0": values["a.0"]}, places | third))
+    assert more.shape[0] > 1.5 * pixels(whole).shape[0]
+
+
+def orange_columns(png: bytes) -> int:
+    """Count the medians of a box plot."""
+    red, green, blue = np.moveaxis(pixels(png), 2, 0)
+    is_orange = (red > 200) & (red - green > 60) & (green - blue > 60)
+    columns = is_orange.any(0).astype(int)
+    return int((np.diff(columns, prepend=0) == 1).sum())
+
+
+@pytest.mark.parametrize("rows, drawn", [(8, 8), (333, 50)])
+def test_a_box_stands_for_every_row_up_to_fifty(rows, drawn):
+    quantiles = np.tile([-9.0, -3, -1, 0, 1, 3, 9], (rows, 1))
+    assert orange_columns(distributions.boxes("title", "row", quantiles)) == drawn
+
+
 @pytest.mark.parametrize("shape", [(3, 5), (64, 512), (100, 700), (256, 4608)])
 def test_thinning_keeps_every_outlier(shape):
     rng = np.random.default_rng(0)
     values = rng.random(shape)
     row, column = rng.integers(shape[0]), rng.integers(shape[1])
     values[row, column] = 9.0
-    thin = figures._thinned(values, 64, 512)
+    thin = thinned(values, 64, 512)
     assert thin.shape == (min(64, shape[0]), min(512, shape[1]))
     y, x = np.unravel_index(thin.argmax(), thin.shape)
     assert thin.max() == 9.0

@@ -1,18 +1,28 @@
+"""The grid search against the paper's loss, one product per candidate and timestep."""
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import noise_drive, random_model
+from torch import nn
 
+from config import RECIPES
 from quant.balancing.candidates import rounded
 from quant.balancing.compiled import FUSED, fused_rounded
 from quant.balancing.losses import DEFINITION
-from quant.balancing.maxima import aggregate, check_step, smoothing_factors
+from quant.balancing.maxima import aggregate, check_step, searched_steps, smoothing_factors
 from quant.balancing.search import AlphaSearch
+from quant.calibration.trajectory import Drive
 from quant.numerics.uniform import QuantSpec, fake_quantize
+from quant.pipeline import quantize_model
+from quant.recipe import BitWidths, weight_spec
+from quant.weights.low_rank import lowrank_quantize
+from quant.weights.rounding import nearest_quantizer
 from quant.weights.two_level import round_to_int8
 
 ROOT = Path(__file__).parents[1]
@@ -157,6 +167,39 @@ def test_factors_are_the_closed_form():
     assert torch.allclose(s, expected)
     assert torch.allclose(smoothing_factors(a, w, 1.0, 1e-4), torch.tensor([4.0, 1e-4, 100.0]))
     assert torch.allclose(smoothing_factors(a, w, 0.0, 1e-4), torch.tensor([1.0, 0.5, 1e4]))
+
+
+@pytest.mark.parametrize("choice, expected", [("published", (10, 50, 50)), ("all", (10, 50, 100))])
+def test_the_published_search_looks_at_no_more_than_50_steps(choice, expected):
+    assert tuple(searched_steps(choice, steps) for steps in (10, 50, 100)) == expected
+
+
+def linear_inputs(model: nn.Module, name: str, drive: Drive) -> torch.Tensor:
+    """Sample once, and keep a linear's input in every step, (steps, 2N, T, I)."""
+    inputs = []
+    handle = model.get_submodule(name).register_forward_hook(
+        lambda module, args, output: inputs.append(args[0]))
+    drive(model)
+    handle.remove()
+    return torch.stack(inputs)
+
+
+@pytest.mark.parametrize("choice, steps", [("published", 50), ("all", 53)])
+def test_losses_are_those_of_the_noisiest_steps_and_maxima_those_of_all(choice, steps):
+    model, name, alphas = random_model(depth=1), "blocks.0.mlp.fc1", (0.0, 0.5, 1.0)
+    recipe = replace(RECIPES["ditas-published"], rank=4, search_steps=choice, alphas=alphas)
+    result = quantize_model(
+        model, recipe, BitWidths(4, 8), noise_drive(53, torch.arange(2)), svd="exact")
+
+    x = linear_inputs(model, name, noise_drive(53, torch.arange(2)))
+    weight, spec = model.get_submodule(name).weight, weight_spec(recipe, 4)
+    base = lowrank_quantize(weight, nearest_quantizer(spec), 4, recipe.rounds, "last", "exact")
+    largest = x.abs().amax((0, 1, 2))
+    factors = torch.stack([
+        smoothing_factors(largest, base.base.dequantize(), alpha, 1e-4) for alpha in alphas])
+    act = QuantSpec(8, "tensor", convention="published")
+    expected = brute_force(weight, factors, spec, act, base.dense(), x[:steps])
+    assert torch.allclose(result.losses[name], expected, rtol=2e-5)
 
 
 def test_tas_takes_all_steps_and_smoothquant_one():

@@ -11,8 +11,12 @@ from torch import Tensor
 import config
 from architectures.sites import Site
 from quant.balancing.search import AlphaSearch
+from quant.calibration.observers import FirstSteps
 from quant.calibration.watch import Watch
 from quant.numerics.smoothing import NO_SMOOTHING, Smoothing
+
+# The published search sums its losses over this many steps of any longer trajectory.
+PUBLISHED_SEARCH_STEPS = 50
 
 
 def aggregate(absmax: Tensor, balance: str, timestep: int) -> Tensor:
@@ -49,6 +53,15 @@ def check_step(timestep: int, steps: int) -> None:
         )
 
 
+def searched_steps(choice: str, steps: int) -> int:
+    """Count the steps, noisiest first, whose losses a search sums in a trajectory of ``steps``.
+
+    Args:
+        choice: ``all``, or ``published``: at most ``PUBLISHED_SEARCH_STEPS``.
+    """
+    return min(steps, PUBLISHED_SEARCH_STEPS) if choice == "published" else steps
+
+
 class ChannelMaxima:
     """The balance of TAS and SmoothQuant: factors from channel maxima.
 
@@ -60,6 +73,7 @@ class ChannelMaxima:
         weight_of: the weight (O, I) whose magnitudes count; the published order measures the
             quantised weight, ours the float one.
         new_search: makes the search of one of a site's linears, given factors (A, I).
+        steps: how many steps, noisiest first, a search looks at.
     """
 
     def __init__(
@@ -68,11 +82,13 @@ class ChannelMaxima:
         alphas: tuple[float, ...],
         weight_of: Callable[[Site], Tensor],
         new_search: Callable[[str, Tensor], AlphaSearch],
+        steps: int,
     ):
         self._magnitudes = magnitudes
         self._alphas = alphas
         self._weight_of = weight_of
         self._new_search = new_search
+        self._steps = steps
         self._candidates: dict[str, Tensor] = {}
         self._searches: dict[str, list[AlphaSearch]] = {}
 
@@ -88,9 +104,13 @@ class ChannelMaxima:
         self._candidates[site.name] = candidates
         if len(self._alphas) > 1:
             self._searches[site.name] = [
-                watch.add(name, AlphaSearch, partial(self._new_search, name, candidates))
-                for name in site.linears
+                self._watched_search(name, candidates, watch) for name in site.linears
             ]
+
+    def _watched_search(self, name: str, candidates: Tensor, watch: Watch) -> AlphaSearch:
+        search = self._new_search(name, candidates)
+        watch.add(name, AlphaSearch, partial(FirstSteps, search, self._steps))
+        return search
 
     def finish(self, site: Site) -> Smoothing:
         """Return the factors of least loss, summed over the linears of the site."""

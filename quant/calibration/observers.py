@@ -6,7 +6,21 @@ time (see ``quant.calibration.trajectory.replay``); their attributes hold what t
 import torch
 from torch import Tensor, nn
 
+from quant.calibration.watch import Observer
 from quant.numerics.tokens import matrix
+
+
+class FirstSteps:
+    """Shows another observer the first ``steps`` steps of the trajectory and hides the rest."""
+
+    def __init__(self, observer: Observer, steps: int):
+        self._observer = observer
+        self._left = steps
+
+    def __call__(self, x: Tensor, y: Tensor) -> None:
+        if self._left > 0:
+            self._observer(x[:self._left], y[:self._left])
+        self._left -= len(x)
 
 
 class SecondMoment:

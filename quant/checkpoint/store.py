@@ -1,10 +1,10 @@
 """One safetensors file per quantised model: packed codes, scales, factors, and a JSON header.
 
 Per quantised linear ``NAME`` there are ``NAME.codes``, ``.zero``, ``.scale``, and where they apply
-``.step``, ``.left``, ``.right``, ``.smooth``, ``.shift`` and ``.act``. An attention whose operands
-are quantised has ``NAME.operands``. Ranges per timestep refer to ``timesteps``. How each of them is
-written stands in ``tensors``. Everything else keeps the model's own name, rounded to float16 unless
-that overflows. Reading never unpickles.
+``.step``, ``.left``, ``.right``, ``.smooth``, ``.shift``, ``.offset`` and ``.act``. An attention
+whose operands are quantised has ``NAME.operands``. Ranges per timestep refer to ``timesteps``. How
+each of them is written stands in ``tensors``. Everything else keeps the model's own name, rounded
+to float16 unless that overflows. Reading never unpickles.
 
 Formats 1 to 4 are still read:
 

@@ -133,6 +133,16 @@ def read_smoothing(tensors: Tensors, name: str, columns: int) -> Smoothing:
     return Smoothing(factors, shift)
 
 
+def write_offset(offset: Tensor | None) -> Tensors:
+    """Write ``offset``, what is taken out of the output for a shift, float32, if it is given."""
+    return {} if offset is None else {"offset": offset}
+
+
+def read_offset(tensors: Tensors, name: str, rows: int) -> Tensor | None:
+    """Read the offset (O,); None where the quantised weight decides it."""
+    return taker(tensors, name)("offset", (rows,)) if f"{name}.offset" in tensors else None
+
+
 def write_act(act: Activation | None) -> Tensors:
     """Write a static range, ``act``: scale above zero point, one each or one per timestep."""
     if act is None or not act.is_static:
@@ -157,6 +167,7 @@ def write_layer(name: str, layer: QuantizedLayer) -> Tensors:
         **write_branch(layer.weight),
         **write_act(layer.act),
         **write_smoothing(layer.smoothing),
+        **write_offset(layer.offset),
     }
     return {f"{name}.{key}": value for key, value in tensors.items()}
 
@@ -174,7 +185,8 @@ def read_layer(
     left, right = read_branch(tensors, name, (rows, columns))
     smoothing = read_smoothing(tensors, name, columns)
     act = read_act(tensors, name, act)
-    return QuantizedLayer(LowRankWeight(base, left, right), act, smoothing)
+    offset = read_offset(tensors, name, rows)
+    return QuantizedLayer(LowRankWeight(base, left, right), act, smoothing, offset=offset)
 
 
 def write_operands(operands: Operands) -> Tensor:

@@ -20,12 +20,15 @@ class QuantizedLayer:
             output again, by ``bias``.
         rows: (O,) float32 output scales, set when the smoothing of a later layer is folded into
             this one; None for ones.
+        offset: (O,) float32, the effect of the shift; None: what it adds to the product with
+            ``weight``.
     """
 
     weight: LowRankWeight
     act: Activation | None
     smoothing: Smoothing = NO_SMOOTHING
     rows: Tensor | None = None
+    offset: Tensor | None = None
 
     def factored(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """Split the weight into ``diag(step) V + L R``.
@@ -51,7 +54,9 @@ class QuantizedLayer:
         shift, factors = self.smoothing.shift, self.smoothing.factors
         if shift is None:
             return bias
-        offset = self.weight.dense() @ (shift if factors is None else shift / factors)
+        offset = self.offset
+        if offset is None:
+            offset = self.weight.dense() @ (shift if factors is None else shift / factors)
         if self.rows is not None:
             offset = offset * self.rows
         return -offset if bias is None else bias - offset
