@@ -104,7 +104,7 @@ def test_compiled_blocks_quantise_operands_too(recipe_name):
 
 def test_reparameterised_ranges_leave_ranges_per_timestep_alone():
     """RepQ-ViT's ranges and TFMQ-DM's are those of different sites."""
-    result = quantise(random_model(depth=1), "repq-vit", act_steps="each", scope="adaln")
+    result = quantise(random_model(depth=1), "repq-vit", act_steps="embedding", scope="adaln")
     modulation = result.layers["blocks.0.adaLN_modulation.1"].act
     assert modulation.scale.shape == (DRIVE_STEPS,)
     assert modulation.timesteps.shape == (DRIVE_STEPS,)
