@@ -125,7 +125,7 @@ def in_blocks(model: DiT) -> set[str]:
     ("tfmq-dm", "temporal", lambda model: in_blocks(model) | {*EMBEDDING, *MODULATIONS}),
 ])
 def test_every_weight_of_a_unit_is_rounded_down_or_up(name, units, has_learned):
-    recipe = replace(RECIPES[name], iterations=60, rounding_rate=0.05, units=units)
+    recipe = replace(RECIPES[name], iterations=30, rounding_rate=0.1, units=units)
     model, nearest, _ = quantise(replace(recipe, weight="nearest"))
     _, learned, _ = quantise(recipe)
     changed = set()
@@ -184,11 +184,13 @@ def toy_error(codes: Tensor, layer: QuantizedLayer, x: Tensor, expected: Tensor)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_rounding_is_among_the_best_of_all(seed):
+def test_the_rounding_is_among_the_best_of_all(seed, monkeypatch):
     """Of 2^8 ways to round eight weights, the learned one is among the best 5 %."""
+    # The published weight is for thousands of them.
+    monkeypatch.setattr("config.rounding_weight", 1.0)
     generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(8, 8, generator=generator)
-    x = torch.randn(400, 8, generator=generator) @ mixing
+    # What all inputs share makes rounding errors cancel, which rounding to the nearest ignores.
+    x = torch.randn(400, 8, generator=generator) + 2 * torch.randn(400, 1, generator=generator)
     toy = Toy(torch.randn(1, 8, generator=generator))
     weight = toy.layer.weight.detach()
     base = quantize_weight(weight, QuantSpec(3, "channel"))
