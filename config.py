@@ -23,6 +23,7 @@ alpha_grid = tuple(0.05 * i for i in range(21))  # migration strengths that a se
 # Static ranges are found on a sample of every layer's input.
 sample_images = 256            # images, each at one of the timesteps
 sample_tokens = 4096           # tokens of all these images together
+least_step_tokens = 16         # of every timestep, where each has a range of its own
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Recipe:
     """
 
     # "blocks": the four linears of every block; "adaln": its modulation too;
-    # "all": every linear and the patch embedding.
+    # "all": every linear and the patch embedding; "inner": all but this one and the last linear.
     scope: str = "blocks"
 
     # Balancing: factors that move outliers from activations into weights.
@@ -54,8 +55,9 @@ class Recipe:
     search_steps: str = "all"
 
     # Weights.
-    weight: str = "nearest"              # "gptq"; "adaround": rounding learned block by block
-    weight_range: str = "minmax"         # "shrink" (Q-DiT), "percentile" (PTQ4DiT): best of several
+    weight: str = "nearest"              # "gptq"; "adaround": rounding learned unit by unit
+    # "shrink" (Q-DiT), "shrink-far" (TFMQ-DM), "percentile" (PTQ4DiT): best of several
+    weight_range: str = "minmax"
     weight_granularity: str = "channel"  # what shares a scale (quant.numerics.uniform.QuantSpec)
     weight_group: int = 0                # inputs that share a scale, where groups do
     weight_scales: str = "float"         # "two-level": integers inside one float per output
@@ -63,11 +65,12 @@ class Recipe:
     # Activations.
     act_granularity: str = "image"       # what shares a scale; groups are those of the weights
     act_range: str = "dynamic"           # measured in every call; "static": found once per layer
-    # How static ranges are chosen, as weight_range says for weights. It goes for attention's
-    # operands and for RepQ-ViT's channels too.
+    # How static ranges are chosen, as weight_range says for weights; "search" is PTQ4DM's of scale
+    # and zero point. It goes for attention's operands and for RepQ-ViT's channels too.
     act_clip: str = "minmax"
-    # Timesteps on which static ranges are found: drawn "uniform" or "normal" (PTQ4DM). "each" is
-    # uniform, but what depends on the timestep embedding alone gets a range per timestep (TFMQ-DM).
+    # Timesteps on which static ranges are found: drawn "uniform" or "normal" (PTQ4DM). With "each"
+    # every range is one per timestep (TFMQ-DM's code); with "embedding", only those of what
+    # timestep and condition alone decide.
     act_steps: str = "uniform"
     # Operands of attention's products: "none", "uniform", or "log-sqrt2", which differs from
     # "uniform" for the softmax output (RepQ-ViT).
@@ -86,7 +89,9 @@ class Recipe:
     adaln_bits: int = 16
 
     # Training of "adaround".
-    iterations: int = 20_000             # for each block
+    units: str = "blocks"                # what is learned at once (architectures.units.UNITS)
+    learned: str = "both"                # rounding and activation steps; "rounding": that alone
+    iterations: int = 20_000             # for each unit
     rounding_rate: float = 1e-3          # learning rate
 
     # Evolution of a group size per layer (Q-DiT).
@@ -151,11 +156,19 @@ RECIPES: dict[str, Recipe] = {
         attention="log-sqrt2",
     ),
 
-    # Huang et al., 2024: what depends on the timestep alone, adaLN included, has a range for each.
-    "tfmq-dm": replace(
-        _STATIC,
+    # Huang et al., 2024: what timestep and condition alone decide, adaLN included, is reconstructed
+    # on its own; every activation has a range for each timestep. The first and last layer stay.
+    "tfmq-dm": Recipe(
+        scope="inner",
         weight="adaround",
+        weight_range="shrink-far",
+        act_granularity="tensor",
+        act_range="static",
+        act_clip="shrink-far",
         act_steps="each",
+        attention="uniform",
+        units="temporal",
+        learned="rounding",
     ),
 
     # Frantar et al., 2023: GPTQ corrects later weights for the rounding of earlier ones. With the
@@ -167,12 +180,14 @@ RECIPES: dict[str, Recipe] = {
         act_steps="normal",
     ),
 
-    # Wu et al., 2024 (PTQ4DiT): channels balanced by their salience, then block reconstruction.
+    # Wu et al., 2024 (PTQ4DiT): channels balanced by their salience, then reconstruction of the
+    # embedders layer by layer, the blocks and the final layer.
     "ptq4dit": replace(
         _STATIC,
         balance="salience",
         weight="adaround",
         attention="uniform",
+        units="whole",
     ),
 
     # Chen et al., 2025 (Q-DiT): groups along the inputs of weights and activations, whose size is

@@ -188,7 +188,11 @@ class DiT(nn.Module):
     def embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Make what enters the first block: tokens (N, T, D) and the conditioning (N, D)."""
         tokens = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed
-        return tokens, self.t_embedder(t) + self.y_embedder(y)
+        return tokens, self.condition(t, y)
+
+    def condition(self, t: Tensor, y: Tensor) -> Tensor:
+        """Make the conditioning (N, D) of timesteps (N,) and labels (N,)."""
+        return self.t_embedder(t) + self.y_embedder(y)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         dtype = x.dtype

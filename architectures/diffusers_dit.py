@@ -1,17 +1,23 @@
 """diffusers' ``DiTTransformer2DModel``: the DiT of the hub, with queries, keys and values apart."""
 from collections.abc import Iterator
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from architectures.diffusers_blocks import DiffusersArchitecture
 from architectures.sites import (
+    MODEL,
     AttentionSite,
+    Call,
     Modulation,
     Rows,
     Site,
+    Unit,
     inside,
     single,
+    without_ends,
 )
+from architectures.units import per_image_linears, single_layers
 
 
 class DiffusersDiTArchitecture(DiffusersArchitecture):
@@ -31,9 +37,16 @@ class DiffusersDiTArchitecture(DiffusersArchitecture):
         if scope == "adaln":
             return modulation + blocks
         embedders = [site for name in names for site in _embedder_sites(name)]
-        return [single("pos_embed.proj", "patches", None), *embedders, *modulation, *blocks,
-                single("proj_out_1", "output modulation", None, per_image=True),
-                single("proj_out_2", "output", None)]
+        everything = [single("pos_embed.proj", "patches", None),
+                      *embedders, *modulation, *blocks, *_output_sites()]
+        return without_ends(everything) if scope == "inner" else everything
+
+    def temporal_unit(self, model: nn.Module) -> Unit:
+        linears = per_image_linears(self.sites(model, "all"))
+        return Unit("timestep", linears, MODEL, _run_temporal)
+
+    def output_units(self, model: nn.Module) -> list[Unit]:
+        return single_layers(_output_sites())
 
     def attentions(self, model: nn.Module) -> list[AttentionSite]:
         return [AttentionSite(f"{name}.attn1", f"{name}.attn1.to_out.0")
@@ -53,3 +66,19 @@ def _block_sites(block: str) -> Iterator[Site]:
 def _embedder_sites(block: str) -> Iterator[Site]:
     for linear in inside(f"{block}.norm1.emb.timestep_embedder", "linear_1", "linear_2"):
         yield single(linear, "timestep", block, per_image=True)
+
+
+def _output_sites() -> list[Site]:
+    return [single("proj_out_1", "output modulation", None, per_image=True),
+            single("proj_out_2", "output", None)]
+
+
+def _run_temporal(model: nn.Module, call: Call) -> tuple[Tensor, ...]:
+    """Compute every modulation, (N, 6D) of the blocks and (N, 2D) of the output."""
+    norms = [block.norm1 for block in model.transformer_blocks]
+    dtype = call["hidden_states"].dtype
+    conditions = [norm.emb(call["timestep"], call["class_labels"], hidden_dtype=dtype)
+                  for norm in norms]
+    modulations = [norm.linear(norm.silu(condition)) for norm, condition in zip(norms, conditions)]
+    # The output has no embedder of its own: it shares that of the first block.
+    return *modulations, model.proj_out_1(F.silu(conditions[0]))

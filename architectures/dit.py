@@ -6,7 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from architectures.sites import AttentionSite, Call, Modulation, Rows, Site, single
+from architectures.sites import (
+    MODEL,
+    AttentionSite,
+    Call,
+    Modulation,
+    Rows,
+    Site,
+    Unit,
+    linears_of,
+    single,
+    without_ends,
+)
+from architectures.units import module_unit, per_image_linears
 from models import DiT
 
 _CONFIGURATION = frozenset({
@@ -27,7 +39,8 @@ class DiTArchitecture:
         adaln = [_modulation_site(name) for name in self.blocks(model)] + blocks
         if scope == "adaln":
             return adaln
-        return [*_input_sites(), *adaln, *_output_sites()]
+        everything = [*_input_sites(), *adaln, *_output_sites()]
+        return without_ends(everything) if scope == "inner" else everything
 
     def blocks(self, model: DiT) -> list[str]:
         return [f"blocks.{i}" for i in range(len(model.blocks))]
@@ -37,6 +50,13 @@ class DiTArchitecture:
 
     def attentions(self, model: DiT) -> list[AttentionSite]:
         return [AttentionSite(f"{name}.attn", f"{name}.attn.proj") for name in self.blocks(model)]
+
+    def temporal_unit(self, model: DiT) -> Unit:
+        linears = per_image_linears(self.sites(model, "all"))
+        return Unit("timestep", linears, MODEL, _run_temporal)
+
+    def output_units(self, model: DiT) -> list[Unit]:
+        return [module_unit("final_layer", tuple(linears_of(_output_sites())))]
 
     def timesteps(self, call: Call) -> Tensor:
         return call["t"]
@@ -60,6 +80,14 @@ class DiTArchitecture:
         if not all(_is_number(value) for value in configuration.values()):
             raise ValueError(f"expected positive numbers for a DiT, got {configuration}")
         return DiT(**configuration)
+
+
+def _run_temporal(model: DiT, call: Call) -> tuple[Tensor, ...]:
+    """Compute every modulation, (N, 6D) of the blocks and (N, 2D) of the final layer."""
+    condition = model.condition(call["t"], call["y"])
+    modulations = [block.adaLN_modulation for block in model.blocks]
+    modulations.append(model.final_layer.adaLN_modulation)
+    return tuple(modulation(condition) for modulation in modulations)
 
 
 def _is_number(value: object) -> bool:

@@ -7,17 +7,22 @@ LayerNorm makes, and text that no linear of the block makes: both divide their i
 """
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 from architectures.diffusers_blocks import DiffusersArchitecture
 from architectures.sites import (
+    MODEL,
     AttentionSite,
+    Call,
     Rows,
     SharedModulation,
     Site,
+    Unit,
     inside,
     single,
+    without_ends,
 )
+from architectures.units import per_image_linears, single_layers
 
 
 class PixArtArchitecture(DiffusersArchitecture):
@@ -41,8 +46,16 @@ class PixArtArchitecture(DiffusersArchitecture):
         modulation = single("adaln_single.linear", "modulation", None, per_image=True)
         if scope == "adaln":
             return [modulation, *blocks]
-        return [single("pos_embed.proj", "patches", None), *_embedder_sites(model), modulation,
-                *blocks, single("proj_out", "output", None)]
+        everything = [single("pos_embed.proj", "patches", None), *_embedder_sites(model),
+                      modulation, *blocks, *_output_sites()]
+        return without_ends(everything) if scope == "inner" else everything
+
+    def temporal_unit(self, model: nn.Module) -> Unit:
+        linears = per_image_linears(self.sites(model, "all"))
+        return Unit("timestep", linears, MODEL, _run_temporal)
+
+    def output_units(self, model: nn.Module) -> list[Unit]:
+        return single_layers(_output_sites())
 
     def attentions(self, model: nn.Module) -> list[AttentionSite]:
         return [AttentionSite(f"{name}.{attention}", f"{name}.{attention}.to_out.0")
@@ -73,3 +86,15 @@ def _embedder_sites(model: nn.Module) -> Iterator[Site]:
     if model.caption_projection is not None:
         for linear in inside("caption_projection", "linear_1", "linear_2"):
             yield single(linear, "text", None)
+
+
+def _output_sites() -> list[Site]:
+    return [single("proj_out", "output", None)]
+
+
+def _run_temporal(model: nn.Module, call: Call) -> tuple[Tensor, ...]:
+    """Compute the shared modulation (N, 6D) and the embedding (N, D) that the output reads."""
+    timesteps = call["timestep"]
+    return model.adaln_single(
+        timesteps, call.get("added_cond_kwargs"), batch_size=len(timesteps),
+        hidden_dtype=call["hidden_states"].dtype)

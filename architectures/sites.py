@@ -3,12 +3,13 @@
 Only this folder names a model's modules. Everything else works on sites.
 """
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-SCOPES = ("blocks", "adaln", "all")
+SCOPES = ("blocks", "adaln", "inner", "all")
 
 # The arguments of one call of a module, by name.
 Call = dict[str, Any]
@@ -106,6 +107,33 @@ class AttentionSite:
     output: str
 
 
+# The entrance of a unit that starts from what the model itself is called with.
+MODEL = ""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Layers that are reconstructed together: their rounding is learned from what they compute.
+
+    Attributes:
+        name: what it is called.
+        linears: its layers, by state-dict name.
+        entrance: the module whose calls ``run`` takes; ``MODEL`` for the model's own.
+        run: computes what is compared, given the model that holds the layers and a call of the
+            entrance: outputs with an entry per image.
+        attentions: inside it, by the name of the module.
+        advance: turns a call and its output into the call of the unit that follows; None where
+            that has to be recorded.
+    """
+
+    name: str
+    linears: tuple[str, ...]
+    entrance: str
+    run: Callable[[nn.Module, Call], tuple[Tensor, ...]]
+    attentions: tuple[str, ...] = ()
+    advance: Callable[[Call, Tensor], Call] | None = None
+
+
 class Architecture(Protocol):
     """A family of transformers.
 
@@ -122,7 +150,7 @@ class Architecture(Protocol):
         """List all that a scope quantises, in the order in which a forward pass meets it.
 
         ``blocks`` holds the linears of attention and MLP, ``adaln`` the blocks' modulation too,
-        ``all`` every linear and the patch embedding.
+        ``all`` every linear and the patch embedding, ``inner`` all but this one and the last.
         """
 
     def blocks(self, model: nn.Module) -> list[str]:
@@ -136,6 +164,12 @@ class Architecture(Protocol):
 
     def timesteps(self, call: Call) -> Tensor:
         """Return the timestep (N,) of every image of a call of the model."""
+
+    def temporal_unit(self, model: nn.Module) -> Unit:
+        """Describe the layers that timestep and condition alone decide, as one unit."""
+
+    def output_units(self, model: nn.Module) -> list[Unit]:
+        """List the units behind the blocks."""
 
     def configuration(self, model: nn.Module) -> dict[str, Any]:
         """Return what ``build`` needs to make a model of the same shape; JSON-able."""
@@ -168,6 +202,11 @@ def inside(place: str, *ends: str) -> tuple[str, ...]:
 def linears_of(sites: list[Site]) -> list[str]:
     """Name the linears of several sites, in their order."""
     return [name for site in sites for name in site.linears]
+
+
+def without_ends(sites: list[Site]) -> list[Site]:
+    """Drop the patch embedding and the last linear."""
+    return [site for site in sites if site.role not in ("patches", "output")]
 
 
 def modulations(sites: list[Site]) -> list[Site]:

@@ -4,12 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from architectures.sites import SCOPES
+from architectures.units import UNITS
 from cli.parser import Parser
 from cli.values import at_least, one_of
 from config import RECIPES, Recipe, alpha_grid
 from errors import UserError
 from quant.balancing.maxima import PUBLISHED_SEARCH_STEPS
-from quant.numerics.ranges import RANGES
+from quant.numerics.ranges import RANGES, TENSOR_RANGES
 from quant.recipe import ADALN_BITS
 
 Reader = Callable[[str, str], object]
@@ -125,7 +126,7 @@ BRANCHED = Needs(lambda recipe: recipe.rank != 0, "a --lowrank above 0")
 FLAGS = (
     Flag("scope", "scope", _choice(*SCOPES),
          "which linears: of the blocks, these and adaLN modulation, "
-         "or all and the patch embedding"),
+         "all but the first and the last, or all and the patch embedding"),
     Flag("balance", "balance",
          _choice("none", "smoothquant", "tas", "salience", "reparameterise"),
          "where smoothing factors come from"),
@@ -154,9 +155,11 @@ FLAGS = (
          "what shares an activation scale"),
     Flag("act_range", "act-range", _choice("dynamic", "static"),
          "of activations: measured in every call, or found once"),
-    Flag("act_clip", "act-clip", _choice(*RANGES), "how static ranges are chosen", STATIC),
-    Flag("act_steps", "act-steps", _choice("uniform", "normal", "each"),
-         "timesteps that static ranges are found on", STATIC),
+    Flag("act_clip", "act-clip", _choice(*TENSOR_RANGES),
+         "how static ranges are chosen; search is that of PTQ4DM's code", STATIC),
+    Flag("act_steps", "act-steps", _choice("uniform", "normal", "embedding", "each"),
+         "timesteps that static ranges are found on; each has ranges of its own for every input, "
+         "or for what the timestep embedding decides", STATIC),
     Flag("attention", "attention", _choice("none", "uniform", "log-sqrt2"),
          "quantiser of queries, keys, values and the softmax output"),
     Flag("rank", "lowrank", _rank,
@@ -166,7 +169,12 @@ FLAGS = (
          "errors that the low-rank branch makes small", BRANCHED),
     Flag("adaln_bits", "adaln-weight-bit", _adaln,
          "of the adaLN modulation, weight-only; 16 is none"),
-    Flag("iterations", "iterations", _number(1), "of AdaRound, per block", LEARNED),
+    Flag("units", "units", _choice(*UNITS),
+         "what AdaRound learns at once: blocks; whole, with the linears around them; temporal, all "
+         "that the timestep embedding decides and then the rest of the blocks", LEARNED),
+    Flag("learned", "learn", _choice("both", "rounding"),
+         "what AdaRound learns: rounding and activation steps, or rounding alone", LEARNED),
+    Flag("iterations", "iterations", _number(1), "of AdaRound, per unit", LEARNED),
     Flag("rounding_rate", "rounding-rate", _positive,
          "learning rate of AdaRound; fewer iterations need a higher one", LEARNED),
     Flag("group_sizes", "group-sizes", _sizes,

@@ -33,7 +33,8 @@ def install(
         The model, in eval mode.
     """
     device = unnumbered(device_of(model) if device is None else torch.device(device))
-    timestep_index = find_timestep_index(layers)
+    operands = operands or {}
+    timestep_index = find_timestep_index(layers, operands)
     modules = {}
     for name, layer in layers.items():
         old = model.get_submodule(name)
@@ -50,8 +51,8 @@ def install(
     for name, module in modules.items():
         model.set_submodule(name, module.to(device))
 
-    for name, quantisers in (operands or {}).items():
-        quantize_operands(model.get_submodule(name), quantisers)
+    for name, quantisers in operands.items():
+        quantize_operands(model.get_submodule(name), quantisers, timestep_index)
         model.get_submodule(name).operands.to(device)
     if timestep_index is not None:
         watch_timesteps(model, timestep_index.to(device))
@@ -63,12 +64,14 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def find_timestep_index(layers: dict[str, QuantizedLayer]) -> TimestepIndex | None:
-    """Make the index that layers with ranges per timestep share; None if there are none."""
-    for layer in layers.values():
-        if layer.act is not None and layer.act.timesteps is not None:
-            return TimestepIndex(layer.act.timesteps)
-    return None
+def find_timestep_index(
+    layers: dict[str, QuantizedLayer], operands: dict[str, Operands]
+) -> TimestepIndex | None:
+    """Make the index that all ranges per timestep share; None if there are none."""
+    timesteps = [layer.act.timesteps for layer in layers.values() if layer.act is not None]
+    timesteps += [quantisers.timesteps for quantisers in operands.values()]
+    known = next((values for values in timesteps if values is not None), None)
+    return None if known is None else TimestepIndex(known)
 
 
 def make_linear(

@@ -12,20 +12,29 @@ import config
 from architectures.registry import architecture_of
 from architectures.sites import Site
 from config import Recipe
+from quant.activations.softmax import fit_powers
 from quant.activations.static import (
     DynamicRanges,
+    EmbeddingRanges,
     FloatOperands,
     ReparameterisedRanges,
     StaticOperands,
     StaticRanges,
-    TimestepRanges,
+    static_activation,
+    timestep_activation,
 )
 from quant.balancing.maxima import ChannelMaxima, aggregate, searched_steps
 from quant.balancing.none import NoBalance
 from quant.balancing.reparameterise import Reparameterisation
 from quant.balancing.salience import Salience
 from quant.balancing.search import AlphaSearch, fastest
-from quant.calibration.observers import OperandSamples, Samples, pick
+from quant.calibration.observers import (
+    OperandSamples,
+    Samples,
+    StepOperandSamples,
+    StepSamples,
+    pick,
+)
 from quant.calibration.trajectory import Trajectory, joint_weight
 from quant.calibration.watch import Balance, Watch
 from quant.numerics.uniform import QuantSpec
@@ -80,6 +89,11 @@ class FirstPass:
         spread = "normal" if recipe.act_steps == "normal" else "uniform"
         return pick(len(self.trajectory), self.trajectory.images, count, spread)
 
+    @property
+    def step_tokens(self) -> int:
+        """Count the tokens of a step that are looked at, where each has a range of its own."""
+        return max(config.least_step_tokens, config.sample_tokens // len(self.trajectory))
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -87,7 +101,7 @@ class Parts:
 
     balance: Balance
     weights: SmoothFirst | LowRankFirst
-    activations: DynamicRanges | StaticRanges | ReparameterisedRanges
+    activations: DynamicRanges | StaticRanges | EmbeddingRanges | ReparameterisedRanges
     operands: FloatOperands | StaticOperands
 
     def __iter__(self):
@@ -163,31 +177,52 @@ def _new_search(
 
 def _activations(
     task: Task, first: FirstPass, samples_of, balance: Balance
-) -> DynamicRanges | StaticRanges | ReparameterisedRanges:
-    recipe = task.recipe
+) -> DynamicRanges | StaticRanges | EmbeddingRanges | ReparameterisedRanges:
     if not task.has_static_ranges:
         return DynamicRanges(task.act_spec)
-    arguments = task.act_spec, recipe.act_clip, samples_of
-    if recipe.act_steps == "each":
-        ranges = TimestepRanges(*arguments, first.trajectory.timesteps)
-    else:
-        ranges = StaticRanges(*arguments)
+    ranges = _static_ranges(task, first, samples_of)
     if isinstance(balance, Reparameterisation):
         return ReparameterisedRanges(task.act_spec, ranges, balance)
     return ranges
 
 
+def _static_ranges(task: Task, first: FirstPass, samples_of) -> StaticRanges | EmbeddingRanges:
+    recipe, timesteps = task.recipe, first.trajectory.timesteps
+
+    def step_samples_of(site: Site, watch: Watch) -> StepSamples:
+        return watch.add(site.linears[0], StepSamples, lambda: StepSamples(first.step_tokens))
+
+    over_all = StaticRanges(
+        task.act_spec, partial(static_activation, clip=recipe.act_clip), samples_of)
+    per_step = StaticRanges(
+        task.act_spec, partial(timestep_activation, clip=recipe.act_clip, timesteps=timesteps),
+        step_samples_of)
+    if recipe.act_steps == "each":
+        return per_step
+    if recipe.act_steps == "embedding":
+        return EmbeddingRanges(per_step, over_all)
+    return over_all
+
+
 def _operands(task: Task, first: FirstPass) -> FloatOperands | StaticOperands:
-    recipe = task.recipe
+    recipe, trajectory = task.recipe, first.trajectory
     if recipe.attention == "none" or not task.has_static_ranges:
         return FloatOperands()
     attentions = architecture_of(task.model).attentions(task.model)
-    tokens = first.trajectory.tokens // first.trajectory.images
+    spec = act_spec(recipe, task.bits.activations)
+    if recipe.act_steps == "each":
+        quantiser_of = partial(
+            timestep_activation, spec=spec, clip=recipe.act_clip, timesteps=trajectory.timesteps)
+        return StaticOperands(
+            attentions, quantiser_of, quantiser_of, lambda: StepOperandSamples(first.step_tokens))
+    quantiser_of = partial(static_activation, spec=spec, clip=recipe.act_clip)
+    powers_of = partial(fit_powers, bits=spec.bits, choice=recipe.act_clip)
+    probabilities_of = powers_of if recipe.attention == "log-sqrt2" else quantiser_of
+    tokens = trajectory.tokens // trajectory.images
     images = max(LEAST_OPERAND_IMAGES, config.sample_tokens // tokens)
     picks = first.pick(images, recipe)
     return StaticOperands(
-        attentions, act_spec(recipe, task.bits.activations), recipe.act_clip, recipe.attention,
-        lambda: OperandSamples(picks))
+        attentions, quantiser_of, probabilities_of, lambda: OperandSamples(picks))
 
 
 def observe(parts: Parts, sites: list[Site]) -> Watch:

@@ -171,8 +171,12 @@ def _offset(task: Task, name: str, smoothing: Smoothing) -> Tensor | None:
 
 
 def _drawn_call(first: FirstPass, recipe: Recipe) -> Call:
-    """Draw images from the trajectory, on which blocks are reconstructed."""
-    return first.trajectory.take(first.pick(config.reconstruction_samples, recipe))
+    """Draw images from the trajectory, on which units are reconstructed.
+
+    Every step is among them, unless the recipe draws steps normally.
+    """
+    count = max(config.reconstruction_samples, len(first.trajectory))
+    return first.trajectory.take(first.pick(count, recipe))
 
 
 def without_search(smoothing: Smoothing) -> Smoothing:

@@ -74,6 +74,10 @@ def _uses_maxima(recipe: Recipe) -> bool:
     return recipe.balance in ("smoothquant", "tas")
 
 
+def _is_repq(recipe: Recipe) -> bool:
+    return recipe.balance == "reparameterise" or recipe.attention == "log-sqrt2"
+
+
 def _has_groups(recipe: Recipe) -> bool:
     granularities = {recipe.weight_granularity, recipe.act_granularity}
     return not granularities.isdisjoint({"group", "strided"})
@@ -104,8 +108,16 @@ CONFLICTS = (
         instead="--act-range static too, or --attention none"),
     Conflict(
         when=lambda recipe, _: recipe.act_steps != "uniform" and not recipe.is_static,
-        because="--act-steps normal and each are for static ranges",
+        because="--act-steps other than uniform are for static ranges",
         instead="--act-range static"),
+    Conflict(
+        when=lambda recipe, _: recipe.act_steps == "each" and _is_repq(recipe),
+        because="RepQ-ViT's factors and powers of the square root of 2 are the same at every step",
+        instead="--act-steps embedding, or --balance and --attention of another kind"),
+    Conflict(
+        when=lambda recipe, _: recipe.act_clip == "search" and _is_repq(recipe),
+        because="--act-clip search is for uniform ranges of whole tensors",
+        instead="--act-clip percentile, or --balance and --attention of another kind"),
     Conflict(
         when=lambda recipe, _: recipe.balance == "reparameterise" and not recipe.is_static,
         because="balancing by RepQ-ViT's reparameterisation is for static ranges",

@@ -10,6 +10,7 @@ from architectures.registry import architecture_of
 from architectures.sites import Site
 from quant.calibration.trajectory import Drive, hooked, record, replay
 from quant.calibration.watch import Observer, Watch
+from quant.install import find_timestep_index
 from quant.layers.linear import QuantLinear
 from quant.layers.quantised import QuantizedLayer
 from report.spreads import Spreads, image_quantiles
@@ -89,17 +90,23 @@ class OutputErrors:
     Give ``observer(name)`` to ``replay``, once or several times, then ask for ``decibels``.
     """
 
-    def __init__(self, linears: Mapping[str, nn.Linear], layers: Mapping[str, QuantizedLayer]):
+    def __init__(self, linears: Mapping[str, nn.Linear], layers: dict[str, QuantizedLayer]):
         self._linears = linears
         self._layers = layers
+        self._timestep_index = find_timestep_index(layers, {})
         # Of the output without its bias, and of its error.
         self._squared_sums = {name: torch.zeros(2, dtype=torch.float64) for name in linears}
+
+    def at(self, timestep: Tensor) -> None:
+        """Say which timestep (1,) is replayed next, to ranges that depend on it."""
+        if self._timestep_index is not None:
+            self._timestep_index.update(timestep)
 
     def observer(self, name: str) -> Observer:
         """Make an observer of the layer's input (K, 2N, T, I) and output (K, 2N, T, O)."""
         bias = self._linears[name].bias
         layer = self._layers[name]
-        quantised = QuantLinear(layer, layer.bias(None))
+        quantised = QuantLinear(layer, layer.bias(None), timestep_index=self._timestep_index)
 
         def observe_output(x: Tensor, y: Tensor) -> None:
             product = y - bias
@@ -154,6 +161,7 @@ def observe(
         if step == middle:
             for name, observer in inputs.items():
                 watch.add(name, MiddleInput, lambda observer=observer: observer)
+        errors.at(trajectory.at(step).timesteps)
         replay(model, trajectory.at(step), watch, 1, f"errors at step {step}")
     return Observed(
         absmax={name: maxima[site.name].cpu() for name, site in places.items()},

@@ -155,7 +155,7 @@ def test_the_header_says_what_was_done(saved):
     fields = stored_fields(saved)
     assert fields["model"] == MODEL
     assert fields["recipe"]["weight_group"] == 64
-    assert fields["format_version"] == 5
+    assert fields["format_version"] == 6
 
 
 def test_the_path_may_lack_its_extension(saved):

@@ -104,7 +104,7 @@ def test_compiled_blocks_quantise_operands_too(recipe_name):
 
 def test_reparameterised_ranges_leave_ranges_per_timestep_alone():
     """RepQ-ViT's ranges and TFMQ-DM's are those of different sites."""
-    result = quantise(random_model(depth=1), "repq-vit", act_steps="each", scope="adaln")
+    result = quantise(random_model(depth=1), "repq-vit", act_steps="embedding", scope="adaln")
     modulation = result.layers["blocks.0.adaLN_modulation.1"].act
     assert modulation.scale.shape == (DRIVE_STEPS,)
     assert modulation.timesteps.shape == (DRIVE_STEPS,)
@@ -114,3 +114,92 @@ def test_reparameterised_ranges_leave_ranges_per_timestep_alone():
     for name in ("blocks.0.attn.qkv", "blocks.0.mlp.fc1"):
         assert result.layers[name].act == uniform.layers[name].act
         assert result.layers[name].act.timesteps is None
+
+
+STEPS, IMAGES_AT_A_STEP = 3, 4
+
+
+def quantise_per_step(model: DiT, **changes) -> Result:
+    """Quantise at W8A4, with a range per timestep for every activation."""
+    recipe = replace(RECIPES["tfmq-dm"], weight="nearest", **changes)
+    drive = noise_drive(STEPS, torch.arange(IMAGES_AT_A_STEP // 2))
+    return quantize_model(model, recipe, BitWidths(8, 4), drive)
+
+
+def operands_seen(model: DiT, block: int) -> list[torch.Tensor]:
+    """Note what a block's ``qkv`` gives in every call, (N, T, 3D), in a list that grows."""
+    seen = []
+    model.blocks[block].attn.qkv.register_forward_hook(
+        lambda module, inputs, output: seen.append(output))
+    return seen
+
+
+def affine(low: float, high: float) -> tuple[float, float]:
+    """Compute scale and zero point of 4 bits for a range, 0 included."""
+    scale = (max(high, 0) - min(low, 0)) / 15
+    return scale, round(-min(low, 0) / scale)
+
+
+def test_every_operand_has_the_range_of_each_step():
+    """With minima and maxima, the ranges are those of what attention multiplied at the step."""
+    model = random_model()
+    seen = operands_seen(model, 1)
+    result = quantise_per_step(model, act_clip="minmax")
+    operands = result.operands["blocks.1.attn"]
+    assert len(result.operands) == 2
+    for step, output in enumerate(seen[:STEPS]):
+        by_head = output.unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)  # (3, N, heads, T, d)
+        query, key, value = by_head
+        probabilities = (query @ key.transpose(-2, -1) / 4).softmax(-1)
+        expected = (query, key, value, probabilities)
+        names = ("query", "key", "value", "probabilities")
+        for name, values in zip(names, expected):
+            act = getattr(operands, name)
+            assert act.scale.shape == act.zero.shape == (STEPS,)
+            scale, zero = affine(float(values.min()), float(values.max()))
+            assert float(act.scale[step]) == pytest.approx(scale, rel=1e-4)
+            assert float(act.zero[step]) == zero
+
+
+def at_one_step(act, step: int):
+    """Take the range of one step out of a quantiser with one for each."""
+    return replace(act, scale=act.scale[step], zero=act.zero[step], timesteps=None)
+
+
+def test_a_model_with_ranges_per_timestep_is_one_model_for_each():
+    result = quantise_per_step(random_model())
+    timesteps = result.operands["blocks.0.attn"].timesteps
+    assert all(layer.act.scale.shape == (STEPS,) for layer in result.layers.values())
+    assert "x_embedder.proj" not in result.layers
+    assert "final_layer.linear" not in result.layers
+    x, labels = torch.randn(STEPS, *LATENT_SHAPE), torch.tensor([0, 3, 10])
+    model = install(random_model(), result.layers, operands=result.operands)
+    together = model(x, timesteps, labels)
+
+    alone, swapped = [], []
+    for step in range(STEPS):
+        layers = {name: replace(layer, act=at_one_step(layer.act, step))
+                  for name, layer in result.layers.items()}
+        names = ("query", "key", "value", "probabilities")
+        operands = {
+            name: replace(found, **{key: at_one_step(getattr(found, key), step) for key in names})
+            for name, found in result.operands.items()
+        }
+        single = install(random_model(), layers, operands=operands)
+        alone.append(single(x[[step]], timesteps[[step]], labels[[step]]))
+        other = (step + 1) % STEPS
+        swapped.append(single(x[[other]], timesteps[[other]], labels[[other]]))
+    # A code may flip where a value lies on a rounding tie; other ranges move far more.
+    swapped = torch.cat([swapped[-1], *swapped[:-1]])
+    error = relative(together, torch.cat(alone))
+    assert error < 2e-2
+    assert relative(swapped, torch.cat(alone)) > 5 * max(error, 1e-3)
+
+
+def test_embedding_alone_has_ranges_per_timestep():
+    result = quantise_per_step(random_model(), act_steps="embedding")
+    for name, layer in result.layers.items():
+        per_image = "adaLN" in name or name.startswith("t_embedder")
+        assert (layer.act.timesteps is not None) == per_image
+    for operands in result.operands.values():
+        assert operands.timesteps is None

@@ -6,7 +6,14 @@ from conftest import golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quant.numerics.ranges import Affine, best_range, quantize_range, static_codes, tensor_range
+from quant.numerics.ranges import (
+    Affine,
+    best_range,
+    quantize_range,
+    static_codes,
+    step_ranges,
+    tensor_range,
+)
 from quant.numerics.uniform import Quantized, QuantSpec, fake_quantize, grouped, quantize
 
 GOLDEN = {key: torch.tensor(value) for key, value in golden("baselines").items()}
@@ -72,6 +79,7 @@ def test_every_group_gets_the_best_of_its_ranges(granularity, group, bits):
     shape = (3, 16, 64) if granularity == "image" else (16, 64)
     view, dims = grouped(spread(*shape, seed=bits), spec)
     shrunk = torch.stack(best_range(view, dims, Affine(spec), "shrink"))
+    far = torch.stack(best_range(view, dims, Affine(spec), "shrink-far"))
     cut = torch.stack(best_range(view, dims, Affine(spec), "percentile"))
     assert shrunk.shape == cut.shape == (2, *view.amin(dims, keepdim=True).shape)
     # One group a row.
@@ -83,6 +91,10 @@ def test_every_group_gets_the_best_of_its_ranges(granularity, group, bits):
         ends = [(values.min() * share, values.max() * share) for share in shares]
         expected = least(values, ends, 2.4, spec.top)
         assert np.allclose(shrunk.flatten(1)[:, i], expected, rtol=1e-5)
+        shares = 1 - np.arange(80) / 100
+        ends = [(values.min() * share, values.max() * share) for share in shares]
+        expected = least(values, ends, 2.4, spec.top)
+        assert np.allclose(far.flatten(1)[:, i], expected, rtol=1e-5)
         tails = [tuple(np.quantile(values, [1 - p, p])) for p in (0.999, 0.9999, 0.99999)]
         expected = least(values, tails, 2, spec.top)
         assert np.allclose(cut.flatten(1)[:, i], expected, rtol=1e-5)
@@ -97,7 +109,7 @@ def group_errors(x: torch.Tensor, q: Quantized) -> torch.Tensor:
 @settings(max_examples=60)
 @given(
     st.integers(2, 8),
-    st.sampled_from(["minmax", "shrink", "percentile"]),
+    st.sampled_from(["minmax", "shrink", "shrink-far", "percentile"]),
     st.sampled_from([-9.0, 0.0, 0.5, 9.0]),
     st.integers(0, 2 ** 32 - 1),
 )
@@ -114,7 +126,7 @@ def test_zero_points_are_codes_and_errors_no_worse_than_before(bits, choice, off
     assert torch.equal(q.dequantize()[3], x[3])
     # A constant group needs no narrower range.
     assert torch.allclose(q.dequantize()[4], x[4], rtol=1e-5)
-    if choice == "shrink":
+    if choice.startswith("shrink"):
         errors = group_errors(x, q)
         whole = group_errors(x, quantize(x, spec))
         assert (errors <= whole * (1 + 1e-5) + 1e-12).all()
@@ -158,6 +170,75 @@ def test_static_codes_are_clamped_at_both_ends_as_in_pytorch(zero):
     assert torch.isnan(static_codes(nan, scale, torch.tensor(0.0), spec)).all()
 
 
+def error_sum(values: np.ndarray, scale: float, zero: float, top: int) -> float:
+    """Sum the errors of one range as PTQ4DM's code does, in double precision."""
+    codes = np.clip(np.round(values / scale) + zero, 0, top)
+    return float((np.abs((codes - zero) * scale - values) ** 2.4).sum())
+
+
+def searched_by_hand(values: np.ndarray, top: int) -> tuple[float, float, float]:
+    """Try every range of PTQ4DM's search; error, scale and zero point of the first best.
+
+    Values of one sign have their bound searched, all others the width and every zero point.
+    """
+    low, high = values.min(), values.max()
+    if low >= 0:
+        zeros, width = [0], high
+    elif high <= 0:
+        zeros, width = [top], -low
+    else:
+        zeros, width = range(top + 1), high - low
+    tried = []
+    for i in range(1, 101):
+        scale = width / 100 * i / top
+        tried += [(error_sum(values, scale, zero, top), scale, zero) for zero in zeros]
+    return min(tried)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 6, 8])
+@pytest.mark.parametrize("offset", [0.0, 1.5, 90.0, -90.0])
+@pytest.mark.parametrize("outliers", [1, 30])
+def test_the_search_finds_what_trying_every_range_finds(bits, offset, outliers):
+    rng = np.random.default_rng(bits)
+    values = rng.normal(size=70)
+    values[:3] *= outliers
+    sample = torch.tensor(values + offset, dtype=torch.float32).reshape(7, 10)
+    scale, zero = tensor_range(sample, QuantSpec(bits, "tensor"), "search")
+    assert scale.dim() == zero.dim() == 0
+    assert scale.dtype == zero.dtype == torch.float32
+    values, top = sample.flatten().double().numpy(), 2 ** bits - 1
+    error, expected_scale, expected_zero = searched_by_hand(values, top)
+    assert float(scale) == pytest.approx(expected_scale, rel=1e-6)
+    assert float(zero) == expected_zero
+    assert error_sum(values, expected_scale, expected_zero, top) == error
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e20])
+def test_the_search_scales_with_the_values(size):
+    values = spread(1, 60).flatten()
+    scale, zero = tensor_range(values, QuantSpec(4, "tensor"), "search")
+    scaled, same_zero = tensor_range(size * values, QuantSpec(4, "tensor"), "search")
+    assert float(scaled) == pytest.approx(size * float(scale), rel=1e-5)
+    assert zero == same_zero
+
+
+def test_the_search_leaves_zeros_alone():
+    scale, zero = tensor_range(torch.zeros(5), QuantSpec(8, "tensor"), "search")
+    assert (scale, zero) == (1, 0)
+
+
+@pytest.mark.parametrize("choice", ["minmax", "shrink-far", "percentile", "search"])
+def test_every_step_has_the_range_of_its_own_samples(choice):
+    samples, spec = spread(4, 3, 20), QuantSpec(4, "tensor")
+    samples[2] = samples[2].abs()
+    scales, zeros = step_ranges(samples, spec, choice)
+    assert scales.shape == zeros.shape == (4,)
+    for sample, scale, zero in zip(samples, scales, zeros):
+        expected_scale, expected_zero = tensor_range(sample, spec, choice)
+        assert float(scale) == pytest.approx(float(expected_scale), rel=1e-6)
+        assert zero == expected_zero
+
+
 @pytest.mark.parametrize("choice", ["minmax", "shrink", "percentile"])
 def test_what_is_not_finite_or_not_known_is_refused(choice):
     x = spread(8, 8)
@@ -166,5 +247,7 @@ def test_what_is_not_finite_or_not_known_is_refused(choice):
         quantize_range(x, QuantSpec(4, "channel"), choice)
     with pytest.raises(ValueError, match="NaN or infinity"):
         tensor_range(x, QuantSpec(8, "tensor"), choice)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        tensor_range(x, QuantSpec(8, "tensor"), "search")
     with pytest.raises(ValueError, match="expected one of"):
         quantize_range(spread(8, 8), QuantSpec(4, "channel"), choice + "s")

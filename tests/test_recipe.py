@@ -1,4 +1,5 @@
 """Which parts of recipes go together, and what they see of the trajectory."""
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from cli.recipe_flags import FLAGS, build_recipe
 from config import RECIPES
 from errors import UserError
 from evaluation.judge import Judge
-from quant.calibration.observers import ImageMaxima, Samples, StepRange, pick
+from quant.calibration.observers import ImageMaxima, Samples, StepSamples, pick
 from quant.calibration.trajectory import record, replay
 from quant.calibration.watch import Observer, Watch
 from quant.numerics.tokens import matrix
@@ -40,6 +41,9 @@ def test_every_recipe_is_sound(name):
     ("rtn", {"act_range": "static"}, "--act-granularity tensor"),
     ("ditas", {"attention": "uniform"}, "--act-range static"),
     ("ditas", {"act_steps": "normal"}, "--act-range static"),
+    ("repq-vit", {"act_steps": "each"}, "--act-steps embedding"),
+    ("repq-vit", {"act_clip": "search"}, "--act-clip percentile"),
+    ("ptq4dit", {"attention": "log-sqrt2", "act_clip": "search"}, "--act-clip percentile"),
     ("rtn", {"balance": "reparameterise"}, "--act-range static"),
     ("ditas", {"act_range": "static", "act_granularity": "tensor"}, "--alpha"),
     ("rtn", {"balance": "tas"}, "--alpha"),
@@ -94,7 +98,7 @@ def test_flags_change_the_parts_of_a_recipe():
     (["--group-sizes", "32,x"], "--group-sizes '32,x'"),
     (["--iterations", "many"], "--iterations 'many'"),
     (["--lowrank", "-2"], "--lowrank -2"),
-    (["--scope", "final"], "expected one of blocks, adaln, all"),
+    (["--scope", "final"], "expected one of blocks, adaln, inner, all"),
 ])
 def test_a_wrong_part_is_named(arguments, message):
     with pytest.raises(UserError, match=message):
@@ -112,6 +116,8 @@ def test_scopes_hold_what_they_say():
     assert len(blocks) == 8
     assert len(adaln - blocks) == 2
     assert set(scope_linears(model, "all")) == everything
+    ends = {"x_embedder.proj", "final_layer.linear"}
+    assert set(scope_linears(model, "inner")) == everything - ends
 
 
 def keep_inputs(linears: dict[str, nn.Module]) -> dict[str, list[Tensor]]:
@@ -190,32 +196,69 @@ def test_maxima_are_those_of_the_inputs():
     assert torch.allclose(maxima[name].value, expected, atol=1e-5)
 
 
-def test_ranges_are_those_of_the_inputs():
-    _, straight, ranges = replay_to(StepRange, 100)
+@pytest.mark.parametrize("tokens", [1, 300])
+def test_samples_of_steps_are_drawn_from_all_images(tokens):
+    _, straight, observers = replay_to(lambda: StepSamples(40), tokens)
+    # A vector per image: all of them are kept.
     for name in ("blocks.0.adaLN_modulation.1", "t_embedder.mlp.0"):
-        inputs = straight[name].flatten(1)
-        assert torch.allclose(ranges[name].low, inputs.amin(1), atol=1e-5)
-        assert torch.allclose(ranges[name].high, inputs.amax(1), atol=1e-5)
+        assert torch.allclose(observers[name].value, straight[name], atol=1e-5)
+    # Of the tokens, 40 different ones: the same at every step, of every image.
+    name = "blocks.1.mlp.fc2"
+    samples = observers[name].value
+    inputs = straight[name].flatten(1, 2)
+    assert samples.shape == (STEPS, 40, 256)
+    distances = torch.cdist(samples.double(), inputs.double())
+    assert distances.amin(2).max() < 1e-4
+    places = distances.argmin(2)
+    assert (places == places[0]).all()
+    assert len(places[0].unique()) == 40
+    assert set((places[0] // 16).tolist()) == set(range(2 * IMAGES))
 
 
-def test_ptq4dm_draws_more_of_the_cleaner_steps():
-    normal = pick(50, 32, 20_000, "normal").numpy()
-    uniform = pick(50, 32, 20_000, "uniform").numpy()
-    assert np.array_equal(np.bincount(uniform[:, 0]), np.full(50, 400))
+class Normal:
+    """The normal distribution of PTQ4DM's diffusion time, cut into steps."""
 
-    # The same draw by the book: N(0.4, 0.4) stretched to [0, 1], where 0 is the clean end.
-    time = np.random.default_rng(0).normal(0.4, 0.4, 20_000)
-    time = (time - time.min()) / (time.max() - time.min())
-    counts = np.bincount(normal[:, 0], minlength=50)
-    assert abs(normal[:, 0].mean() - 49.5 + 50 * time.mean()) < 3
-    assert counts.argmax() in range(17, 35)
-    assert counts[0] < 30
+    def __init__(self, steps: int):
+        self._steps = steps
 
-    for picks in (normal, uniform):
-        steps, images = picks.T
-        assert (np.diff(steps) >= 0).all()
-        assert images.min() >= 0
-        assert images.max() == 31
+    def below(self, step: int) -> float:
+        """Compute the probability of a time before a step, counted from the clean image."""
+        return 0.5 * (1 + math.erf((step / self._steps - 0.4) / 0.4 / math.sqrt(2)))
+
+    def shares(self) -> np.ndarray:
+        """Compute how often each step is drawn, the noisiest first: truncated, and cut to ends."""
+        inside = [self.below(step) for step in range(1, self._steps)]
+        return np.diff([0.0, *inside, 1.0])[::-1]
+
+
+@pytest.mark.parametrize("steps", [2, 7, 50])
+def test_ptq4dm_draws_steps_as_its_code_does(steps):
+    """The share of every step is that of the truncated normal distribution, in closed form."""
+    draws = 20_000
+    picks = pick(steps, 32, draws, "normal").numpy()
+    counts = np.bincount(picks[:, 0], minlength=steps)
+    shares = Normal(steps).shares()
+    deviations = np.sqrt(draws * shares * (1 - shares))
+    assert (np.abs(counts - draws * shares) < 4.5 * deviations).all()
+
+
+def test_ptq4dm_draws_as_many_of_the_ends_as_was_counted_of_its_code():
+    """Of 4096 draws over 50 steps, 17.5 % were at the clean end and 6.9 % at the noisy one."""
+    counts = np.bincount(pick(50, 32, 4096, "normal")[:, 0], minlength=50) / 4096
+    # Two draws of 4096 differ by 0.8 % and 0.6 % (one deviation).
+    assert counts[49] == pytest.approx(0.175, abs=0.02)
+    assert counts[0] == pytest.approx(0.069, abs=0.015)
+    assert counts[1:49].max() < 0.03
+
+
+@pytest.mark.parametrize("spread", ["normal", "uniform"])
+def test_picks_are_sorted_and_of_all_images(spread):
+    steps, images = pick(50, 32, 20_000, spread).numpy().T
+    assert (np.diff(steps) >= 0).all()
+    assert images.min() == 0
+    assert images.max() == 31
+    if spread == "uniform":
+        assert np.array_equal(np.bincount(steps), np.full(50, 400))
 
 
 def small_fc2_large_elsewhere(quantised: nn.Module) -> float:

@@ -6,6 +6,7 @@ import io
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -50,6 +51,30 @@ def quantised():
     model, schedule, recipe = random_model(), make_schedule(str(STEPS)), RECIPES["ditas"]
     result = quantize_model(model, recipe, BitWidths(4, 8), drive(model, schedule))
     return model, schedule, recipe, result
+
+
+def test_layer_errors_use_the_ranges_of_their_timestep():
+    """The error over all steps is that of one model per step, which has the ranges of that step."""
+    model, schedule = random_model(), make_schedule(str(STEPS))
+    recipe = replace(RECIPES["tfmq-dm"], weight="nearest")
+    result = quantize_model(model, recipe, BitWidths(8, 4), drive(model, schedule))
+    observed = observe(model, result.layers, drive(model, schedule), [])
+    assert observed.watched == list(range(STEPS))
+
+    name = "blocks.1.mlp.fc2"
+    linear, layer = block_linears(model)[name], result.layers[name]
+    inputs = []
+    linear.register_forward_hook(lambda module, args, output: inputs.append(args[0]))
+    drive(model, schedule)(model)
+    signal = noise = 0.0
+    for step, x in enumerate(inputs):
+        act = replace(
+            layer.act, scale=layer.act.scale[step], zero=layer.act.zero[step], timesteps=None)
+        product = x @ linear.weight.T
+        error = QuantLinear(replace(layer, act=act), None)(x) - product
+        signal += float(product.square().sum())
+        noise += float(error.square().sum())
+    assert observed.error_db[name] == pytest.approx(10 * np.log10(signal / noise), abs=0.05)
 
 
 def test_layer_errors_equal_those_of_the_installed_layers(quantised):

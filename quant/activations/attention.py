@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from errors import UserError
-from quant.activations.quantisers import Activation, activation_module
+from quant.activations.quantisers import Activation, TimestepIndex, activation_module
 from quant.activations.softmax import LogSqrt2, PowersOfRootTwo
 
 
@@ -22,7 +22,7 @@ class Operands:
     """Quantisers of one attention.
 
     Attributes:
-        query, key, value: static, one range per tensor.
+        query, key, value: static, one range per tensor, or one per tensor and timestep.
         probabilities: of the softmax output, static.
         factors: (D,) float32, divide the value before it is quantised and multiply it afterwards,
             where the next linear divides its input by them; None for ones, and after folding.
@@ -33,6 +33,11 @@ class Operands:
     value: Activation
     probabilities: Activation | PowersOfRootTwo
     factors: Tensor | None = None
+
+    @property
+    def timesteps(self) -> Tensor | None:
+        """What the model is called with at each step, where ranges depend on it, (S,) int64."""
+        return self.query.timesteps
 
     def fold(self) -> "Operands":
         """Return the quantisers for values that come already divided."""
@@ -72,17 +77,21 @@ def attention_probabilities(
 
 
 class QuantOperands(nn.Module):
-    """Simulates quantised operands inside an attention, whose linears stay as they are."""
+    """Simulates quantised operands inside an attention, whose linears stay as they are.
 
-    def __init__(self, operands: Operands):
+    Args:
+        timestep_index: the sampling step, for ranges that depend on it.
+    """
+
+    def __init__(self, operands: Operands, timestep_index: TimestepIndex | None = None):
         super().__init__()
-        self.query = activation_module(operands.query)
-        self.key = activation_module(operands.key)
-        self.value = activation_module(operands.value)
+        self.query = activation_module(operands.query, timestep_index)
+        self.key = activation_module(operands.key, timestep_index)
+        self.value = activation_module(operands.value, timestep_index)
         if isinstance(operands.probabilities, PowersOfRootTwo):
             self.probabilities = LogSqrt2(operands.probabilities)
         else:
-            self.probabilities = activation_module(operands.probabilities)
+            self.probabilities = activation_module(operands.probabilities, timestep_index)
         self.register_buffer("factors", operands.factors)
         self._open: Interception | None = None
         self._has_computed = False
@@ -142,13 +151,15 @@ class QuantOperands(nn.Module):
                 "where they are quantised: let it (timm's does under TIMM_FUSED_ATTN=1)")
 
 
-def quantize_operands(attention: nn.Module, operands: Operands) -> None:
+def quantize_operands(
+    attention: nn.Module, operands: Operands, timestep_index: TimestepIndex | None = None
+) -> None:
     """Quantise what enters the two products of an attention module, in place.
 
     Its submodule ``operands`` does it; a second call replaces that.
     """
     is_hooked = hasattr(attention, "operands")
-    attention.operands = QuantOperands(operands)
+    attention.operands = QuantOperands(operands, timestep_index)
     if not is_hooked:
         attention.register_forward_pre_hook(_open_operands)
         attention.register_forward_hook(_close_operands, always_call=True)

@@ -51,8 +51,16 @@ class TimestepIndex(nn.Module):
         self.index: Tensor | None = None
 
     def update(self, t: Tensor) -> None:
+        """Keep the nearest step for every timestep (N,)."""
+        self.index = self.nearest(t)
+
+    def nearest(self, t: Tensor) -> Tensor:
         """Find the nearest step for every timestep (N,)."""
-        self.index = (t[:, None] - self.timesteps).abs().argmin(1)
+        return (t[:, None] - self.timesteps).abs().argmin(1)
+
+    def select(self, per_step: Tensor, values: Tensor) -> Tensor:
+        """Pick the entry (S,) of each image's step, so that it broadcasts with values (N, ...)."""
+        return per_step[self.index].reshape(-1, *[1] * (values.dim() - 1))
 
 
 def watch_timesteps(model: nn.Module, timestep_index: TimestepIndex) -> None:
@@ -108,21 +116,21 @@ class Static(nn.Module):
 
 
 class PerTimestep(nn.Module):
-    """Quantises inputs (N, I), computed from the timestep embedding alone, in a range per step.
+    """Quantises values (N, ...), each image in the range of its step.
 
-    Buffers ``scale`` and ``zero`` (S, 1).
+    Buffers ``scale`` and ``zero`` (S,).
     """
 
     def __init__(self, act: Activation, timestep_index: TimestepIndex):
         super().__init__()
-        self.register_buffer("scale", act.scale[:, None])
-        self.register_buffer("zero", act.zero[:, None])
+        self.register_buffer("scale", act.scale)
+        self.register_buffer("zero", act.zero)
         self.top_code = act.spec.top
         self.timestep_index = timestep_index
 
     def forward(self, values: Tensor) -> tuple[Tensor, Tensor | None]:
-        scale = self.scale[self.timestep_index.index]  # (N, 1)
-        zero = self.zero[self.timestep_index.index]    # (N, 1)
+        scale = self.timestep_index.select(self.scale, values)
+        zero = self.timestep_index.select(self.zero, values)
         codes = (values / scale).round()
         return torch.minimum(torch.maximum(codes, -zero), self.top_code - zero), scale
 

@@ -4,15 +4,20 @@ from collections.abc import Callable
 from torch import Tensor
 
 from architectures.sites import AttentionSite, Site
-from quant.activations.attention import Operands, attention_probabilities, by_head
+from quant.activations.attention import Operands
 from quant.activations.quantisers import Activation
-from quant.activations.softmax import PowersOfRootTwo, fit_powers
+from quant.activations.softmax import PowersOfRootTwo
 from quant.balancing.reparameterise import Reparameterisation
-from quant.calibration.observers import OperandSamples, Samples, StepRange
+from quant.calibration.observers import (
+    OperandSamples,
+    Samples,
+    StepOperandSamples,
+    StepSamples,
+)
 from quant.calibration.watch import Watch
-from quant.numerics.ranges import tensor_range
+from quant.numerics.ranges import step_ranges, tensor_range
 from quant.numerics.smoothing import Smoothing
-from quant.numerics.uniform import QuantSpec, scale_and_zero
+from quant.numerics.uniform import QuantSpec
 
 # How the input of a site is quantised, given the size of its groups (None: the recipe's).
 SpecOf = Callable[[Site, int | None], QuantSpec]
@@ -32,19 +37,36 @@ class DynamicRanges:
         return Activation(self._spec_of(site, group))
 
 
+def static_activation(sample: Tensor, spec: QuantSpec, clip: str) -> Activation:
+    """Choose one range for a sample of any shape; ``clip`` is one of ``TENSOR_RANGES``."""
+    return Activation(spec, *tensor_range(sample, spec, clip))
+
+
+def timestep_activation(
+    samples: Tensor, spec: QuantSpec, clip: str, timesteps: Tensor
+) -> Activation:
+    """Choose a range for each of the timesteps (steps,), given samples (steps, ...)."""
+    return Activation(spec, *step_ranges(samples, spec, clip), timesteps)
+
+
 class StaticRanges:
-    """A range per site, found once on samples of its input.
+    """Ranges of a site's input that are found once, on samples of it.
 
     Args:
-        clip: how a range is chosen, a key of ``quant.numerics.ranges.RANGES``.
+        quantiser_of: chooses the range for samples, or the ranges.
         samples_of: the observer of a site's inputs, which other parts may share.
     """
 
-    def __init__(self, spec_of: SpecOf, clip: str, samples_of: Callable[[Site, Watch], Samples]):
+    def __init__(
+        self,
+        spec_of: SpecOf,
+        quantiser_of: Callable[[Tensor, QuantSpec], Activation],
+        samples_of: Callable[[Site, Watch], Samples | StepSamples],
+    ):
         self._spec_of = spec_of
-        self._clip = clip
+        self._quantiser_of = quantiser_of
         self._samples_of = samples_of
-        self._samples: dict[str, Samples] = {}
+        self._samples: dict[str, Samples | StepSamples] = {}
 
     def observe(self, site: Site, watch: Watch) -> None:
         """Ask for samples of the input."""
@@ -52,42 +74,32 @@ class StaticRanges:
 
     def finish(self, site: Site, smoothing: Smoothing, group: int | None) -> Activation:
         """Find the range of a site's input, as the balance leaves it."""
-        spec = self._spec_of(site, group)
         inputs = smoothing.of_input(self._samples[site.name].value)
-        return Activation(spec, *tensor_range(inputs, spec, self._clip))
+        return self._quantiser_of(inputs, self._spec_of(site, group))
 
 
-class TimestepRanges(StaticRanges):
-    """TFMQ-DM: what the timestep embedding alone decides has a range per timestep.
+class EmbeddingRanges:
+    """TFMQ-DM: what timestep and condition alone decide has ranges of its own kind.
 
     Args:
-        timesteps: (steps,) of the trajectory.
+        embeddings: finds the ranges of sites that read a vector per image.
+        others: finds those of all others.
     """
 
-    def __init__(
-        self,
-        spec_of: SpecOf,
-        clip: str,
-        samples_of: Callable[[Site, Watch], Samples],
-        timesteps: Tensor,
-    ):
-        super().__init__(spec_of, clip, samples_of)
-        self._timesteps = timesteps
-        self._ranges: dict[str, StepRange] = {}
+    def __init__(self, embeddings: StaticRanges, others: StaticRanges):
+        self._embeddings = embeddings
+        self._others = others
 
     def observe(self, site: Site, watch: Watch) -> None:
-        """Ask for ranges per step of a vector per image, for samples of other inputs."""
-        if not site.per_image:
-            super().observe(site, watch)
-            return
-        self._ranges[site.name] = watch.add(site.linears[0], StepRange, StepRange)
+        """Ask for what the site's ranges need."""
+        self._part(site).observe(site, watch)
 
     def finish(self, site: Site, smoothing: Smoothing, group: int | None) -> Activation:
         """Find the range, or the ranges, of a site's input."""
-        if site.name not in self._ranges:
-            return super().finish(site, smoothing, group)
-        spec, seen = self._spec_of(site, group), self._ranges[site.name]
-        return Activation(spec, *scale_and_zero(seen.low, seen.high, spec), self._timesteps)
+        return self._part(site).finish(site, smoothing, group)
+
+    def _part(self, site: Site) -> StaticRanges:
+        return self._embeddings if site.per_image else self._others
 
 
 class ReparameterisedRanges:
@@ -98,7 +110,12 @@ class ReparameterisedRanges:
         balance: has finished the site before.
     """
 
-    def __init__(self, spec_of: SpecOf, others: StaticRanges, balance: Reparameterisation):
+    def __init__(
+        self,
+        spec_of: SpecOf,
+        others: StaticRanges | EmbeddingRanges,
+        balance: Reparameterisation,
+    ):
         self._spec_of = spec_of
         self._others = others
         self._balance = balance
@@ -127,36 +144,33 @@ class FloatOperands:
 
 
 class StaticOperands:
-    """Ranges of attention's operands, found once on samples of whole images.
+    """Ranges of attention's operands that are found once, on samples of them.
 
     Args:
         attentions: of the model.
-        spec: of every operand.
-        clip: how a range is chosen, a key of ``quant.numerics.ranges.RANGES``.
-        probabilities: how the softmax output is quantised: ``uniform`` or ``log-sqrt2``.
+        quantiser_of: chooses the range, or the ranges, of queries, keys or values.
+        probabilities_of: the same for the softmax output, or powers of the square root of 2.
         new_samples: makes an observer of operands.
     """
 
     def __init__(
         self,
         attentions: list[AttentionSite],
-        spec: QuantSpec,
-        clip: str,
-        probabilities: str,
-        new_samples: Callable[[], OperandSamples],
+        quantiser_of: Callable[[Tensor], Activation],
+        probabilities_of: Callable[[Tensor], Activation | PowersOfRootTwo],
+        new_samples: Callable[[], OperandSamples | StepOperandSamples],
     ):
         self._by_output = {attention.output: attention for attention in attentions}
-        self._spec = spec
-        self._clip = clip
-        self._probabilities = probabilities
+        self._quantiser_of = quantiser_of
+        self._probabilities_of = probabilities_of
         self._new_samples = new_samples
-        self._samples: dict[str, OperandSamples] = {}
+        self._samples: dict[str, OperandSamples | StepOperandSamples] = {}
 
     def observe(self, site: Site, watch: Watch) -> None:
         """Ask for the operands of the attention whose values the site reads."""
         if site.name in self._by_output:
             attention = self._by_output[site.name].name
-            self._samples[site.name] = watch.add(attention, OperandSamples, self._new_samples)
+            self._samples[site.name] = watch.add(attention, StaticOperands, self._new_samples)
 
     def finish(self, smoothing: dict[str, Smoothing]) -> dict[str, Operands]:
         """Find the quantisers of every attention, given the smoothing of each site.
@@ -175,21 +189,13 @@ class StaticOperands:
             operands[name] = self._operands(samples, smoothing[output])
         return operands
 
-    def _operands(self, samples: OperandSamples, smoothing: Smoothing) -> Operands:
-        query, key, value = samples.value  # (P, T, D) each
-        probabilities = attention_probabilities(
-            by_head(query, samples.heads), by_head(key, samples.heads))
+    def _operands(
+        self, samples: OperandSamples | StepOperandSamples, smoothing: Smoothing
+    ) -> Operands:
+        query, key, value, probabilities = samples.value
         return Operands(
-            query=self._uniform(query),
-            key=self._uniform(key),
-            value=self._uniform(smoothing.of_input(value)),
-            probabilities=self._of_probabilities(probabilities),
+            query=self._quantiser_of(query),
+            key=self._quantiser_of(key),
+            value=self._quantiser_of(smoothing.of_input(value)),
+            probabilities=self._probabilities_of(probabilities),
             factors=smoothing.factors)
-
-    def _uniform(self, sample: Tensor) -> Activation:
-        return Activation(self._spec, *tensor_range(sample, self._spec, self._clip))
-
-    def _of_probabilities(self, sample: Tensor) -> Activation | PowersOfRootTwo:
-        if self._probabilities == "uniform":
-            return self._uniform(sample)
-        return fit_powers(sample, self._spec.bits, self._clip)

@@ -6,6 +6,7 @@ time (see ``quant.calibration.trajectory.replay``); their attributes hold what t
 import torch
 from torch import Tensor, nn
 
+from quant.activations.attention import attention_probabilities, by_head
 from quant.calibration.watch import Observer
 from quant.numerics.tokens import matrix
 
@@ -93,10 +94,16 @@ class OperandSamples:
         return self.heads == 0
 
     @property
-    def value(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values in the order of the picks, heads side by side, (P, T, D)."""
-        query, key, value = self._samples
-        return query.value, key.value, value.value
+    def value(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the products multiply, in the order of the picks.
+
+        Queries, keys and values have their heads side by side, (P, T, D); probabilities are
+        (P, heads, T, T).
+        """
+        query, key, value = (samples.value for samples in self._samples)
+        probabilities = attention_probabilities(
+            by_head(query, self.heads), by_head(key, self.heads))
+        return query, key, value, probabilities
 
 
 class ImageMaxima:
@@ -114,28 +121,72 @@ class ImageMaxima:
         return torch.cat(self._parts)
 
 
-class StepRange:
-    """Collects the smallest and largest input at each step, over images and channels."""
+class StepSamples:
+    """Keeps some tokens of a linear's input at every step, drawn from all images.
 
-    def __init__(self):
+    Args:
+        tokens: kept of every step, all if there are fewer.
+    """
+
+    def __init__(self, tokens: int):
+        self._tokens = tokens
         self._parts: list[Tensor] = []
 
     def __call__(self, x: Tensor, y: Tensor) -> None:
-        self._parts.append(torch.stack(x.flatten(1).aminmax(dim=1)))
+        rows = x.flatten(1, 2)  # (K, N T, I)
+        self._parts.append(rows[:, _draw(rows.shape[1], self._tokens).to(rows.device)])
 
     @property
-    def low(self) -> Tensor:
-        """The smallest input of each step, (steps,)."""
-        return torch.cat(self._parts, 1)[0]
+    def value(self) -> Tensor:
+        """The tokens of every step, (steps, tokens, I)."""
+        return torch.cat(self._parts)
+
+
+class StepOperandSamples:
+    """Keeps some of an attention's queries, keys, values and probabilities at every step.
+
+    Args:
+        tokens: kept of every step, as in ``StepSamples``. A query token brings its probabilities
+            for all keys of its image.
+    """
+
+    def __init__(self, tokens: int):
+        self._tokens = tokens
+        self._samples = StepSamples(tokens), StepSamples(tokens), StepSamples(tokens)
+        self._probabilities: list[Tensor] = []
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        for samples, operand in zip(self._samples, (query, key, value)):
+            tokens = operand.transpose(2, 3).flatten(3)  # (K, N, T, D)
+            samples(tokens, tokens)
+        _, images, _, length, _ = query.shape
+        drawn = _draw(images * length, self._tokens).to(query.device)
+        image, token = drawn // length, drawn % length
+        rows = query[:, image, :, token].movedim(0, 1).unsqueeze(-2)  # (K, p, heads, 1, d)
+        self._probabilities.append(attention_probabilities(rows, key[:, image]).flatten(1))
 
     @property
-    def high(self) -> Tensor:
-        """The largest input of each step, (steps,)."""
-        return torch.cat(self._parts, 1)[1]
+    def is_empty(self) -> bool:
+        """Whether the attention never multiplied."""
+        return not self._probabilities
+
+    @property
+    def value(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys and values (steps, tokens, D), and probabilities (steps, values)."""
+        query, key, value = self._samples
+        return query.value, key.value, value.value, torch.cat(self._probabilities)
+
+
+def _draw(count: int, wanted: int) -> Tensor:
+    """Draw some of ``count`` places, or all of them; always the same ones, in order."""
+    if count <= wanted:
+        return torch.arange(count)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randperm(count, generator=generator)[:wanted].sort().values
 
 
 # PTQ4DM's timesteps: mean and deviation of their normal distribution, as shares of the diffusion
-# time (Shang et al., 2023, section 3.3).
+# time (Shang et al., 2023, section 3.3, and the commands of its code).
 NORMAL_MEAN = 0.4
 NORMAL_DEVIATION = 0.4
 
@@ -147,14 +198,14 @@ def pick(steps: int, images: int, count: int, spread: str, seed: int = 0) -> Ten
         steps: of the trajectory, 0 is the noisiest.
         images: at every step.
         count: pairs to draw.
-        spread: ``uniform`` over the steps, or ``normal``: PTQ4DM's draws of the diffusion time
-            (0 is the clean image), stretched to all of it, as its code does.
+        spread: ``uniform`` over the steps, or ``normal``: PTQ4DM's draws of the diffusion time (0
+            is the clean image). As in its code they are truncated to a step, and those beyond an
+            end count as the end.
     """
     generator = torch.Generator().manual_seed(seed)
     if spread == "normal":
         time = NORMAL_MEAN + NORMAL_DEVIATION * torch.randn(count, generator=generator)
-        time = (time - time.min()) / (time.max() - time.min()).clamp(min=1e-6)
-        step = (steps - 1 - (time * steps).floor().clamp(0, steps - 1)).long()
+        step = steps - 1 - (time * steps).trunc().clamp(0, steps - 1).long()
     else:
         step = torch.arange(count) * steps // count
     image = torch.randint(images, (count,), generator=generator)

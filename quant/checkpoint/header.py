@@ -14,8 +14,8 @@ from files.atomic import file_stem
 from quant.numerics.uniform import ACT_BITS, WEIGHT_BITS
 from quant.recipe import ADALN_BITS, act_spec, weight_spec
 
-FORMAT_VERSION = 5
-READABLE = (1, 2, 3, 4, 5)
+FORMAT_VERSION = 6
+READABLE = (1, 2, 3, 4, 5, 6)
 HEADER_KEY = "ditas"
 SUFFIX = ".safetensors"
 

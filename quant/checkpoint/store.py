@@ -6,12 +6,13 @@ whose operands are quantised has ``NAME.operands``. Ranges per timestep refer to
 each of them is written stands in ``tensors``. Everything else keeps the model's own name, rounded
 to float16 unless that overflows. Reading never unpickles.
 
-Formats 1 to 4 are still read:
+Formats 1 to 5 are still read:
 
 1. Zero points in a byte each, float32 factors and scales, adaLN modulation always in float32.
 2. No static ranges, shifts, scopes, or group sizes that differ from layer to layer.
 3. Powers of the square root of 2 began at 1.
 4. A registered model's name stood for its architecture and shape.
+5. Ranges of attention's operands were the same at all timesteps.
 """
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -35,11 +36,10 @@ from quant.checkpoint.tensors import (
     half_unless_overflow,
     read_layer,
     read_operands,
-    taker,
     write_layer,
     write_operands,
 )
-from quant.install import install
+from quant.install import find_timestep_index, install
 from quant.integer.weight import integer_obstacle
 from quant.layers.fold import fold
 from quant.layers.quantised import QuantizedLayer
@@ -67,10 +67,11 @@ def save(path: Path, model: nn.Module, result: Result, header: Header) -> None:
                if key.removesuffix(".weight") not in result.layers}
     for name, layer in result.layers.items():
         tensors |= write_layer(name, layer)
-        if layer.act is not None and layer.act.timesteps is not None:
-            tensors["timesteps"] = layer.act.timesteps
     for name, operands in result.operands.items():
         tensors[f"{name}.operands"] = write_operands(operands)
+    timestep_index = find_timestep_index(result.layers, result.operands)
+    if timestep_index is not None:
+        tensors["timesteps"] = timestep_index.timesteps
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     with atomic(path) as temporary:
         save_file(tensors, temporary, metadata={HEADER_KEY: header.to_json()})
@@ -158,9 +159,9 @@ def _read_operands(
     rows = 3 if has_powers and header.format_version < FIRST_WITH_POWER_SCALE else 4
     operands = {}
     for attention in architecture_named(header.architecture).attentions(model):
-        stored = taker(tensors, attention.name)("operands", (rows, 2))
+        quantisers = read_operands(tensors, attention.name, rows, spec, has_powers)
         factors = layers[attention.output].smoothing.factors
-        operands[attention.name] = read_operands(stored, spec, has_powers, factors)
+        operands[attention.name] = replace(quantisers, factors=factors)
     return operands
 
 

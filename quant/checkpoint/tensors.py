@@ -190,10 +190,10 @@ def read_layer(
 
 
 def write_operands(operands: Operands) -> Tensor:
-    """Write the quantisers of an attention's operands, (4, 2): scale and zero point.
+    """Write the quantisers of an attention's operands: scale and zero point, (4, 2) or (4, 2, S).
 
     The rows are query, key, value and probabilities; powers of the square root of 2 have a zero
-    point of 0.
+    point of 0. There are S entries for as many timesteps, where ranges depend on it.
     """
     rows = [torch.stack([act.scale, act.zero])
             for act in (operands.query, operands.key, operands.value)]
@@ -206,20 +206,22 @@ def write_operands(operands: Operands) -> Tensor:
 
 
 def read_operands(
-    stored: Tensor, spec: QuantSpec, has_powers: bool, factors: Tensor | None
+    tensors: Tensors, name: str, rows: int, spec: QuantSpec, has_powers: bool
 ) -> Operands:
-    """Read the quantisers of an attention's operands.
+    """Read the quantisers of an attention's operands, without factors.
 
     Args:
-        stored: (4, 2), or (3, 2) of format 3, in which powers of the square root of 2 began at 1.
+        rows: 4, or 3 in format 3, in which powers of the square root of 2 began at 1.
         has_powers: the probabilities are quantised so.
-        factors: (D,) of the linear that reads the values, or None.
     """
-    query, key, value, *rest = (Activation(spec, scale, zero) for scale, zero in stored)
+    timesteps = tensors["timesteps"] if tensors[f"{name}.operands"].dim() == 3 else None
+    shape = (rows, 2) if timesteps is None else (rows, 2, len(timesteps))
+    stored = taker(tensors, name)("operands", shape)
+    query, key, value, *rest = (Activation(spec, *row, timesteps) for row in stored)
     if not has_powers:
-        return Operands(query, key, value, rest[0], factors)
+        return Operands(query, key, value, rest[0])
     scale = rest[0].scale if rest else torch.tensor(1.0)
-    return Operands(query, key, value, PowersOfRootTwo(spec.bits, scale), factors)
+    return Operands(query, key, value, PowersOfRootTwo(spec.bits, scale))
 
 
 def taker(tensors: Tensors, name: str) -> Take:

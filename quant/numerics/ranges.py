@@ -1,4 +1,4 @@
-"""Ranges of quantisers: the whole of what they have seen, shrunk (Q-DiT) or cut (PTQ4DiT).
+"""Ranges of quantisers: the whole of what they have seen, shrunk (Q-DiT, TFMQ-DM), cut (PTQ4DiT).
 
 For every group of values that share a range, a list of candidate ranges is tried, and the first of
 least error is taken. The quantiser turns a range into its parameters. Affine ones (``Affine``)
@@ -6,15 +6,18 @@ widen it to include 0, as everywhere, and their zero point is one of the codes.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from quant.numerics.range_search import searched_range
 from quant.numerics.uniform import Quantized, QuantSpec, check_finite, grouped, scale_and_zero
 
 SHRINKS = tuple(1 - 0.001 * i for i in range(100))  # Q-DiT
-SHRINK_NORM = 2.4  # after LAPQ (Nahshan et al., 2021)
+FAR_SHRINKS = tuple(1 - 0.01 * i for i in range(80))  # TFMQ-DM
+SHRINK_NORM = 2.4  # of both, after LAPQ (Nahshan et al., 2021)
 PERCENTILES = (0.999, 0.9999, 0.99999)  # PTQ4DiT, after RepQ-ViT
 
 Range = tuple[Tensor, Tensor]  # the lower and upper end of every group
@@ -69,9 +72,9 @@ def _whole(view: Tensor, dims: tuple[int, ...]) -> list[Range]:
     return [_extremes(view, dims)]
 
 
-def _shrunk(view: Tensor, dims: tuple[int, ...]) -> list[Range]:
+def _shrunk(shrinks: tuple[float, ...], view: Tensor, dims: tuple[int, ...]) -> list[Range]:
     low, high = _extremes(view, dims)
-    return [(low * shrink, high * shrink) for shrink in SHRINKS]
+    return [(low * shrink, high * shrink) for shrink in shrinks]
 
 
 def _cut(view: Tensor, dims: tuple[int, ...]) -> list[Range]:
@@ -116,9 +119,12 @@ class RangeRule:
 
 RANGES = {
     "minmax": RangeRule(_whole, 2),
-    "shrink": RangeRule(_shrunk, SHRINK_NORM),  # Q-DiT's, whose code calls it `mse`
+    "shrink": RangeRule(partial(_shrunk, SHRINKS), SHRINK_NORM),  # Q-DiT's code calls it `mse`
+    "shrink-far": RangeRule(partial(_shrunk, FAR_SHRINKS), SHRINK_NORM),  # and TFMQ-DM's, too
     "percentile": RangeRule(_cut, 2),
 }
+# How a static range can be chosen; the search is for whole tensors and affine quantisers alone.
+TENSOR_RANGES = (*RANGES, "search")
 
 
 def best_range(
@@ -179,7 +185,7 @@ def tensor_range(sample: Tensor, spec: QuantSpec, choice: str) -> tuple[Tensor, 
     """Choose the one range of a static quantiser for a sample of activations of any shape.
 
     Args:
-        choice: a key of ``RANGES``.
+        choice: one of ``TENSOR_RANGES``.
 
     Returns:
         Scale and zero point, 0-dim float32.
@@ -187,5 +193,30 @@ def tensor_range(sample: Tensor, spec: QuantSpec, choice: str) -> tuple[Tensor, 
     Raises:
         ValueError: NaN or infinity, or an unknown choice.
     """
-    scale, zero = best_range(sample.flatten().float(), (0,), Affine(spec), choice)
+    values = sample.flatten().float()
+    if choice == "search":
+        check_finite(values)
+        return searched_range(values, spec)
+    scale, zero = best_range(values, (0,), Affine(spec), choice)
     return scale.squeeze(), zero.squeeze()
+
+
+def step_ranges(samples: Tensor, spec: QuantSpec, choice: str) -> tuple[Tensor, Tensor]:
+    """Choose a range for every step, given samples of activations (steps, ...).
+
+    Args:
+        choice: one of ``TENSOR_RANGES``.
+
+    Returns:
+        Scales and zero points, (steps,) float32.
+
+    Raises:
+        ValueError: NaN or infinity, or an unknown choice.
+    """
+    rows = samples.flatten(1).float()
+    if choice == "search":
+        check_finite(rows)
+        scales, zeros = zip(*[searched_range(row, spec) for row in rows])
+        return torch.stack(scales), torch.stack(zeros)
+    scale, zero = best_range(rows, (1,), Affine(spec), choice)
+    return scale.squeeze(1), zero.squeeze(1)

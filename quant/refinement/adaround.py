@@ -1,14 +1,16 @@
-"""AdaRound with learned activation steps, block by block.
+"""AdaRound with learned activation steps, unit by unit.
 
-After Nagel et al. (2020) and BRECQ (Li et al., 2021), as PTQ4DiT uses them. Every weight is rounded
-down or up, and which is learned. A block of the quantised model gets the outputs of the quantised
-blocks before it, and has to give what the float block gives to the float outputs. Rounding is
-relaxed to h(V) in [0, 1] and pushed to 0 or 1 as the iterations go. The steps of static activation
-quantisers are learned beside it.
+After Nagel et al. (2020) and BRECQ (Li et al., 2021), as PTQ4DiT and TFMQ-DM use them. Every weight
+is rounded down or up, and which is learned. A unit, such as a block, gets what the quantised units
+before it give, and has to give what the float unit gives to the float inputs. Rounding is relaxed
+to h(V) in [0, 1] and pushed to 0 or 1 as the iterations go. The steps of static activation
+quantisers may be learned beside it.
 """
 import math
+from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,21 +18,18 @@ from tqdm import tqdm
 
 import config
 from architectures.registry import architecture_of
-from architectures.sites import AttentionSite, Call, linears_of
+from architectures.sites import Call
+from architectures.units import units
 from config import Recipe
-from quant.activations.attention import Operands, quantize_operands
-from quant.activations.quantisers import Activation, TimestepIndex
+from quant.activations.attention import Operands
+from quant.activations.quantisers import Activation
 from quant.install import install
-from quant.layers.linear import QuantLinear
 from quant.layers.quantised import QuantizedLayer
-from quant.numerics.tokens import matrix
-from quant.refinement.block_chain import BlockChain
-from quant.refinement.soft_layers import LearnedStep, SoftLinear, StraightThrough, learnable
+from quant.numerics.uniform import OFF_BITS
+from quant.refinement.soft_unit import SoftUnit
+from quant.refinement.unit_chain import UnitChain
 
 Layers = dict[str, QuantizedLayer]
-
-# The quantisers of an attention whose steps can be learned.
-_OPERANDS = ("query", "key", "value", "probabilities")
 
 
 def rounding_loss(h: Tensor, beta: float) -> Tensor:
@@ -53,159 +52,94 @@ def beta_at(iteration: int, iterations: int) -> float | None:
 def reconstruct(
     model: nn.Module, layers: Layers, operands: dict[str, Operands], inputs: Call, recipe: Recipe
 ) -> tuple[Layers, dict[str, Operands]]:
-    """Learn the rounding of every layer inside the blocks.
+    """Learn the rounding of every layer in the recipe's units.
 
     Args:
         model: float, left as it was.
         layers: rounded to the nearest, of floating scales and no low-rank branch. Those outside
-            the blocks are used and not learned.
-        operands: of the attentions, whose steps are learned; may be empty.
+            the units are used and not learned.
+        operands: of the attentions; may be empty.
         inputs: a call of the model, of images drawn from the trajectory.
-        recipe: says how many iterations a block gets, and the learning rate of the rounding. The
-            published 20 000 are for blocks of DiT-XL/2; fewer iterations need a higher rate.
+        recipe: says what the units are, how many iterations each gets, the learning rate of the
+            rounding, and whether activation steps are learned beside it. The published 20 000
+            iterations are for blocks of DiT-XL/2; fewer need a higher rate.
 
     Returns:
         Layers and operands.
     """
+    if recipe.learned == "rounding":
+        bare = {name: _with_float_input(layer) for name, layer in layers.items()}
+        learned, _ = _reconstruct(model, bare, {}, inputs, recipe)
+        layers = {name: replace(layer, act=layers[name].act) for name, layer in learned.items()}
+        return layers, operands
+    return _reconstruct(model, layers, operands, inputs, recipe)
+
+
+def _with_float_input(layer: QuantizedLayer) -> QuantizedLayer:
+    """Leave the layer's input as it is."""
+    return replace(layer, act=Activation(replace(layer.act.spec, bits=OFF_BITS)))
+
+
+def _reconstruct(
+    model: nn.Module, layers: Layers, operands: dict[str, Operands], inputs: Call, recipe: Recipe
+) -> tuple[Layers, dict[str, Operands]]:
     layers, operands = dict(layers), dict(operands)
-    architecture = architecture_of(model)
-    quantised = install(deepcopy(model), layers, operands=operands)
-    float_blocks = BlockChain(model, inputs)
-    quantised_blocks = BlockChain(quantised, inputs)
+    quantised = install(deepcopy(model), layers, operands=operands).requires_grad_(False)
+    float_chain, quantised_chain = UnitChain(model, inputs), UnitChain(quantised, inputs)
     generator = torch.Generator().manual_seed(0)
-    names = architecture.blocks(model)
-    with tqdm(total=recipe.iterations * len(names), desc="rounding", unit="step") as bar:
-        for name in names:
-            # Of the float block, on the float model's inputs.
-            target = float_blocks.outputs(model.get_submodule(name))
-            block = Block(model, name, layers, operands, quantised_blocks.timestep_index)
-            soft = block.soften(quantised.get_submodule(name))
-            # On what the quantised blocks before it give.
-            linears = block.soft_linears(soft)
-            train(soft, linears, quantised_blocks, target, recipe, generator, bar)
-            block.harden(soft, layers, operands)
-            hard = block.rebuild(quantised.get_submodule(name), layers, operands)
-            quantised_blocks.advance(quantised_blocks.outputs(hard))
-            float_blocks.advance(target)
+    chosen = [unit for unit in units(architecture_of(model), model, recipe.units)
+              if not layers.keys().isdisjoint(unit.linears)]
+    with tqdm(total=recipe.iterations * len(chosen), desc="rounding", unit="step") as bar:
+        for unit in chosen:
+            # What the float unit gives, on the float model's inputs.
+            float_chain.enter(unit)
+            target = float_chain.outputs(unit)
+            # What the unit gives on the outputs of the quantised units before it.
+            quantised_chain.enter(unit)
+            soft = SoftUnit(model, quantised, unit, layers, operands)
+            run = partial(quantised_chain.run, unit)
+            train(soft, run, target, recipe, generator, bar)
+            soft.harden(layers, operands)
+            float_chain.leave(unit, target)
+            quantised_chain.leave(unit, quantised_chain.outputs(unit))
     return layers, operands
 
 
-@dataclass(frozen=True)
-class Block:
-    """One block of a model whose layers are learned.
-
-    Attributes:
-        model: float.
-        name: of the block.
-        layers, operands: of the whole model, as they are before this block is learned.
-        timestep_index: of the quantised model, if ranges depend on the timestep.
-    """
-
-    model: nn.Module
-    name: str
-    layers: Layers
-    operands: dict[str, Operands]
-    timestep_index: TimestepIndex | None
-
-    @property
-    def linears(self) -> list[str]:
-        """The names of its quantised linears, in the order of the layers."""
-        sites = architecture_of(self.model).sites(self.model, "all")
-        inside = set(linears_of([site for site in sites if site.block == self.name]))
-        return [name for name in self.layers if name in inside]
-
-    @property
-    def attentions(self) -> list[AttentionSite]:
-        """Its attentions whose operands are quantised."""
-        sites = architecture_of(self.model).attentions(self.model)
-        return [site for site in sites
-                if site.name in self.operands and site.name.startswith(f"{self.name}.")]
-
-    def soften(self, block: nn.Module) -> nn.Module:
-        """Copy a quantised block, and make its rounding and its steps learnable."""
-        soft = deepcopy(block)
-        for name in self.linears:
-            linear, layer = self.model.get_submodule(name), self.layers[name]
-            weight = layer.smoothing.of_weight(matrix(linear)).detach()
-            bias = None if linear.bias is None else linear.bias.detach()
-            module = SoftLinear(weight, layer, layer.bias(bias), self.timestep_index)
-            soft.set_submodule(self._inside(name), module)
-        for attention in self.attentions:
-            modules = soft.get_submodule(self._inside(attention.name)).operands
-            for operand in _OPERANDS:
-                act = getattr(self.operands[attention.name], operand)
-                setattr(modules, operand, _learnable_operand(act, getattr(modules, operand)))
-        return soft
-
-    def soft_linears(self, soft: nn.Module) -> list[SoftLinear]:
-        """List the learned linears of a soft block, in the order of the layers."""
-        return [soft.get_submodule(self._inside(name)) for name in self.linears]
-
-    def harden(
-        self, soft: nn.Module, layers: Layers, operands: dict[str, Operands]
-    ) -> None:
-        """Put what was learned into ``layers`` and ``operands``."""
-        for name in self.linears:
-            layers[name] = soft.get_submodule(self._inside(name)).harden()
-        for attention in self.attentions:
-            modules = soft.get_submodule(self._inside(attention.name)).operands
-            learned = {}
-            for operand, module in modules.named_children():
-                if isinstance(module, LearnedStep):
-                    act = getattr(operands[attention.name], operand)
-                    learned[operand] = replace(act, scale=module.scale.detach())
-            operands[attention.name] = replace(operands[attention.name], **learned)
-
-    def rebuild(
-        self, block: nn.Module, layers: Layers, operands: dict[str, Operands]
-    ) -> nn.Module:
-        """Give a quantised block the layers and operands as they are now."""
-        for name in self.linears:
-            bias = layers[name].bias(self.model.get_submodule(name).bias)
-            module = QuantLinear(layers[name], bias, timestep_index=self.timestep_index)
-            block.set_submodule(self._inside(name), module)
-        for attention in self.attentions:
-            quantize_operands(
-                block.get_submodule(self._inside(attention.name)), operands[attention.name])
-        return block
-
-    def _inside(self, name: str) -> str:
-        return name.removeprefix(f"{self.name}.")
-
-
-def _learnable_operand(act, module: nn.Module) -> nn.Module:
-    return learnable(act, None) if isinstance(act, Activation) else StraightThrough(module)
+def reconstruction_error(outputs: tuple[Tensor, ...], target: tuple[Tensor, ...]) -> Tensor:
+    """Sum the squared errors of several outputs (n, C, ...), along C; average all else."""
+    return sum((output - expected).square().sum(1).mean()
+               for output, expected in zip(outputs, target))
 
 
 @torch.enable_grad()
 def train(
-    block: nn.Module,
-    linears: list[SoftLinear],
-    chain: BlockChain,
-    target: Tensor,
+    soft: SoftUnit,
+    run: Callable[[Tensor], tuple[Tensor, ...]],
+    target: tuple[Tensor, ...],
     recipe: Recipe,
     generator: torch.Generator,
     bar: tqdm,
 ) -> None:
-    """Train the rounding and the steps of a soft block to give ``target`` (P, T, D).
+    """Train the rounding and the steps of a soft unit to give ``target``, of P entries each.
 
     Args:
-        linears: of the block, whose rounding is learned.
-        chain: gives the block's calls.
+        run: computes its outputs for some of the P images, (n,) int64.
         generator: draws the images of every iteration.
     """
+    linears = list(soft.linears.values())
     rounding = torch.optim.Adam(
         [linear.v for linear in linears], lr=recipe.rounding_rate, fused=True)
-    steps = Steps([module.scale for module in block.modules() if isinstance(module, LearnedStep)])
+    steps = Steps(soft.steps())
+    images = len(target[0])
     for iteration in range(recipe.iterations):
-        chosen = torch.randint(len(target), (config.reconstruction_batch,), generator=generator)
-        chosen = chosen.to(target.device)
-        error = (chain.run(block, chosen) - target[chosen]).square().sum(1).mean()
-        loss = error
+        chosen = torch.randint(images, (config.reconstruction_batch,), generator=generator)
+        chosen = chosen.to(target[0].device)
+        expected = tuple(values[chosen] for values in target)
+        loss = reconstruction_error(run(chosen), expected)
         beta = beta_at(iteration, recipe.iterations)
         if beta is not None:
             penalty = sum(rounding_loss(linear.h, beta) for linear in linears)
-            loss = error + config.rounding_weight * penalty
+            loss = loss + config.rounding_weight * penalty
         rounding.zero_grad()
         steps.zero_grad()
         loss.backward()

@@ -38,8 +38,8 @@ class LearnedStep(nn.Module):
     def forward(self, values: Tensor) -> tuple[Tensor, Tensor]:
         scale, zero = self.scale, self.zero
         if self.timestep_index is not None:
-            scale = scale[self.timestep_index.index, None]  # (N, 1)
-            zero = zero[self.timestep_index.index, None]    # (N, 1)
+            scale = self.timestep_index.select(scale, values)
+            zero = self.timestep_index.select(zero, values)
         codes = values / scale
         codes = codes + (codes.round() - codes).detach()
         return torch.minimum(torch.maximum(codes, -zero), self.top_code - zero), scale

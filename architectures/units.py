@@ -1,0 +1,57 @@
+"""Which layers of a transformer are reconstructed together, unit by unit."""
+from functools import partial
+
+from torch import Tensor, nn
+
+from architectures.sites import Architecture, Call, Site, Unit, linears_of
+
+# Which units there are.
+#     blocks: the transformer blocks.
+#     whole: these, every linear before them, and what comes after them (PTQ4DiT).
+#     temporal: all that timestep and condition alone decide, then the blocks without it (TFMQ-DM).
+UNITS = ("blocks", "whole", "temporal")
+
+
+def units(architecture: Architecture, model: nn.Module, kind: str) -> list[Unit]:
+    """List the units of a model in forward order; ``kind`` is one of ``UNITS``."""
+    sites = architecture.sites(model, "all")
+    if kind == "blocks":
+        return _blocks(architecture, model, sites)
+    if kind == "temporal":
+        others = [site for site in sites if not site.per_image]
+        return [architecture.temporal_unit(model), *_blocks(architecture, model, others)]
+    first = next(i for i, site in enumerate(sites) if site.block is not None)
+    return [*single_layers(sites[:first]), *_blocks(architecture, model, sites),
+            *architecture.output_units(model)]
+
+
+def module_unit(name: str, linears: tuple[str, ...], **fields) -> Unit:
+    """Describe a module with everything in it; ``fields`` are those of ``Unit``."""
+    return Unit(name, linears, entrance=name, run=partial(_run_module, name), **fields)
+
+
+def single_layers(sites: list[Site]) -> list[Unit]:
+    """Make a unit of every linear."""
+    return [module_unit(name, (name,)) for name in linears_of(sites)]
+
+
+def per_image_linears(sites: list[Site]) -> tuple[str, ...]:
+    """Name the linears that read a vector per image."""
+    return tuple(linears_of([site for site in sites if site.per_image]))
+
+
+def _blocks(architecture: Architecture, model: nn.Module, sites: list[Site]) -> list[Unit]:
+    """Make a unit of every block, with those of its linears that are among the sites."""
+    names = architecture.blocks(model)
+    attentions = [site.name for site in architecture.attentions(model)]
+    blocks = []
+    for name in names:
+        linears = linears_of([site for site in sites if site.block == name])
+        inside = tuple(attention for attention in attentions if attention.startswith(f"{name}."))
+        advance = None if name == names[-1] else architecture.advance
+        blocks.append(module_unit(name, tuple(linears), attentions=inside, advance=advance))
+    return blocks
+
+
+def _run_module(name: str, model: nn.Module, call: Call) -> tuple[Tensor, ...]:
+    return (model.get_submodule(name)(**call),)
