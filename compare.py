@@ -13,6 +13,8 @@ It is printed and written as Markdown and CSV, with --report also as pictures.
         rtn:balance=tas,alpha=grid \\
         rtn:balance=tas,alpha=grid,lowrank=paper
 
+    # tables 1, 2, 5 and 6 of Q-DiT stand in docs/recipes.md, with the same flags for DiT-XL/2
+
     # table 4 of Q-DiT: round to nearest, + groups, + dynamic activations, + allocation, + GPTQ
     NEAREST=qdit:weight=nearest
     STATIC=act-granularity=tensor,act-range=static,group-sizes=none
