@@ -13,6 +13,8 @@ It is printed and written as Markdown and CSV, with --report also as pictures.
         rtn:balance=tas,alpha=grid \\
         rtn:balance=tas,alpha=grid,lowrank=paper
 
+    # tables 1, 2, 5 and 6 of Q-DiT stand in docs/recipes.md, with the same flags for DiT-XL/2
+
     # table 4 of Q-DiT: round to nearest, + groups, + dynamic activations, + allocation, + GPTQ
     NEAREST=qdit:weight=nearest
     STATIC=act-granularity=tensor,act-range=static,group-sizes=none
@@ -74,7 +76,7 @@ def main(args: argparse.Namespace) -> None:
     # Show them.
     text = "\n".join(texts)
     markdown_file = write_text(settings.output / "table.md", text)
-    header = ["model", "image size", "steps", *COLUMNS]
+    header = ["model", "image size", "steps", "guidance", *COLUMNS]
     csv_file = write_text(settings.output / "table.csv", csv_text(header, table))
     print(f"\n{text}")
     print(f"wrote {markdown_file} and {csv_file}")
@@ -94,11 +96,12 @@ def end_with_the_sampling_process() -> None:
 
 
 def make_comparisons(settings: CompareSettings) -> list[Comparison]:
-    """Make a comparison for every image size and number of steps."""
+    """Make a comparison for every image size, number of steps and guidance."""
     comparisons = []
     for image_size, reference in zip(settings.image_sizes, settings.references):
         for steps in settings.steps:
-            comparisons.append(Comparison(settings, image_size, steps, reference))
+            for cfg_scale in settings.cfg_scales:
+                comparisons.append(Comparison(settings, image_size, steps, cfg_scale, reference))
     return comparisons
 
 
@@ -110,7 +113,8 @@ def as_text(comparison: Comparison, rows: list[Row]) -> str:
 
 def as_table(comparison: Comparison, rows: list[Row]) -> list[list[str]]:
     """Write a comparison's rows as lines of the table of all."""
-    setting = [comparison.settings.model, str(comparison.image_size), comparison.steps]
+    setting = [comparison.settings.model, str(comparison.image_size), comparison.steps,
+               f"{comparison.cfg_scale:g}"]
     return [[*setting, *row.cells()] for row in rows]
 
 
@@ -172,8 +176,14 @@ def add_sampling_flags(parser: Parser) -> None:
         help="sampling processes (default: one per GPU, or one per core, "
              "which is several times faster than one on all cores)")
     parser.add_argument(
-        "--cfg-scale", type=float, default=1.5,
-        help="guidance of the samples (default: 1.5)")
+        "--cfg-scale", type=float, nargs="+", default=[1.5],
+        help="guidance of the samples, one or several; 1 is none (default: 1.5)")
+    parser.add_argument(
+        "--sampler", choices=("ddpm", "ddim"), default="ddpm",
+        help="as in sample_merge_TAS.py; calibration always samples by DDPM (default: ddpm)")
+    parser.add_argument(
+        "--eta", type=float, default=0.0,
+        help="of --sampler ddim: 0 is deterministic (default: 0)")
     parser.add_argument(
         "--seed", type=int, default=0,
         help="of the calibration noise (default: 0)")

@@ -20,6 +20,9 @@ replay_tokens = 1024           # tokens, of several timesteps, in one call of th
 factor_floor = 1e-4            # least activation maximum, weight maximum and smoothing factor
 alpha_grid = tuple(0.05 * i for i in range(21))  # migration strengths that a search tries
 
+# A sequential Hessian is that of a sample's inputs.
+hessian_images = 256           # images, each at one of the timesteps, as Q-DiT's code has them
+
 # Static ranges are found on a sample of every layer's input.
 sample_images = 256            # images, each at one of the timesteps
 sample_tokens = 4096           # tokens of all these images together
@@ -30,8 +33,8 @@ least_step_tokens = 16         # of every timestep, where each has a range of it
 class Recipe:
     """A quantisation method as independent choices. Nearly all are flags of QuantDiT.py.
 
-    ``convention``, ``rounds``, ``keep`` and ``order`` are not. Checkpoints store
-    these names, so they stay as they are.
+    ``rounds``, ``keep`` and ``order`` are not. Checkpoints store these names, so they stay as they
+    are.
     """
 
     # "blocks": the four linears of every block; "adaln": its modulation too;
@@ -61,6 +64,11 @@ class Recipe:
     weight_granularity: str = "channel"  # what shares a scale (quant.numerics.uniform.QuantSpec)
     weight_group: int = 0                # inputs that share a scale, where groups do
     weight_scales: str = "float"         # "two-level": integers inside one float per output
+    # "allow": the last group of a row may be shorter, of weights and activations; "refuse".
+    group_tail: str = "refuse"
+    # Inputs whose second moment GPTQ and a low-rank branch fitted to outputs look at: those of the
+    # "float" model, or "sequential": what the blocks before, quantised, make of them.
+    hessian: str = "float"
 
     # Activations.
     act_granularity: str = "image"       # what shares a scale; groups are those of the weights
@@ -76,7 +84,13 @@ class Recipe:
     # "uniform" for the softmax output (RepQ-ViT).
     attention: str = "none"
 
-    convention: str = "affine"           # how values are rounded, of weights and activations
+    # Inputs of adaLN and the timestep embedder: "quantised" as others are, or left in "float".
+    adaln_input: str = "quantised"
+
+    # How a range becomes scale and zero point, of weights and activations. "affine": widened to
+    # include 0; "free": the range as it is; "clamped": that with zero points moved to a code;
+    # "published": DiTAS's code (quant.numerics.uniform.QuantSpec).
+    convention: str = "affine"
 
     # Low-rank branch: runs beside the quantised weight and takes up its error.
     rank: int | None = 0                 # 0: none; None: 32 at width 1152, the same share elsewhere
@@ -94,16 +108,22 @@ class Recipe:
     iterations: int = 20_000             # for each unit
     rounding_rate: float = 1e-3          # learning rate
 
-    # Evolution of a group size per layer (Q-DiT).
+    # A group size per layer (Q-DiT).
     group_sizes: tuple[int, ...] = ()    # to choose from; empty: weight_group for all layers
-    population: int = 50                 # configurations in a generation
+    # How sizes are found: by "evolution", or as the integer program that makes the sum of the
+    # layers' output errors small ("ilp"), or of their Hessian traces times weight errors
+    # ("hessian").
+    allocate: str = "evolution"
+    population: int = 50                 # configurations in a generation of evolution
     generations: int = 10
     # What the sizes must keep to. "mean": their mean, as the published code has it; "bitops", of
     # the paper: no more bit operations than one size as large as that mean.
     constraint: str = "mean"
     # What evolution makes small: "sqnr": minus the latents' SQNR in dB; "fid": FID of 500 images,
-    # as published; "fvd": FVD of 100 videos.
+    # as published; "fvd": FVD of 100 videos. Integer programs are judged once, in the end.
     judge: str = "sqnr"
+    judge_sampler: str = "ddim"          # "ddpm"; the published code samples by DDIM
+    judge_cfg_scale: float = 1.0         # guidance; 1, as in the published code, is none
 
     @property
     def is_static(self) -> bool:
@@ -191,13 +211,17 @@ RECIPES: dict[str, Recipe] = {
     ),
 
     # Chen et al., 2025 (Q-DiT): groups along the inputs of weights and activations, whose size is
-    # searched for in every layer.
+    # searched for in every layer. The paper's sizes are those of all weights; inputs computed from
+    # the timestep stay in floating point, as in its code. The code has convention="clamped".
     "qdit": Recipe(
-        scope="adaln",
+        scope="all",
         weight="gptq",
         weight_granularity="group",
         weight_group=128,
+        hessian="sequential",
         act_granularity="group",
+        adaln_input="float",
+        convention="free",
         group_sizes=(32, 64, 128, 192, 288),
     ),
 

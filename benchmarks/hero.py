@@ -26,6 +26,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 from diffusion import make_schedule
+from diffusion.generate import Sampling
 from download import load_decoder, load_model
 from evaluation import fidelity
 from models import DiT_models
@@ -91,7 +92,7 @@ def main(args: argparse.Namespace) -> None:
 
     def sample(model: nn.Module) -> fidelity.Run:
         return fidelity.sample_run(
-            model, decode, schedule, labels, args.seed, args.cfg_scale, IMAGES)
+            model, decode, Sampling(schedule, args.seed, args.cfg_scale), labels, IMAGES)
 
     # The float model first: the others are measured against it.
     reference = sample(model)

@@ -20,7 +20,13 @@ from cli.settings import QuantizeSettings
 from cli.stages import stage
 from cli.values import one_of, user_value
 from diffusion import Schedule, ddpm_step, make_schedule
-from diffusion.generate import device_of, generate_latents, guided_drive, latent_noise
+from diffusion.generate import (
+    Sampling,
+    device_of,
+    generate_latents,
+    guided_drive,
+    latent_noise,
+)
 from download import Decoder, load_decoder, load_model
 from evaluation.judge import Judge, fid_judge, sqnr_judge
 from evaluation.networks import load_extractor, load_reference, load_video_reference
@@ -33,6 +39,7 @@ from quant.calibration.trajectory import Drive
 from quant.pipeline import Result, quantize_model
 from quant.recipe import BitWidths
 from quant.refinement.allocation import GroupSearch
+from quant.refinement.group_sizes import mean_group_size
 from report.figures import group_allocation
 from report.layers import IMAGES, Observed, default_layers, observe, places_of
 from report.page import Section, write_page
@@ -44,13 +51,17 @@ PICTURE_COLUMNS = 4
 
 @dataclass(frozen=True)
 class Quantized:
-    """What became of a float model: its checkpoint, and the seconds that quantisation took.
+    """What became of a float model.
 
-    Loading, picture and report are not counted.
+    Attributes:
+        path: of the checkpoint.
+        seconds: that quantisation took; loading, picture and report are not counted.
+        search_seconds: of these the choice of group sizes; None where there was none.
     """
 
     path: Path
     seconds: float
+    search_seconds: float | None
 
 
 @dataclass(frozen=True)
@@ -82,8 +93,8 @@ def quantize(settings: QuantizeSettings) -> Quantized:
         result = run_method(settings, model, decoder, schedule)
     with stage("save"):
         checkpoint.save(settings.output, model, result, header(settings, result))
-    if result.evolution:
-        draw_evolution(model, result, settings.output)
+    tell_of_groups(settings, model, result)
+    search_seconds = None if result.allocation is None else result.allocation.seconds
     size = settings.output.stat().st_size / 1e6
     print(f"wrote {settings.output} ({size:.1f} MB), quantised in {quantising.seconds:.1f} s")
 
@@ -106,7 +117,7 @@ def quantize(settings: QuantizeSettings) -> Quantized:
     if shown is not None:
         write_report(settings, shown, pair, len(schedule))
     print(f"next: {settings.sampling_command}")
-    return Quantized(settings.output, quantising.seconds)
+    return Quantized(settings.output, quantising.seconds, search_seconds)
 
 
 def load_float(settings: QuantizeSettings, device: torch.device) -> nn.Module:
@@ -151,27 +162,28 @@ def make_judge(
     settings: QuantizeSettings, model: nn.Module, decoder: Decoder, schedule: Schedule,
 ) -> Judge:
     """Make the loss that group sizes are chosen by."""
-    if settings.recipe.judge == "sqnr":
-        return sqnr_judge(model, schedule, settings.seed)
-    if settings.recipe.judge == "fvd":
-        return make_video_judge(settings, model, decoder, schedule)
+    recipe = settings.recipe
+    sampling = Sampling(schedule, settings.seed, recipe.judge_cfg_scale, recipe.judge_sampler)
+    if recipe.judge == "sqnr":
+        return sqnr_judge(model, sampling)
+    if recipe.judge == "fvd":
+        return make_video_judge(settings, model, decoder, sampling)
     card = settings.model.card
     extractor = load_extractor(card.features, settings.inception, device_of(model))
     reference = load_reference(card, settings.reference, settings.output.parent)
-    return user_value(fid_judge, decoder, extractor, reference, schedule, settings.seed)
+    return user_value(fid_judge, decoder, extractor, reference, sampling)
 
 
 def make_video_judge(
-    settings: QuantizeSettings, model: nn.Module, decoder: Decoder, schedule: Schedule,
+    settings: QuantizeSettings, model: nn.Module, decoder: Decoder, sampling: Sampling,
 ) -> Judge:
     """Make a loss that looks at videos, which the bundled models make of images that follow."""
     from examples.digits.videos import sample_videos
     card = settings.model.card
     extractor = load_video_extractor(card.features, settings.i3d, device_of(model))
     reference = load_video_reference(card, settings.reference, settings.output.parent)
-    sample = partial(sample_videos, decode=decoder, schedule=schedule, seed=settings.seed)
-    description = f"{len(schedule)} steps, seed {settings.seed}"
-    return user_value(fvd_judge, sample, extractor, reference, description)
+    sample = partial(sample_videos, decode=decoder, sampling=sampling)
+    return user_value(fvd_judge, sample, extractor, reference, str(sampling))
 
 
 def calibration_drive(
@@ -200,6 +212,17 @@ def header(settings: QuantizeSettings, result: Result) -> checkpoint.Header:
         alphas=result.alphas,
         groups=result.groups,
     )
+
+
+def tell_of_groups(settings: QuantizeSettings, model: nn.Module, result: Result) -> None:
+    """Say how group sizes were chosen, and draw how evolution did, if they were."""
+    if result.allocation is None:
+        return
+    recipe, found = settings.recipe, result.allocation
+    print(f"group sizes by {recipe.allocate}: {found.seconds:.1f} s, mean size "
+          f"{mean_group_size(found.groups):.1f}, judged by {recipe.judge}: {found.loss:.3f}")
+    if found.history:
+        draw_evolution(model, result, settings.output)
 
 
 def draw_evolution(model: nn.Module, result: Result, output: Path) -> None:

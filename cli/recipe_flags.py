@@ -11,9 +11,12 @@ from config import RECIPES, Recipe, alpha_grid
 from errors import UserError
 from quant.balancing.maxima import PUBLISHED_SEARCH_STEPS
 from quant.numerics.ranges import RANGES, TENSOR_RANGES
-from quant.recipe import ADALN_BITS
+from quant.recipe import ADALN_BITS, uses_moments
 
 Reader = Callable[[str, str], object]
+
+# What the command line calls a recipe's convention.
+ZERO_POINTS = {"free": "free", "clamped": "clamped", "widened": "affine"}
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,14 @@ def _positive(text: str, flag: str) -> float:
     return value
 
 
+def _guidance(text: str, flag: str) -> float:
+    return at_least(_positive(text, flag), 1.0, flag)
+
+
+def _zero_point(text: str, flag: str) -> str:
+    return ZERO_POINTS[one_of(text, ZERO_POINTS, flag)]
+
+
 def _adaln(text: str, flag: str) -> int:
     return one_of(_number(None)(text, flag), ADALN_BITS, flag)
 
@@ -108,11 +119,20 @@ def _has_one_group_size(recipe: Recipe) -> bool:
     return not recipe.group_sizes and not granularities.isdisjoint({"group", "strided"})
 
 
+def _evolves(recipe: Recipe) -> bool:
+    return bool(recipe.group_sizes) and recipe.allocate == "evolution"
+
+
 GROUPED = Needs(
     _has_one_group_size, "--weight-granularity group or strided, and --group-sizes none")
 STATIC = Needs(lambda recipe: recipe.act_range == "static", "--act-range static")
 LEARNED = Needs(lambda recipe: recipe.weight == "adaround", "--weight adaround")
-EVOLVED = Needs(lambda recipe: bool(recipe.group_sizes), "a list of --group-sizes")
+ALLOCATED = Needs(lambda recipe: bool(recipe.group_sizes), "a list of --group-sizes")
+EVOLVED = Needs(_evolves, "a list of --group-sizes, and --allocate evolution")
+IN_GROUPS = Needs(
+    lambda recipe: recipe.weight_granularity == "group", "--weight-granularity group")
+BY_MOMENTS = Needs(uses_moments, "--weight gptq, or --lowrank-metric output")
+CONDITIONED = Needs(lambda recipe: recipe.scope != "blocks", "--scope adaln or all")
 SMOOTHQUANT = Needs(lambda recipe: recipe.balance == "smoothquant", "--balance smoothquant")
 MIGRATED = Needs(
     lambda recipe: recipe.balance in ("smoothquant", "tas"), "--balance smoothquant or tas")
@@ -151,6 +171,14 @@ FLAGS = (
     Flag("weight_scales", "weight-scales", _choice("float", "two-level"),
          "of groups: floating, which can only be simulated, "
          "or integers inside one scale per output channel"),
+    Flag("group_tail", "group-tail", _choice("refuse", "allow"),
+         "a last group that is shorter, where a size does not divide the width", IN_GROUPS),
+    Flag("convention", "zero-point", _zero_point,
+         "of ranges wholly off zero: free (Q-DiT's paper), clamped to the codes (its code), "
+         "or of the range widened to include zero (elsewhere)"),
+    Flag("hessian", "hessian", _choice("float", "sequential"),
+         "inputs that GPTQ looks at: the float model's, or what the quantised blocks before give",
+         BY_MOMENTS),
     Flag("act_granularity", "act-granularity", _choice("tensor", "image", "token", "group"),
          "what shares an activation scale"),
     Flag("act_range", "act-range", _choice("dynamic", "static"),
@@ -167,6 +195,8 @@ FLAGS = (
          "'paper' for 32 at width 1152 and the same share elsewhere"),
     Flag("metric", "lowrank-metric", _choice("weight", "output"),
          "errors that the low-rank branch makes small", BRANCHED),
+    Flag("adaln_input", "adaln-input", _choice("quantised", "float"),
+         "inputs of adaLN and of the timestep embedder", CONDITIONED),
     Flag("adaln_bits", "adaln-weight-bit", _adaln,
          "of the adaLN modulation, weight-only; 16 is none"),
     Flag("units", "units", _choice(*UNITS),
@@ -178,14 +208,19 @@ FLAGS = (
     Flag("rounding_rate", "rounding-rate", _positive,
          "learning rate of AdaRound; fewer iterations need a higher one", LEARNED),
     Flag("group_sizes", "group-sizes", _sizes,
-         "to choose from for every layer by evolution, such as 32,64,128; "
-         "'none' for one size"),
-    Flag("population", "population", _number(2), "of that evolution", EVOLVED),
-    Flag("generations", "generations", _number(1), "of that evolution", EVOLVED),
-    Flag("constraint", "constraint", _choice("mean", "bitops"), "on the group sizes", EVOLVED),
+         "to choose from for every layer, such as 32,64,128; 'none' for one size"),
+    Flag("allocate", "allocate", _choice("evolution", "ilp", "hessian"),
+         "how group sizes are chosen: by evolution, or an integer program over the layers' "
+         "output errors (ilp) or Hessian traces times weight errors (hessian)", ALLOCATED),
+    Flag("population", "population", _number(2), "of evolution", EVOLVED),
+    Flag("generations", "generations", _number(1), "of evolution", EVOLVED),
+    Flag("constraint", "constraint", _choice("mean", "bitops"), "on the group sizes", ALLOCATED),
     Flag("judge", "judge", _choice("sqnr", "fid", "fvd"),
-         "what evolution looks at: SQNR of latents, FID of 500 images, or FVD of 100 videos",
-         EVOLVED),
+         "of group sizes: SQNR of latents, FID of 500 images, or FVD of 100 videos", ALLOCATED),
+    Flag("judge_sampler", "judge-sampler", _choice("ddim", "ddpm"),
+         "how the judge's images are sampled", ALLOCATED),
+    Flag("judge_cfg_scale", "judge-cfg-scale", _guidance,
+         "guidance of the judge's images; 1 is none", ALLOCATED),
 )
 
 

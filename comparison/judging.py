@@ -9,8 +9,7 @@ from torch import nn
 
 from cli.values import user_value
 from comparison.settings import CompareSettings
-from diffusion import Schedule
-from diffusion.generate import labels_for
+from diffusion.generate import Sampling, labels_for
 from download import load_decoder, load_model
 from errors import UserError
 from evaluation.features import ImageSet, load_set
@@ -41,7 +40,7 @@ def find_lpips(image_size: int, device: torch.device) -> Perceptual | None:
 
 
 class ImageJudge:
-    """Judges images of one size, made in one number of steps.
+    """Judges images of one size, sampled in one way.
 
     Attributes:
         features: the name of the network that looks at the images.
@@ -52,14 +51,14 @@ class ImageJudge:
         self,
         settings: CompareSettings,
         image_size: int,
-        schedule: Schedule,
+        sampling: Sampling,
         reference_path: Path,
         device: torch.device,
     ):
         self.reference_path = reference_path
         self._settings = settings
         self._image_size = image_size
-        self._schedule = schedule
+        self._sampling = sampling
         self._device = device
         self._extractor = load_extractor(settings.card.features, settings.inception, device)
         self._perceptual = find_lpips(image_size, device)
@@ -107,9 +106,7 @@ class ImageJudge:
         """Sample the images that are compared."""
         settings = self._settings
         indices = range(settings.num_fidelity_samples)
-        labels = labels_for(indices, settings.global_seed, model.num_classes, None).tolist()
+        labels = labels_for(indices, self._sampling.seed, model.num_classes, None).tolist()
         decoder = load_decoder(settings.card, settings.vae, self._device)
         batch = settings.decode_batch_size or settings.per_proc_batch_size
-        return sample_run(
-            model, decoder, self._schedule, labels, settings.global_seed, settings.cfg_scale,
-            batch)
+        return sample_run(model, decoder, self._sampling, labels, batch)

@@ -8,7 +8,8 @@ from evaluation.fidelity import Fidelity
 from evaluation.scores import HEADINGS, Scores, cells
 
 COLUMNS = (
-    "recipe", "W/A", "MB", "calibration s", *HEADINGS, "SQNR dB", "PSNR dB", "LPIPS")
+    "recipe", "W/A", "MB", "paper MB", "calibration s", "search s",
+    *HEADINGS, "SQNR dB", "PSNR dB", "LPIPS")
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,9 @@ class Row:
         label: the recipe as it was given.
         bits: weight and activation bits, such as ``4/8``.
         megabytes: of the checkpoint, or of the float weights.
+        paper_megabytes: as Q-DiT counts them (``quant.checkpoint.size``).
         seconds: that quantisation took; None for the float model.
+        search_seconds: of these the choice of group sizes; None where there was none.
         fidelity: None where it was not measured.
         npz: the file of samples.
     """
@@ -27,7 +30,9 @@ class Row:
     label: str
     bits: str
     megabytes: float
+    paper_megabytes: float
     seconds: float | None
+    search_seconds: float | None
     scores: Scores
     fidelity: Fidelity | None
     npz: str
@@ -40,10 +45,10 @@ class Row:
     def cells(self) -> list[str]:
         """Format the row under ``COLUMNS``."""
         seconds = "-" if self.seconds is None else f"{self.seconds:.0f}"
-        size = f"{self.megabytes:.1f}"
+        search = "-" if self.search_seconds is None else f"{self.search_seconds:.1f}"
         return [
-            self.label, self.bits, size, seconds,
-            *cells(self.scores), *fidelity_cells(self.fidelity),
+            self.label, self.bits, f"{self.megabytes:.1f}", f"{self.paper_megabytes:.1f}",
+            seconds, search, *cells(self.scores), *fidelity_cells(self.fidelity),
         ]
 
     def as_note(self) -> dict:

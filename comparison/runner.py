@@ -18,10 +18,12 @@ from comparison.quantdit import quantize
 from comparison.rows import Row
 from comparison.settings import CompareSettings
 from diffusion import make_schedule
+from diffusion.generate import Sampling
 from errors import UserError
 from files.atomic import writable_folder
 from files.digests import sha256
 from quant import checkpoint
+from quant.checkpoint.size import counted_bytes, float_bytes
 
 SAMPLING_SCRIPT = Path(__file__).parents[1] / "sample_merge_TAS.py"
 # Floating point on every machine alike, so that rows differ by their recipes alone.
@@ -36,18 +38,20 @@ class Quantised:
         arguments: what QuantDiT.py was given.
         path: the checkpoint.
         seconds: that quantisation took.
+        search_seconds: of these the choice of group sizes; None where there was none.
     """
 
     arguments: list[str]
     path: Path
     seconds: float
+    search_seconds: float | None
 
 
 class Comparison:
-    """All rows of one model at one image size and number of steps.
+    """All rows of one model at one image size, number of steps and guidance.
 
     Attributes:
-        name: of its folders and figures.
+        name: of its figures.
         title: of its table.
         jobs: the rows to fill.
 
@@ -55,17 +59,30 @@ class Comparison:
         UserError: unknown recipe, flag, bit width or steps, or a file that cannot be had.
     """
 
-    def __init__(self, settings: CompareSettings, image_size: int, steps: str, reference: Path):
+    def __init__(
+        self,
+        settings: CompareSettings,
+        image_size: int,
+        steps: str,
+        cfg_scale: float,
+        reference: Path,
+    ):
         self.settings = settings
         self.image_size = image_size
         self.steps = steps
-        self.title = f"{settings.model}, {image_size} pixels, {steps} steps"
-        self.name = f"{settings.model.replace('/', '-')}-{image_size}-{steps}"
-        self._schedule = user_value(make_schedule, steps)
-        self.jobs = parse_jobs(settings, len(self._schedule))
-        self._folder = writable_folder(settings.output / self.name)
+        self.cfg_scale = cfg_scale
+        self.title = (
+            f"{settings.model}, {image_size} pixels, {steps} steps, guidance {cfg_scale:g}")
+        # Checkpoints do not depend on the guidance, so that folders do not.
+        self._place = f"{settings.model.replace('/', '-')}-{image_size}-{steps}"
+        self.name = f"{self._place}-{cfg_scale:g}"
+        sampling = Sampling(
+            user_value(make_schedule, steps), settings.global_seed, cfg_scale, settings.sampler,
+            settings.eta)
+        self.jobs = parse_jobs(settings, len(sampling.schedule))
+        self._folder = writable_folder(settings.output / self._place)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._judge = ImageJudge(settings, image_size, self._schedule, reference, self._device)
+        self._judge = ImageJudge(settings, image_size, sampling, reference, self._device)
 
     def check_reference(self) -> None:
         """Check the real images, before any work is done.
@@ -84,7 +101,8 @@ class Comparison:
         quantised = None if job.arguments is None else self.quantise(job, folder)
         sampling = self._sampling_arguments(quantised)
         images_key = self._images_key(quantised, sampling)
-        step = KeptStep(folder / "row.json", self._row_key(images_key), [])
+        note = folder / f"row-{self.cfg_scale:g}.json"
+        step = KeptStep(note, self._row_key(images_key), [])
         kept = read_row(step)
         if kept is not None:
             print(f"{job.name}: done before, in {folder}", flush=True)
@@ -103,21 +121,21 @@ class Comparison:
         arguments = self._quantising_arguments(job, path)
         results, report = [path], None
         if self.settings.report is not None:
-            report = self.settings.report / self.name / job.name
+            report = self.settings.report / self._place / job.name
             results.append(report / "report.html")
         step = KeptStep(path.with_suffix(".json"), [*arguments, *self._ckpt_identity()], results)
         note = step.load()
-        if note is not None and "seconds" in note:
-            return Quantised(arguments, path, note["seconds"])
+        if note is not None and {"seconds", "search_seconds"} <= note.keys():
+            return Quantised(arguments, path, note["seconds"], note["search_seconds"])
 
         # The old note has to go first: an interruption must not leave it beside a new checkpoint.
         step.forget()
         pages = flags(report=report, report_layers=self.settings.report_layers)
         command = [*arguments, *pages]
         print(f"\n$ python QuantDiT.py {shlex.join(command)}", flush=True)
-        seconds = quantize(command)
-        step.keep(seconds=seconds)
-        return Quantised(arguments, path, seconds)
+        made = quantize(command)
+        step.keep(seconds=made.seconds, search_seconds=made.search_seconds)
+        return Quantised(arguments, path, made.seconds, made.search_seconds)
 
     def sample(self, arguments: list[str], folder: Path) -> Path:
         """Run the sampling script on ``--nproc`` processes; returns the ``.npz``.
@@ -144,12 +162,18 @@ class Comparison:
         fidelity = None
         if quantised is not None and self.settings.num_fidelity_samples > 0:
             fidelity = self._judge.fidelity(quantised.path)
-        size = self._float_bytes() if quantised is None else quantised.path.stat().st_size
+        if quantised is None:
+            size, counted = self._float_sizes()
+        else:
+            size = quantised.path.stat().st_size
+            counted = counted_bytes(checkpoint.read_header(quantised.path))
         return Row(
             label=job.label,
             bits=job.bits,
             megabytes=size / 1e6,
+            paper_megabytes=counted / 1e6,
             seconds=None if quantised is None else quantised.seconds,
+            search_seconds=None if quantised is None else quantised.search_seconds,
             scores=self._judge.scores(images),
             fidelity=fidelity,
             npz=str(images))
@@ -158,9 +182,9 @@ class Comparison:
         """Say what the numbers of the table are."""
         settings = self.settings
         sentences = (
-            f"Guidance {settings.cfg_scale:g}, {settings.num_fid_samples} images, "
-            f"seed {settings.global_seed}; features {self._judge.features}, "
-            f"reference {self._judge.reference_path.name} "
+            f"Guidance {self.cfg_scale:g}, {settings.sampler}, "
+            f"{settings.num_fid_samples} images, seed {settings.global_seed}; "
+            f"features {self._judge.features}, reference {self._judge.reference_path.name} "
             f"(N = {self._judge.reference.count or 'n/a'}); "
             "SQNR, PSNR and LPIPS against the float model with the same noise, "
             f"{settings.num_fidelity_samples} images.",
@@ -192,7 +216,9 @@ class Comparison:
             source = flags(path=quantised.path, num_sampling_steps=self.steps)
         rest = flags(
             per_proc_batch_size=settings.per_proc_batch_size,
-            cfg_scale=settings.cfg_scale,
+            cfg_scale=self.cfg_scale,
+            sampler=settings.sampler,
+            eta=settings.eta,
             global_seed=settings.global_seed,
             vae=settings.vae,
             threads=settings.threads,
@@ -221,9 +247,10 @@ class Comparison:
     def _ckpt_identity(self) -> list[str]:
         return [] if self.settings.ckpt is None else [file_identity(self.settings.ckpt)]
 
-    def _float_bytes(self) -> int:
+    def _float_sizes(self) -> tuple[int, int]:
+        """Count the bytes of the float weights, and what Q-DiT counts of them at float16."""
         model = load_float(self.settings, self.image_size, self._device)
-        return sum(4 * parameter.numel() for parameter in model.parameters())
+        return sum(4 * parameter.numel() for parameter in model.parameters()), float_bytes(model)
 
 
 def parse_jobs(settings: CompareSettings, steps: int) -> list[Job]:

@@ -34,7 +34,9 @@ class CompareSettings:
         decode_batch_size: latents that the VAE decodes at once; None for the whole batch.
         threads: CPU threads per sampling process.
         nproc: sampling processes.
-        cfg_scale: guidance of the samples.
+        cfg_scales: guidance of the samples; several give a table each.
+        sampler: ``ddpm`` or ``ddim``.
+        eta: of ddim.
         seed: of the calibration noise.
         global_seed: of the samples.
         ckpt: float weights; None for the published or bundled ones.
@@ -59,7 +61,9 @@ class CompareSettings:
     decode_batch_size: int | None
     threads: int
     nproc: int
-    cfg_scale: float
+    cfg_scales: tuple[float, ...]
+    sampler: str
+    eta: float
     seed: int
     global_seed: int
     ckpt: str | None
@@ -104,7 +108,9 @@ def compare_settings(args: argparse.Namespace) -> CompareSettings:
         decode_batch_size=args.decode_batch_size,
         threads=threads,
         nproc=nproc,
-        cfg_scale=args.cfg_scale,
+        cfg_scales=tuple(args.cfg_scale),
+        sampler=args.sampler,
+        eta=args.eta,
         seed=args.seed,
         global_seed=args.global_seed,
         ckpt=args.ckpt or None,
@@ -127,7 +133,8 @@ def check_numbers(args: argparse.Namespace, nproc: int, threads: int) -> None:
         ("--per-proc-batch-size", args.per_proc_batch_size, 1),
         ("--nproc", nproc, 1),
         ("--num-fidelity-samples", args.num_fidelity_samples, 0),
-        ("--cfg-scale", args.cfg_scale, 1.0),
+        ("--cfg-scale", min(args.cfg_scale), 1.0),
+        ("--eta", args.eta, 0.0),
         ("--global-seed", args.global_seed, 0),
         ("--seed", args.seed, 0),
         ("--threads", threads, 1),
@@ -136,6 +143,8 @@ def check_numbers(args: argparse.Namespace, nproc: int, threads: int) -> None:
     for flag, value, minimum in limits:
         if value is not None:
             at_least(value, minimum, flag)
+    if args.eta > 1:
+        raise UserError(f"--eta {args.eta} is out of range: expected 0 to 1")
 
 
 def find_references(

@@ -4,6 +4,8 @@ What is sampled is a class-conditional DiT on square latents: ``in_channels`` an
 the model give their shape, ``num_classes`` is its null label.
 """
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -12,9 +14,44 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffusion.noise import ImageNoise, image_labels
-from diffusion.sampler import Draw, Step, guided_denoiser, sample_loop
+from diffusion.sampler import (
+    Draw,
+    Step,
+    ddim_step,
+    ddpm_step,
+    guided_denoiser,
+    sample_loop,
+)
 from diffusion.schedule import Schedule
 from files.images import to_bytes
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are sampled.
+
+    Attributes:
+        schedule: its steps.
+        seed: of the noise, with an image's index.
+        cfg_scale: guidance; 1 is none.
+        sampler: ``ddpm`` or ``ddim``.
+        eta: of ddim; 0 is deterministic.
+    """
+
+    schedule: Schedule
+    seed: int
+    cfg_scale: float
+    sampler: str = "ddpm"
+    eta: float = 0.0
+
+    @property
+    def step(self) -> Step:
+        """The sampler's step."""
+        return partial(ddim_step, eta=self.eta) if self.sampler == "ddim" else ddpm_step
+
+    def __str__(self) -> str:
+        return (f"{len(self.schedule)} steps of {self.sampler}, guidance {self.cfg_scale:g}, "
+                f"seed {self.seed}")
 
 
 def device_of(model: nn.Module) -> torch.device:

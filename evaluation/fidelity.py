@@ -10,8 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from diffusion import Schedule, ddpm_step
-from diffusion.generate import batch_indices, latents_by_step
+from diffusion.generate import Sampling, batch_indices, latents_by_step
 from evaluation.metrics import psnr_db, sqnr_db
 from files.images import to_bytes
 
@@ -53,10 +52,8 @@ class Fidelity:
 def sample_run(
     model: nn.Module,
     decode: Callable[[Tensor], Tensor],
-    schedule: Schedule,
+    sampling: Sampling,
     labels: Sequence[int],
-    seed: int,
-    cfg_scale: float,
     batch: int,
 ) -> Run:
     """Sample images 0 to ``len(labels) - 1``, ``batch`` at a time, and keep every step."""
@@ -66,7 +63,8 @@ def sample_run(
         # The last batch may be a short one.
         indices = batch_indices(start // batch, batch)[:len(batch_labels)]
         steps = list(latents_by_step(
-            model, schedule, indices, batch_labels, seed, cfg_scale, ddpm_step))
+            model, sampling.schedule, indices, batch_labels, sampling.seed, sampling.cfg_scale,
+            sampling.step))
         latents.append(torch.stack(steps).cpu())
         images.append(to_bytes(decode(steps[-1])))
     return Run(torch.cat(latents, dim=1), np.concatenate(images))

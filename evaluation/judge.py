@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import config
-from diffusion import Schedule, ddpm_step
-from diffusion.generate import decode_images, generate_latents
+from diffusion.generate import Sampling, decode_images, generate_latents
 from evaluation.features import Extractor, extract, load_set
 from evaluation.metrics import frechet_distance, sqnr_db, statistics
 
@@ -28,7 +27,7 @@ class Judge:
     description: str
 
 
-def sqnr_judge(model: nn.Module, schedule: Schedule, seed: int) -> Judge:
+def sqnr_judge(model: nn.Module, sampling: Sampling) -> Judge:
     """Judge by minus the SQNR in dB of a few final latents.
 
     The reference is those of the float ``model`` with the same noise.
@@ -37,24 +36,21 @@ def sqnr_judge(model: nn.Module, schedule: Schedule, seed: int) -> Judge:
     labels = torch.tensor(config.default_labels(model.num_classes, len(indices)))
 
     def latents_of(sampled: nn.Module) -> Tensor:
-        return generate_latents(
-            sampled, schedule, indices, labels, seed, config.calibration_cfg_scale, ddpm_step)
+        return _latents(sampled, sampling, indices, labels)
 
     reference = latents_of(model)
 
     def negative_sqnr(quantised: nn.Module) -> float:
         return -sqnr_db(reference, latents_of(quantised))
 
-    description = f"SQNR of {len(indices)} latents, {len(schedule)} steps, seed {seed}"
-    return Judge(negative_sqnr, description)
+    return Judge(negative_sqnr, f"SQNR of {len(indices)} latents, {sampling}")
 
 
 def fid_judge(
     decode: Callable[[Tensor], Tensor],
     extractor: Extractor,
     reference: Path,
-    schedule: Schedule,
-    seed: int,
+    sampling: Sampling,
 ) -> Judge:
     """Judge by the FID of ``config.judge_fid_images`` images to those of an ``.npz``."""
     real = load_set(reference, extractor).pool
@@ -65,12 +61,16 @@ def fid_judge(
         for start in range(0, count, BATCH):
             indices = range(start, min(start + BATCH, count))
             labels = torch.tensor([i % quantised.num_classes for i in indices])
-            latents = generate_latents(
-                quantised, schedule, indices, labels, seed, config.calibration_cfg_scale, ddpm_step)
+            latents = _latents(quantised, sampling, indices, labels)
             batches.append(decode_images(decode, latents))
         features = extract(np.concatenate(batches), extractor, BATCH, "features")
         return frechet_distance(statistics(features["pool"]), real)
 
-    description = (
-        f"FID of {count} images to {reference.name}, {len(schedule)} steps, seed {seed}")
-    return Judge(fid, description)
+    return Judge(fid, f"FID of {count} images to {reference.name}, {sampling}")
+
+
+def _latents(model: nn.Module, sampling: Sampling, indices: range, labels: Tensor) -> Tensor:
+    """Sample the final latents (N, C, H, W) of some images."""
+    return generate_latents(
+        model, sampling.schedule, indices, labels, sampling.seed, sampling.cfg_scale,
+        sampling.step)

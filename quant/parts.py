@@ -38,8 +38,12 @@ from quant.calibration.observers import (
 from quant.calibration.trajectory import Trajectory, joint_weight
 from quant.calibration.watch import Balance, Watch
 from quant.numerics.uniform import QuantSpec
-from quant.recipe import BitWidths, act_spec, weight_spec
+from quant.recipe import BitWidths, act_spec, uses_moments, weight_spec
+from quant.refinement.sensitivity import NoSensitivity, Sensitivity
+from quant.weights.floating import FloatWeights
 from quant.weights.parts import LowRankFirst, SmoothFirst
+
+WeightPart = SmoothFirst | LowRankFirst | FloatWeights
 
 # Samples of attention's operands hold whole images, at least so many.
 LEAST_OPERAND_IMAGES = 8
@@ -66,10 +70,32 @@ class Task:
         return self.recipe.is_static and not self.bits.leave_activations
 
     @property
+    def quantizes_first(self) -> bool:
+        """Whether weights are quantised before the trajectory is seen."""
+        return self.recipe.order == "lowrank-first" and not self.bits.leave_weights
+
+    @property
+    def has_sequential_moments(self) -> bool:
+        """Whether weights are quantised by what the layers before, quantised, give."""
+        recipe = self.recipe
+        return recipe.hessian == "sequential" and uses_moments(recipe) and not (
+            self.bits.leave_weights)
+
+    @property
+    def learns_rounding(self) -> bool:
+        """Whether blocks are reconstructed by AdaRound."""
+        return self.recipe.weight == "adaround" and not self.bits.leave_weights
+
+    @property
+    def weighs_layers(self) -> bool:
+        """Whether group sizes are chosen by what each layer costs on its own."""
+        return bool(self.recipe.group_sizes) and self.recipe.allocate != "evolution"
+
+    @property
     def needs_trajectory(self) -> bool:
         """Whether any part has to see the model sample."""
         recipe = self.recipe
-        return (recipe.balance != "none" or self.has_static_ranges
+        return (recipe.balance != "none" or self.has_static_ranges or self.weighs_layers
                 or recipe.weight != "nearest" or recipe.metric == "output")
 
     def act_spec(self, site: Site, group: int | None = None) -> QuantSpec:
@@ -100,16 +126,20 @@ class Parts:
     """The parts of a recipe, one for each job."""
 
     balance: Balance
-    weights: SmoothFirst | LowRankFirst
+    weights: WeightPart
     activations: DynamicRanges | StaticRanges | EmbeddingRanges | ReparameterisedRanges
     operands: FloatOperands | StaticOperands
+    sensitivity: NoSensitivity | Sensitivity
 
     def __iter__(self):
-        return iter((self.balance, self.weights, self.activations, self.operands))
+        return iter((
+            self.balance, self.weights, self.activations, self.operands, self.sensitivity))
 
 
-def build_weights(task: Task, maxima: dict[str, Tensor]) -> SmoothFirst:
+def build_weights(task: Task, maxima: dict[str, Tensor]) -> SmoothFirst | FloatWeights:
     """Build the part that quantises weights once their factors are known."""
+    if task.bits.leave_weights:
+        return FloatWeights(task.model)
     return SmoothFirst(task.model, task.recipe, task.bits.weights, maxima, task.svd)
 
 
@@ -123,17 +153,19 @@ def progress(sites: list[Site]) -> tqdm:
     return tqdm(sites, desc="weights", unit="layer")
 
 
-def build_parts(task: Task, weights: SmoothFirst | LowRankFirst, first: FirstPass) -> Parts:
+def build_parts(task: Task, weights: WeightPart, first: FirstPass) -> Parts:
     """Build the parts of a recipe that has a trajectory to look at."""
     samples_of = _shared_samples(task, first)
     balance = _balance(task, weights, first, samples_of)
     activations = _activations(task, first, samples_of, balance)
-    return Parts(balance, weights, activations, _operands(task, first))
+    sensitivity = Sensitivity(samples_of) if task.weighs_layers else NoSensitivity()
+    return Parts(balance, weights, activations, _operands(task, first), sensitivity)
 
 
-def parts_without_trajectory(task: Task, weights: SmoothFirst | LowRankFirst) -> Parts:
+def parts_without_trajectory(task: Task, weights: WeightPart) -> Parts:
     """Build the parts of a recipe that looks at nothing."""
-    return Parts(NoBalance(), weights, DynamicRanges(task.act_spec), FloatOperands())
+    return Parts(
+        NoBalance(), weights, DynamicRanges(task.act_spec), FloatOperands(), NoSensitivity())
 
 
 def _shared_samples(task: Task, first: FirstPass):
@@ -147,9 +179,7 @@ def _shared_samples(task: Task, first: FirstPass):
     return samples_of
 
 
-def _balance(
-    task: Task, weights: SmoothFirst | LowRankFirst, first: FirstPass, samples_of
-) -> Balance:
+def _balance(task: Task, weights: WeightPart, first: FirstPass, samples_of) -> Balance:
     recipe = task.recipe
     if recipe.balance == "salience":
         return Salience(partial(joint_weight, task.model))
@@ -165,9 +195,7 @@ def _balance(
     return ChannelMaxima(magnitudes, recipe.alphas, weights.weight_of, new_search, steps)
 
 
-def _new_search(
-    task: Task, weights: SmoothFirst | LowRankFirst, name: str, factors: Tensor
-) -> AlphaSearch:
+def _new_search(task: Task, weights: WeightPart, name: str, factors: Tensor) -> AlphaSearch:
     linear = task.model.get_submodule(name)
     spec = act_spec(task.recipe, task.bits.activations)
     return AlphaSearch(

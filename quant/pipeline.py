@@ -1,4 +1,5 @@
 """A float model and a recipe in, quantised layers out: the order of a method's steps."""
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -9,12 +10,13 @@ from architectures.registry import architecture_of
 from architectures.sites import Call, Site, modulations
 from config import Recipe
 from quant.activations.attention import Operands
+from quant.activations.quantisers import Activation
 from quant.balancing.maxima import check_step
 from quant.calibration.trajectory import Drive, Trajectory, record, replay
 from quant.layers.quantised import QuantizedLayer
 from quant.numerics.smoothing import Smoothing
 from quant.numerics.tokens import matrix
-from quant.numerics.uniform import OFF_BITS, grouped
+from quant.numerics.uniform import grouped
 from quant.parts import (
     FirstPass,
     Parts,
@@ -26,10 +28,17 @@ from quant.parts import (
     progress,
     quantize_first,
 )
-from quant.recipe import BitWidths, adaln_spec, check_recipe, weight_spec
+from quant.recipe import (
+    BitWidths,
+    adaln_spec,
+    check_recipe,
+    has_weight_only_adaln,
+    weight_spec,
+)
 from quant.refinement.adaround import reconstruct
-from quant.refinement.allocation import GroupSearch, choose_group_sizes
+from quant.refinement.allocation import Allocation, GroupSearch, choose_group_sizes
 from quant.refinement.evolution import Round
+from quant.refinement.sequential import QuantisedSoFar, stages_of
 from quant.weights.low_rank import without_branch
 from quant.weights.rounding import quantize_weight
 
@@ -42,15 +51,24 @@ class Result:
         operands: per attention, quantisers of its operands.
         absmax: per site (steps, I), maxima of the input at each step.
         smoothing: per site, its factors, with the losses of the search behind them.
-        groups: per site, the group size chosen; ``evolution`` tells how.
+        allocation: how group sizes were chosen; None where there is one.
     """
 
     layers: dict[str, QuantizedLayer]
     operands: dict[str, Operands] = field(default_factory=dict)
     absmax: dict[str, Tensor] = field(default_factory=dict)
     smoothing: dict[str, Smoothing] = field(default_factory=dict)
-    groups: dict[str, int] = field(default_factory=dict)
-    evolution: tuple[Round, ...] = ()
+    allocation: Allocation | None = None
+
+    @property
+    def groups(self) -> dict[str, int]:
+        """The group size that was chosen for every site; empty where there is one."""
+        return {} if self.allocation is None else self.allocation.groups
+
+    @property
+    def evolution(self) -> tuple[Round, ...]:
+        """The rounds in which group sizes were chosen; empty without evolution."""
+        return () if self.allocation is None else self.allocation.history
 
     @property
     def alphas(self) -> dict[str, float]:
@@ -91,7 +109,7 @@ def quantize_model(
     task = Task(model, sites, recipe, bits, svd)
     check_groups(task, search)
     # First pass: sample, and keep the model's calls and every input's maxima.
-    bases = quantize_first(task) if recipe.order == "lowrank-first" else None
+    bases = quantize_first(task) if task.quantizes_first else None
     trajectory, maxima = None, {}
     if task.needs_trajectory:
         trajectory, maxima = record(model, sites, drive)
@@ -104,18 +122,27 @@ def quantize_model(
 
     # What follows from it. An attention may be refused, so it comes before the weights' long work.
     operands = parts.operands.finish(smoothing)
-    groups, evolution = {}, ()
+    allocation = None
     if recipe.group_sizes:
-        chosen = choose_group_sizes(task, parts, smoothing, trajectory, search)
-        groups, evolution = chosen.groups, chosen.history
-    layers = _layers(task, parts, smoothing, groups)
+        allocation = choose_group_sizes(task, parts, smoothing, trajectory, search)
+    groups = {} if allocation is None else allocation.groups
+    acts = {site.name: parts.activations.finish(site, smoothing[site.name], groups.get(site.name))
+            for site in sites}
 
-    # What is learned or added afterwards.
-    if recipe.weight == "adaround":
-        inputs = _drawn_call(FirstPass(trajectory, maxima), recipe)
+    # The weights, and what is learned or added afterwards.
+    so_far = None
+    if task.has_sequential_moments:
+        inputs = _drawn_call(FirstPass(trajectory, maxima), recipe, config.hessian_images)
+        so_far = QuantisedSoFar(model, sites, acts, smoothing, operands, inputs)
+    layers = _layers(task, parts, acts, smoothing, groups, so_far)
+    if task.learns_rounding:
+        # Every step is among them, unless the recipe draws steps normally.
+        images = max(config.reconstruction_samples, len(trajectory))
+        inputs = _drawn_call(FirstPass(trajectory, maxima), recipe, images)
         layers, operands = reconstruct(model, layers, operands, inputs, recipe)
-    layers |= weight_only_layers(model, recipe)
-    return Result(layers, operands, maxima, smoothing, groups, evolution)
+    if has_weight_only_adaln(recipe, bits.weights):
+        layers |= weight_only_layers(model, recipe)
+    return Result(layers, operands, maxima, smoothing, allocation)
 
 
 def check_groups(task: Task, search: GroupSearch | None) -> None:
@@ -146,19 +173,26 @@ def _look(task: Task, weights, trajectory: Trajectory | None, maxima: dict[str, 
 
 
 def _layers(
-    task: Task, parts: Parts, smoothing: dict[str, Smoothing], groups: dict[str, int]
+    task: Task,
+    parts: Parts,
+    acts: dict[str, Activation],
+    smoothing: dict[str, Smoothing],
+    groups: dict[str, int],
+    so_far: QuantisedSoFar | None,
 ) -> dict[str, QuantizedLayer]:
-    """Combine each quantised weight with its activation quantiser and smoothing."""
-    weights = {}
-    for site in progress(task.sites):
-        weights[site.name] = parts.weights.finish(site, smoothing[site.name], groups.get(site.name))
+    """Quantise every weight, and combine it with its activation quantiser and smoothing."""
     layers = {}
-    for site in task.sites:
-        act = parts.activations.finish(site, smoothing[site.name], groups.get(site.name))
-        for name, weight in weights[site.name].items():
-            offset = _offset(task, name, smoothing[site.name])
-            kept = without_search(smoothing[site.name])
-            layers[name] = QuantizedLayer(weight, act, kept, offset=offset)
+    with progress(task.sites) as bar:
+        for stage in _stages(task, parts, so_far):
+            for site in stage:
+                weights = parts.weights.finish(site, smoothing[site.name], groups.get(site.name))
+                if so_far is not None:
+                    so_far.put(weights)
+                kept = without_search(smoothing[site.name])
+                for name, weight in weights.items():
+                    offset = _offset(task, name, smoothing[site.name])
+                    layers[name] = QuantizedLayer(weight, acts[site.name], kept, offset=offset)
+                bar.update()
     return layers
 
 
@@ -170,13 +204,19 @@ def _offset(task: Task, name: str, smoothing: Smoothing) -> Tensor | None:
     return matrix(task.model.get_submodule(name)) @ smoothing.shift
 
 
-def _drawn_call(first: FirstPass, recipe: Recipe) -> Call:
-    """Draw images from the trajectory, on which units are reconstructed.
+def _stages(task: Task, parts: Parts, so_far: QuantisedSoFar | None) -> Iterator[list[Site]]:
+    """Yield the sites whose weights come next; what they look at is known by then."""
+    if so_far is None:
+        yield task.sites
+        return
+    for stage in stages_of(task.sites):
+        parts.weights.take_moments(so_far.moments(stage))
+        yield stage
 
-    Every step is among them, unless the recipe draws steps normally.
-    """
-    count = max(config.reconstruction_samples, len(first.trajectory))
-    return first.trajectory.take(first.pick(count, recipe))
+
+def _drawn_call(first: FirstPass, recipe: Recipe, images: int) -> Call:
+    """Draw images from the trajectory, on which the model is quantised unit by unit."""
+    return first.trajectory.take(first.pick(images, recipe))
 
 
 def without_search(smoothing: Smoothing) -> Smoothing:
@@ -185,9 +225,7 @@ def without_search(smoothing: Smoothing) -> Smoothing:
 
 
 def weight_only_layers(model: nn.Module, recipe: Recipe) -> dict[str, QuantizedLayer]:
-    """Quantise the modulation's weights alone, if the recipe does; its inputs stay as they are."""
-    if recipe.adaln_bits == OFF_BITS:
-        return {}
+    """Quantise the modulation's weights alone; its inputs stay as they are."""
     layers = {}
     for site in _modulation_sites(model):
         for name in site.linears:

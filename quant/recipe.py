@@ -11,10 +11,14 @@ ADALN_BITS = (4, 8, OFF_BITS)
 
 @dataclass(frozen=True)
 class BitWidths:
-    """Bits per weight and per activation; 16 leaves activations alone."""
+    """Bits per weight and per activation; 16 leaves them alone."""
 
     weights: int
     activations: int
+
+    @property
+    def leave_weights(self) -> bool:
+        return self.weights == OFF_BITS
 
     @property
     def leave_activations(self) -> bool:
@@ -24,7 +28,17 @@ class BitWidths:
 def weight_spec(recipe: Recipe, bits: int, group: int | None = None) -> QuantSpec:
     """Say how weights are quantised; ``group`` is the size of one layer, where sizes differ."""
     convention = "two-level" if recipe.weight_scales == "two-level" else recipe.convention
-    return QuantSpec(bits, recipe.weight_granularity, group or recipe.weight_group, convention)
+    size = group or recipe.weight_group
+    return QuantSpec(bits, recipe.weight_granularity, size, convention, _has_tail(recipe))
+
+
+def _has_tail(recipe: Recipe) -> bool:
+    return recipe.group_tail == "allow"
+
+
+def has_weight_only_adaln(recipe: Recipe, weight_bits: int) -> bool:
+    """Tell whether the modulation's weights are quantised though no scope holds them."""
+    return recipe.adaln_bits != OFF_BITS and weight_bits != OFF_BITS
 
 
 def adaln_spec(bits: int, columns: int) -> QuantSpec:
@@ -44,11 +58,13 @@ def act_spec(
         per_image: the input is a vector per image, which is one token.
         group: the size of this layer, where sizes differ.
     """
+    if per_image and recipe.adaln_input == "float":
+        bits = OFF_BITS
     granularity = recipe.act_granularity
     if granularity == "image" and per_image:
         granularity = "token"
     size = (group or recipe.weight_group) if granularity == "group" else 0
-    return QuantSpec(bits, granularity, size, recipe.convention)
+    return QuantSpec(bits, granularity, size, recipe.convention, _has_tail(recipe))
 
 
 @dataclass(frozen=True)
@@ -76,6 +92,11 @@ def _uses_maxima(recipe: Recipe) -> bool:
 
 def _is_repq(recipe: Recipe) -> bool:
     return recipe.balance == "reparameterise" or recipe.attention == "log-sqrt2"
+
+
+def uses_moments(recipe: Recipe) -> bool:
+    """Tell whether weights are quantised by the second moment of their inputs."""
+    return recipe.weight == "gptq" or recipe.metric == "output"
 
 
 def _has_groups(recipe: Recipe) -> bool:
@@ -166,6 +187,20 @@ CONFLICTS = (
             bool(recipe.group_sizes) and recipe.weight_granularity != "group"),
         because="a choice of group sizes is for weights in groups",
         instead="--weight-granularity group, or --group-sizes none"),
+    Conflict(
+        when=lambda recipe, _: (
+            _has_tail(recipe)
+            and (not _has_floating_scales(recipe) or recipe.weight_range != "minmax"
+                 or recipe.weight == "adaround")),
+        because="a short last group is for floating scales from minima and maxima, "
+                "rounded to the nearest or by GPTQ",
+        instead="--group-tail refuse, or "
+                "--weight-scales float --weight-range minmax --weight gptq"),
+    Conflict(
+        when=lambda recipe, _: (
+            bool(recipe.group_sizes) and recipe.allocate != "evolution" and recipe.is_static),
+        because="integer programs weigh layers with dynamic ranges",
+        instead="--allocate evolution, or --act-range dynamic"),
     Conflict(
         when=lambda recipe, _: recipe.scope != "blocks" and recipe.adaln_bits != OFF_BITS,
         because="scope adaln and all quantise adaLN modulation already",

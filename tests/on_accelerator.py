@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from config import RECIPES, Recipe
 from diffusion import ddpm_step, make_schedule
-from diffusion.generate import generate_latents
+from diffusion.generate import Sampling, generate_latents
 from evaluation.judge import sqnr_judge
 from evaluation.metrics import sqnr_db
 from models import DiT_models, ModelCard
@@ -64,7 +64,7 @@ def quantise(recipe: Recipe, device: torch.device) -> tuple[nn.Module, Result]:
     """Return a small random model and its quantised layers, everything on the device."""
     model = tiny_model(device)
     drive = noise_drive(STEPS, torch.tensor(LABELS, device=device))
-    judge = sqnr_judge(model, make_schedule(str(STEPS)), 0)
+    judge = sqnr_judge(model, Sampling(make_schedule(str(STEPS)), 0, 1.0, "ddim"))
     result = quantize_model(model, recipe, BitWidths(4, 8), drive, search=GroupSearch(judge))
     return model, result
 

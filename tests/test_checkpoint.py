@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import config
 from config import RECIPES
 from diffusion import ddpm_step, make_schedule
-from diffusion.generate import generate_latents
+from diffusion.generate import Sampling, generate_latents
 from errors import UserError
 from evaluation.judge import sqnr_judge
 from models import DiT, DiT_models
@@ -73,7 +73,7 @@ def quantised(recipe_name: str, weight_bit: int) -> Result:
     model = digits_model()
     return quantize_model(
         model, recipe, BitWidths(weight_bit, 8), noise_drive(2, torch.arange(2)),
-        search=GroupSearch(sqnr_judge(model, make_schedule("2"), 0)))
+        search=GroupSearch(sqnr_judge(model, Sampling(make_schedule("2"), 0, 1.0, "ddim"))))
 
 
 @pytest.fixture(scope="module")
@@ -384,7 +384,7 @@ def test_recipes_reload_without_activation_bits_and_in_bfloat16(tmp_path, recipe
     model = digits_model()
     result = quantize_model(
         model, recipe, BitWidths(4, act_bit), noise_drive(1, torch.arange(2)),
-        search=GroupSearch(sqnr_judge(model, make_schedule("1"), 0)))
+        search=GroupSearch(sqnr_judge(model, Sampling(make_schedule("1"), 0, 1.5))))
     path = tmp_path / "model.safetensors"
     written = header(recipe_name, 4, act_bit, recipe=recipe, groups=result.groups)
     checkpoint.save(path, model, result, written)

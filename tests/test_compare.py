@@ -11,12 +11,13 @@ from torchvision.models import alexnet
 
 import compare
 import evaluate
+from cli.quantize import Quantized
 from comparison import runner
 from comparison.kept import KeptStep
 from comparison.quantdit import parse_arguments
 from comparison.rows import Row
 from diffusion import ddpm_step, make_schedule
-from diffusion.generate import generate_latents, labels_for
+from diffusion.generate import Sampling, generate_latents, labels_for
 from download import load_decoder, load_model
 from evaluation import fidelity
 from evaluation.metrics import sqnr_db
@@ -26,6 +27,7 @@ from models import DiT_models
 from quant import checkpoint
 
 MODEL, STEPS, COUNT = "DiT-Digits-Outliers", 3, 12
+ROW = "row-1.5.json"
 
 
 def arguments(folder, *more):
@@ -68,7 +70,7 @@ def test_table_has_every_row_and_says_where_outliers_came_from(compared):
 def test_scores_equal_those_of_evaluate(compared, capsys):
     folder, rows = compared
     names = ("float-W32A32", "rtn-W4A8", "ditas-lowrank=0-group-size=32-W4A8")
-    notes = [json.loads((row_folder(folder, name) / "row.json").read_text()) for name in names]
+    notes = [json.loads((row_folder(folder, name) / ROW).read_text()) for name in names]
     files = [note["npz"] for note in notes]
     reference = folder / "out/digits-reference.npz"
     call(evaluate, reference, *files, "--features", "digits", "--json")
@@ -85,7 +87,7 @@ def test_overrides_reach_the_checkpoint_and_sqnr_is_that_of_the_final_latents(co
     assert header.recipe.rank == 0 and header.recipe.weight_group == 32
     model = load_model(MODEL, DiT_models[MODEL], 16, 10, None, torch.device("cpu"))
     expected = sqnr_db(final_latents(model), final_latents(quantised))
-    stored = json.loads((row / "row.json").read_text())["fidelity"]["sqnr_db"][-1]
+    stored = json.loads((row / ROW).read_text())["fidelity"]["sqnr_db"][-1]
     assert stored == pytest.approx(expected, rel=1e-3)
     assert rows[2]["SQNR dB"] == f"{stored:.1f}"
 
@@ -118,7 +120,7 @@ def test_finished_rows_are_kept_and_changed_settings_make_them_anew(compared, mo
 
     def quantize(words):
         quantised.append(parse_arguments(words).recipe)
-        return 0.0
+        return Quantized(Path(words[-1]), 0.0, None)
 
     def refuse(self, *_):
         pytest.fail("sampled again")
@@ -136,10 +138,38 @@ def test_finished_rows_are_kept_and_changed_settings_make_them_anew(compared, mo
             call(compare, *again, change, "13")
     assert not quantised
 
-    sampled = json.loads(next(folder.glob("out/*/rtn-W4A8/row.json")).read_text())["npz"]
+    sampled = json.loads(next(folder.glob(f"out/*/rtn-W4A8/{ROW}")).read_text())["npz"]
     monkeypatch.setattr(runner.Comparison, "sample", lambda self, *_: Path(sampled))
     call(compare, *arguments(folder / "out"), "--recipes", "rtn", "--seed", "1")
     assert quantised == ["rtn"]
+
+
+def test_several_guidance_scales_share_checkpoints_and_have_a_table_each(
+        compared, monkeypatch, capsys):
+    folder, rows = compared
+    images = json.loads((row_folder(folder, "rtn-W4A8") / ROW).read_text())["npz"]
+    sampled = []
+
+    def sample(self, arguments, _):
+        sampled.append(arguments)
+        return Path(images)
+
+    monkeypatch.setattr(runner, "quantize", lambda words: pytest.fail("quantised again"))
+    monkeypatch.setattr(runner.Comparison, "sample", sample)
+    call(compare, *arguments(folder / "out"), "--recipes", "rtn", "--cfg-scale", "1", "1.5")
+    assert capsys.readouterr().out.count("done before") == 2
+    with open(folder / "out/table.csv") as file:
+        table = list(csv.DictReader(file))
+    assert [row["guidance"] for row in table] == ["1", "1", "1.5", "1.5"]
+    assert table[2:] == rows[:2]
+    assert table[1]["SQNR dB"] != rows[1]["SQNR dB"]
+    assert table[0]["MB"] != table[0]["paper MB"]
+
+    # Another sampler makes other images.
+    call(compare, *arguments(folder / "out"), "--recipes", "rtn", "--sampler", "ddim")
+    told = [(words[words.index("--sampler") + 1], words[words.index("--cfg-scale") + 1])
+            for words in sampled]
+    assert told == [("ddpm", "1.0")] * 2 + [("ddim", "1.5")] * 2
 
 
 @pytest.mark.parametrize("damage", ["", "[]", "{", '{"key": []}', "{}"])
@@ -158,9 +188,10 @@ def test_damaged_notes_mean_that_a_step_is_done_again(tmp_path, damage):
 
 def test_notes_of_rows_keep_their_entries(compared):
     folder, _ = compared
-    note = json.loads((row_folder(folder, "rtn-W4A8") / "row.json").read_text())
+    note = json.loads((row_folder(folder, "rtn-W4A8") / ROW).read_text())
     assert list(note) == [
-        "label", "bits", "megabytes", "seconds", "scores", "fidelity", "npz", "key"]
+        "label", "bits", "megabytes", "paper_megabytes", "seconds", "search_seconds", "scores",
+        "fidelity", "npz", "key"]
     row = Row.from_note(note)
     assert {**row.as_note(), "key": note["key"]} == note
     assert Row.from_note({**note, "more": 1}) is None
@@ -184,6 +215,8 @@ def test_notes_of_rows_keep_their_entries(compared):
     (["--num-sampling-steps", "0"], "0"),
     (["--num-fid-samples", "3"], "--num-fid-samples 3 is too small"),
     (["--cfg-scale", "0.5"], "--cfg-scale 0.5 is too small"),
+    (["--cfg-scale", "1.5", "0"], "--cfg-scale 0.0 is too small"),
+    (["--sampler", "ddim", "--eta", "1.5"], "--eta 1.5 is out of range"),
     (["--reference", "a.npz", "b.npz"], "--reference has 2 files"),
     (["--reference", "missing.npz"], "'missing.npz' does not exist"),
     (["--reference", "large.npz"],
@@ -204,7 +237,7 @@ def test_a_model_without_bundled_data_needs_a_reference(tmp_path, capsys):
 def digits_run(model, count=5, batch=2):
     decode = load_decoder(DiT_models["DiT-Digits"], "ema", torch.device("cpu"))
     labels = [1, 2, 3, 4, 5][:count]
-    return fidelity.sample_run(model, decode, make_schedule("4"), labels, 0, 1.5, batch)
+    return fidelity.sample_run(model, decode, Sampling(make_schedule("4"), 0, 1.5), labels, batch)
 
 
 def test_fidelity_of_a_model_to_itself_is_infinite_and_of_a_changed_one_per_step():

@@ -92,6 +92,17 @@ def output_error(x, weight, quantized):
     return (x @ (quantized.dequantize() - weight).T).norm()
 
 
+@pytest.mark.parametrize("convention", ["affine", "free"])
+def test_uncorrelated_inputs_leave_rounding_to_the_nearest(convention):
+    """Also in groups of which the last is short, across blocks of other lengths."""
+    weight = torch.randn(7, 100, generator=torch.Generator().manual_seed(0))
+    spec = QuantSpec(4, "group", 48, convention, tail=True)
+    out = gptq_quantizer(spec, torch.eye(100), block=32)(weight)
+    expected = quantize(weight, spec)
+    assert torch.equal(out.codes, expected.codes)
+    assert torch.equal(out.dequantize(), expected.dequantize())
+
+
 def test_a_weight_that_is_not_finite_is_refused():
     weight = torch.ones(4, 8)
     weight[1, 2] = float("nan")

@@ -55,6 +55,10 @@ def test_every_recipe_is_sound(name):
     ("ditas-published", {"metric": "output"}, "--lowrank-metric weight"),
     ("rtn", {"group_sizes": (32,)}, "--weight-granularity group"),
     ("ditas", {"scope": "adaln"}, "--adaln-weight-bit 16"),
+    ("ditas", {"group_tail": "allow"}, "--weight-scales float"),
+    ("qdit", {"group_tail": "allow", "weight_range": "shrink"}, "--group-tail refuse"),
+    ("qdit", {"allocate": "ilp", "act_range": "static", "act_granularity": "tensor"},
+     "--act-range dynamic"),
 ])
 def test_parts_that_do_not_go_together_are_refused(name, changes, advice):
     with pytest.raises(ValueError, match="do not go together") as caught:
@@ -68,7 +72,7 @@ def test_every_part_has_a_flag_and_every_flag_its_part():
     assert flagged <= parts
     assert len(flagged) == len(FLAGS)
     # Those without a flag are of the published code only.
-    assert parts - flagged == {"convention", "rounds", "keep", "order"}
+    assert parts - flagged == {"rounds", "keep", "order"}
 
 
 def test_flags_change_the_parts_of_a_recipe():
@@ -80,6 +84,7 @@ def test_flags_change_the_parts_of_a_recipe():
         "--group-sizes", "32/64",
         "--lowrank", "paper",
         "--act-granularity", "token",
+        "--zero-point", "free",
     ]
     recipe = build_recipe(make_parser().parse_args(arguments))
     assert recipe == replace(
@@ -89,7 +94,8 @@ def test_flags_change_the_parts_of_a_recipe():
         weight="gptq",
         group_sizes=(32, 64),
         rank=None,
-        act_granularity="token")
+        act_granularity="token",
+        convention="free")
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -99,6 +105,11 @@ def test_flags_change_the_parts_of_a_recipe():
     (["--iterations", "many"], "--iterations 'many'"),
     (["--lowrank", "-2"], "--lowrank -2"),
     (["--scope", "final"], "expected one of blocks, adaln, inner, all"),
+    (["--zero-point", "affine"], "expected one of free, clamped, widened"),
+    (["--recipe", "qdit", "--judge-cfg-scale", "0.5"], "--judge-cfg-scale 0.5 is too small"),
+    (["--recipe", "qdit", "--allocate", "ilp", "--population", "4"], "--allocate evolution"),
+    (["--hessian", "sequential"], "it is for --weight gptq"),
+    (["--adaln-input", "float"], "it is for --scope adaln or all"),
 ])
 def test_a_wrong_part_is_named(arguments, message):
     with pytest.raises(UserError, match=message):
@@ -275,7 +286,9 @@ def small_fc2_large_elsewhere(quantised: nn.Module) -> float:
 def test_group_sizes_are_chosen_by_the_judge(tmp_path):
     """A judge that likes small groups in one kind of layer gets them, within the constraint."""
     model = random_model(hidden_size=128, num_heads=4)
-    recipe = replace(RECIPES["qdit"], weight="nearest", population=16, generations=8)
+    recipe = replace(
+        RECIPES["qdit"], scope="adaln", adaln_input="quantised", weight="nearest", population=16,
+        generations=8)
     judge = Judge(small_fc2_large_elsewhere, "test")
     result = quantize_model(
         model, recipe, W4A8, noise_drive(2, torch.arange(2)),

@@ -13,12 +13,14 @@ specs = st.builds(
     bits=st.integers(2, 8),
     granularity=st.sampled_from(["tensor", "image", "token", "channel"]),
     group=st.just(0),
+    convention=st.sampled_from(["affine", "free"]),
 )
 group_specs = st.builds(
     QuantSpec,
     bits=st.integers(2, 8),
     granularity=st.just("group"),
     group=st.sampled_from([1, 2, 4, 64]),
+    convention=st.sampled_from(["affine", "free"]),
 )
 published_weights = st.builds(
     QuantSpec,
@@ -69,7 +71,8 @@ def steps_off(x: torch.Tensor, q: Quantized) -> torch.Tensor:
 def test_round_trip_stays_within_half_a_step(x, spec):
     q = quantize(x, spec)
     assert int(q.codes.max()) <= spec.top
-    assert q.zero.min() >= 0 and q.zero.max() <= spec.top
+    if spec.convention == "affine":
+        assert q.zero.min() >= 0 and q.zero.max() <= spec.top
     assert torch.equal(q.zero, q.zero.round())
     assert steps_off(x, q).max() <= 0.5 + 1e-3
     assert torch.equal(fake_quantize(x, spec), q.dequantize())
@@ -83,7 +86,7 @@ def test_published_round_trip_stays_within_one_and_a_half_steps(x, spec):
     assert steps_off(x, q).max() <= 1.5 + 1e-3
 
 
-@pytest.mark.parametrize("convention", ["affine", "published"])
+@pytest.mark.parametrize("convention", ["affine", "free", "clamped", "published"])
 @pytest.mark.parametrize("value", [0.0, 0.3, -7.0, 1e-30])
 def test_constant_groups_come_back(convention, value):
     x = torch.full((8, 16), value)
@@ -131,6 +134,53 @@ def test_affine_rounding_is_that_of_pytorch(bits):
     assert torch.allclose(q.dequantize(), theirs, atol=1e-6)
     span = x.amax(1).clamp(min=0) - x.amin(1).clamp(max=0)
     assert torch.allclose(scale, span / (2 ** bits - 1))
+
+
+@pytest.mark.parametrize("convention, scale, zero, expected", [
+    # Sixteen codes between the ends; between 0 and the far end; from 0 on, so that the far end
+    # is out of reach.
+    ("free", 0.2, -10, [2.0, 2.6, 5.0]),
+    ("affine", 1 / 3, 0, [2.0, 8 / 3, 5.0]),
+    ("clamped", 0.2, 0, [2.0, 2.6, 3.0]),
+])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_zero_points_of_values_wholly_off_zero_by_hand(convention, scale, zero, expected, sign):
+    x = sign * torch.tensor([[2.0, 2.6, 5.0]])
+    q = quantize(x, QuantSpec(4, "channel", convention=convention))
+    assert q.scale.item() == pytest.approx(scale)
+    assert q.zero.item() == (zero if sign == 1 else 15 - zero)
+    assert torch.allclose(q.dequantize(), sign * torch.tensor([expected]))
+    assert torch.equal(fake_quantize(x, q.spec), q.dequantize())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("convention", ["free", "clamped"])
+def test_zero_points_follow_the_equations(convention, bits):
+    """Equation 1 of Q-DiT with a rounded zero point, and its code, which clamps that."""
+    rng = np.random.default_rng(bits)
+    x = rng.normal(size=(64, 32)) + rng.normal(scale=3, size=(64, 1))
+    top = 2 ** bits - 1
+    scale = (x.max(1, keepdims=True) - x.min(1, keepdims=True)) / top
+    zero = np.round(-x.min(1, keepdims=True) / scale)
+    assert (zero < 0).any() and (zero > top).any()
+    if convention == "clamped":
+        zero = zero.clip(0, top)
+    expected = scale * ((np.round(x / scale) + zero).clip(0, top) - zero)
+    out = fake_quantize(torch.tensor(x), QuantSpec(bits, "channel", convention=convention))
+    assert np.allclose(out, expected)
+
+
+@pytest.mark.parametrize("convention", ["affine", "free", "clamped"])
+def test_a_short_last_group_is_quantised_like_any_other(convention):
+    x = torch.randn(6, 5, 100) + 1
+    spec = QuantSpec(4, "group", 48, convention, tail=True)
+    parts = []
+    for part in x.split(48, -1):
+        parts.append(fake_quantize(part, QuantSpec(4, "token", convention=convention)))
+    assert torch.equal(fake_quantize(x, spec), torch.cat(parts, -1))
+    q = quantize(x, spec)
+    assert q.codes.shape == x.shape and q.scale.shape == (6, 5, 3, 1)
+    assert torch.equal(q.dequantize(), torch.cat(parts, -1))
 
 
 def test_granularities_share_what_they_say():

@@ -11,9 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-import config
-from diffusion import Schedule, ddpm_step
-from diffusion.generate import decode_images, generate_latents
+from diffusion.generate import Sampling, decode_images, generate_latents
 from evaluation.video import FRAMES, VideoExtractor
 from examples.digits.classifier import load_classifier
 from examples.digits.data import IMAGE_SIZE, load_images
@@ -68,14 +66,13 @@ def sample_videos(
     model: nn.Module,
     videos: range,
     decode: Callable[[Tensor], Tensor],
-    schedule: Schedule,
-    seed: int,
+    sampling: Sampling,
 ) -> NDArray:
     """Let a model of images make videos, uint8 (N, 16, H, W, 3)."""
     indices = range(FRAMES * videos.start, FRAMES * videos.stop)
     latents = generate_latents(
-        model, schedule, indices, frame_classes(videos, model.num_classes), seed,
-        config.calibration_cfg_scale, ddpm_step)
+        model, sampling.schedule, indices, frame_classes(videos, model.num_classes),
+        sampling.seed, sampling.cfg_scale, sampling.step)
     return as_videos(decode_images(decode, latents))
 
 

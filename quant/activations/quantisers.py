@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from architectures.registry import architecture_of
 from architectures.sites import call_of
-from quant.numerics.uniform import OFF_BITS, QuantSpec, signed_codes
+from quant.numerics.uniform import OFF_BITS, QuantSpec, signed_codes, ungrouped
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class DynamicGroups(Dynamic):
 
     def forward(self, values: Tensor) -> tuple[Tensor, Tensor | None]:
         codes, scale, _ = signed_codes(values, self.spec)
-        return codes.mul_(scale).flatten(-2), None
+        return ungrouped(codes.mul_(scale), values.shape), None
 
 
 class Static(nn.Module):

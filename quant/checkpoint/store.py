@@ -1,10 +1,11 @@
 """One safetensors file per quantised model: packed codes, scales, factors, and a JSON header.
 
-Per quantised linear ``NAME`` there are ``NAME.codes``, ``.zero``, ``.scale``, and where they apply
-``.step``, ``.left``, ``.right``, ``.smooth``, ``.shift``, ``.offset`` and ``.act``. An attention
-whose operands are quantised has ``NAME.operands``. Ranges per timestep refer to ``timesteps``. How
-each of them is written stands in ``tensors``. Everything else keeps the model's own name, rounded
-to float16 unless that overflows. Reading never unpickles.
+Per quantised linear ``NAME`` there are ``NAME.codes``, ``.zero``, ``.scale`` (at 16 bits
+``.weight`` instead), and where they apply ``.step``, ``.left``, ``.right``, ``.smooth``,
+``.shift``, ``.offset`` and ``.act``. An attention whose operands are quantised has
+``NAME.operands``. Ranges per timestep refer to ``timesteps``. How each of them is written stands in
+``tensors``. Everything else keeps the model's own name, rounded to float16 unless that overflows.
+Reading never unpickles.
 
 Formats 1 to 5 are still read:
 
@@ -33,7 +34,6 @@ from quant.activations.quantisers import Activation
 from quant.backend import resolve
 from quant.checkpoint.header import HEADER_KEY, Header, read_header
 from quant.checkpoint.tensors import (
-    half_unless_overflow,
     read_layer,
     read_operands,
     write_layer,
@@ -43,10 +43,11 @@ from quant.install import find_timestep_index, install
 from quant.integer.weight import integer_obstacle
 from quant.layers.fold import fold
 from quant.layers.quantised import QuantizedLayer
+from quant.numerics.floating import half_unless_overflow
 from quant.numerics.tokens import matrix
 from quant.numerics.uniform import OFF_BITS, QuantSpec
 from quant.pipeline import Result
-from quant.recipe import act_spec, adaln_spec, weight_spec
+from quant.recipe import act_spec, adaln_spec, has_weight_only_adaln, weight_spec
 
 # Before this format the low-rank branch was not made of integers.
 FIRST_WITH_INTEGER_BRANCH = 2
@@ -141,7 +142,7 @@ def layer_specs(
         weight = weight_spec(recipe, header.weight_bit, group)
         act = Activation(act_spec(recipe, header.act_bit, site.per_image, group))
         specs |= dict.fromkeys(site.linears, (weight, act))
-    if recipe.adaln_bits != OFF_BITS:
+    if has_weight_only_adaln(recipe, header.weight_bit):
         for site in modulations(architecture.sites(model, "adaln")):
             for name in site.linears:
                 columns = model.get_submodule(name).in_features

@@ -13,8 +13,9 @@ from quant.activations.attention import Operands
 from quant.activations.quantisers import Activation
 from quant.activations.softmax import PowersOfRootTwo
 from quant.layers.quantised import QuantizedLayer
+from quant.numerics.floating import FloatWeight, half_unless_overflow
 from quant.numerics.smoothing import Smoothing
-from quant.numerics.uniform import Quantized, QuantSpec, grouped
+from quant.numerics.uniform import OFF_BITS, Quantized, QuantSpec, grouped
 from quant.weights.low_rank import LowRankWeight
 
 Tensors = dict[str, Tensor]
@@ -65,11 +66,13 @@ def read_zero(tensors: Tensors, name: str, spec: QuantSpec, shape: tuple[int, ..
     return taker(tensors, name)("zero", shape)
 
 
-def write_base(weight: Quantized) -> Tensors:
-    """Write a quantised weight: codes, zero points and scales.
+def write_base(weight: Quantized | FloatWeight) -> Tensors:
+    """Write a quantised weight: codes, zero points and scales; at 16 bits ``weight`` alone.
 
     Scales are float32; two-level ones uint8, beside a bfloat16 step per output channel.
     """
+    if isinstance(weight, FloatWeight):
+        return {"weight": half_unless_overflow(weight.values)}
     tensors = {
         "codes": pack(weight.codes, weight.spec.bits),
         "zero": write_zero(weight.zero, weight.spec),
@@ -81,9 +84,13 @@ def write_base(weight: Quantized) -> Tensors:
     return tensors
 
 
-def read_base(tensors: Tensors, name: str, shape: tuple[int, int], spec: QuantSpec) -> Quantized:
+def read_base(
+    tensors: Tensors, name: str, shape: tuple[int, int], spec: QuantSpec
+) -> Quantized | FloatWeight:
     """Read a quantised weight (O, I)."""
     take = taker(tensors, name)
+    if spec.bits == OFF_BITS:
+        return FloatWeight(take("weight", shape))
     view, dims = grouped(torch.empty(shape, device="meta"), spec)
     per_group = tuple(view.amin(dims, keepdim=True).shape)
     codes = unpack(tensors.pop(f"{name}.codes"), spec.bits, shape)
@@ -234,9 +241,3 @@ def taker(tensors: Tensors, name: str) -> Take:
         return value.float()
 
     return take
-
-
-def half_unless_overflow(value: Tensor) -> Tensor:
-    """Round to float16, unless a value overflows."""
-    half = value.half()
-    return half if torch.isfinite(half).all() else value

@@ -85,6 +85,12 @@ def integer_obstacle(recipe: Recipe, weight: QuantSpec, act: QuantSpec) -> str |
             "use recipe ditas, ditas-plus, rtn or smoothquant")
     if act.bits == OFF_BITS:
         return "its activations are not quantised (--act-bit 16): quantise with --act-bit 4 to 8"
+    if weight.bits == OFF_BITS:
+        return "its weights are not quantised (--weight-bit 16): quantise with --weight-bit 2 to 8"
+    if act.convention in ("free", "clamped"):
+        return (
+            "its zero points are no codes of ranges that include 0: "
+            "quantise again with --zero-point widened")
     if act.granularity not in ("token", "image") or weight.granularity == "strided":
         return (
             "its scales vary along the inputs of one product or with the batch: "

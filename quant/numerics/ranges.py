@@ -1,8 +1,8 @@
 """Ranges of quantisers: the whole of what they have seen, shrunk (Q-DiT, TFMQ-DM), cut (PTQ4DiT).
 
 For every group of values that share a range, a list of candidate ranges is tried, and the first of
-least error is taken. The quantiser turns a range into its parameters. Affine ones (``Affine``)
-widen it to include 0, as everywhere, and their zero point is one of the codes.
+least error is taken. The quantiser turns a range into its parameters; uniform ones (``Affine``) do
+so by the convention of their spec.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from quant.numerics.range_search import searched_range
-from quant.numerics.uniform import Quantized, QuantSpec, check_finite, grouped, scale_and_zero
+from quant.numerics.uniform import (
+    Quantized,
+    QuantSpec,
+    check_finite,
+    grouped,
+    scale_and_zero,
+    ungrouped,
+)
 
 SHRINKS = tuple(1 - 0.001 * i for i in range(100))  # Q-DiT
 FAR_SHRINKS = tuple(1 - 0.01 * i for i in range(80))  # TFMQ-DM
@@ -178,7 +185,7 @@ def quantize_range(weight: Tensor, spec: QuantSpec, choice: str) -> Quantized:
     view, dims = grouped(weight, spec)
     scale, zero = best_range(view, dims, Affine(spec), choice)
     codes = static_codes(view, scale, zero, spec).add_(zero)
-    return Quantized(codes.to(torch.uint8).reshape(weight.shape), scale, zero, spec)
+    return Quantized(ungrouped(codes.to(torch.uint8), weight.shape), scale, zero, spec)
 
 
 def tensor_range(sample: Tensor, spec: QuantSpec, choice: str) -> tuple[Tensor, Tensor]:

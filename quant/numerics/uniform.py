@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-OFF_BITS = 16  # an activation bit width of 16 means "not quantised"
-WEIGHT_BITS = range(2, 9)
+OFF_BITS = 16  # a bit width of 16 means "not quantised"
+WEIGHT_BITS = (2, 3, 4, 5, 6, 7, 8, OFF_BITS)
 ACT_BITS = (4, 5, 6, 7, 8, OFF_BITS)
 
 # The dimensions that share a scale, in the view that `grouped` makes; None for all of them.
@@ -23,7 +23,7 @@ _REDUCED = {
     "strided": (0,),
 }
 GRANULARITIES = tuple(_REDUCED)
-CONVENTIONS = ("affine", "two-level", "published")
+CONVENTIONS = ("affine", "free", "clamped", "two-level", "published")
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,15 @@ class QuantSpec:
         convention: how a range becomes scale and zero point.
             ``affine`` widens the range to include 0 and divides it by ``2^bits - 1``. The zero
             point is one of the codes, so that 0 is exact.
+            ``free`` divides the range as it is, so that the zero point of values wholly off 0 is
+            no code (Q-DiT, eq. 1; its floor is a rounding here, which keeps both ends of a range).
+            ``clamped`` is ``free`` with a zero point moved to the nearest code, so that values
+            wholly off 0 lose their far end (Q-DiT's code).
             ``two-level`` is affine for weights, whose scales then become integer multiples of one
             per row (``quant.weights.two_level``).
             ``published`` is DiTAS's code: scale ``(max - min) / 2^bits``, zero point rounded but
             not clamped.
+        tail: whether the last group of a row may be shorter than the others.
 
     Raises:
         ValueError: unknown granularity or convention.
@@ -56,6 +61,7 @@ class QuantSpec:
     granularity: str
     group: int = 0
     convention: str = "affine"
+    tail: bool = False
 
     def __post_init__(self):
         if self.granularity not in GRANULARITIES or self.convention not in CONVENTIONS:
@@ -93,8 +99,13 @@ def grouped(x: Tensor, spec: QuantSpec) -> tuple[Tensor, tuple[int, ...]]:
         return x, tuple(range(x.dim()))
     if spec.granularity == "group":
         size = min(spec.group, x.shape[-1])
-        if x.shape[-1] % size:
+        missing = -x.shape[-1] % size
+        if missing and not spec.tail:
             raise ValueError(f"group size {size} does not divide a row of {x.shape[-1]} values")
+        if missing:
+            # Repeats of a group's own value move neither end of its range.
+            repeats = x[..., -1:].expand(*x.shape[:-1], missing)
+            x = torch.cat([x, repeats], -1)
         x = x.unflatten(-1, (-1, size))
     elif spec.granularity == "strided":
         if x.shape[0] % spec.group:
@@ -105,33 +116,46 @@ def grouped(x: Tensor, spec: QuantSpec) -> tuple[Tensor, tuple[int, ...]]:
     return x, _REDUCED[spec.granularity]
 
 
+def ungrouped(view: Tensor, shape: torch.Size) -> Tensor:
+    """Bring a view that ``grouped`` made back into the tensor's own shape."""
+    if view.numel() != shape.numel():
+        view = view.flatten(-2)[..., :shape[-1]]
+    return view.reshape(shape)
+
+
 def scale_and_zero(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Compute scale and (integer-valued) zero point of groups from their extremes.
 
-    A group of one constant value is reproduced exactly under both conventions. An all-zero group
+    A group of one constant value is reproduced exactly under every convention. An all-zero group
     gets scale 1.
 
     Args:
         low, high: smallest and largest value of each group.
     """
     # In place, because this runs in every forward pass.
-    if spec.convention != "published":
+    # Not divisions by the top code: CUDA and torch.compile round these differently.
+    if spec.convention in ("affine", "two-level"):
         low = low.clamp(max=0)
-        # Not a division by the top code: CUDA and torch.compile round that differently.
         scale = high.clamp(min=0).sub_(low).mul_(1 / spec.top)
     else:
-        scale = torch.sub(high, low).div_(spec.top + 1)
+        steps = spec.top + 1 if spec.convention == "published" else spec.top
+        scale = torch.sub(high, low).mul_(1 / steps)
         scale = torch.where(scale == 0, torch.maximum(low.abs(), high.abs()), scale)
     scale.masked_fill_(scale == 0, 1.0)
-    return scale, torch.div(low, scale).neg_().round_()
+    zero = torch.div(low, scale).neg_().round_()
+    return scale, zero.clamp_(0, spec.top) if spec.convention == "clamped" else zero
 
 
 def signed_codes_(values: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
     """Turn values that were divided by their scale into ``q - zero``, integer-valued, in place.
 
-    The range is the values' own, so their low end rounds to code 0 and only the top needs a clamp.
+    The range is the values' own, so their low end rounds to code 0 and only the top needs a clamp,
+    unless the zero point itself was clamped.
     """
-    return torch.minimum(values.round_(), spec.top - zero, out=values)
+    values.round_()
+    if spec.convention == "clamped":
+        return clip_(values, -zero, spec.top - zero)
+    return torch.minimum(values, spec.top - zero, out=values)
 
 
 def clip_(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -225,7 +249,7 @@ class Quantized:
             return values * step[:, None]
         view, _ = grouped(self.codes, self.spec)
         values = (view.to(self.scale.dtype) - self.zero) * self.scale
-        return values.reshape(self.codes.shape)
+        return ungrouped(values, self.codes.shape)
 
     def scale_columns(self, factors: Tensor) -> "Quantized":
         """Multiply input channels by ``factors`` (I,) through the scales, without a new code.
@@ -249,7 +273,7 @@ def quantize(x: Tensor, spec: QuantSpec) -> Quantized:
     values, scale, zero = signed_codes(x, spec)
     # The clamp, because a published zero point can be so large that adding it rounds.
     codes = values.add_(zero).clamp_(0, spec.top)
-    return Quantized(codes.to(torch.uint8).reshape(x.shape), scale, zero, spec)
+    return Quantized(ungrouped(codes.to(torch.uint8), x.shape), scale, zero, spec)
 
 
 def signed_codes(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor]:
@@ -271,4 +295,4 @@ def fake_quantize(x: Tensor, spec: QuantSpec) -> Tensor:
     if spec.bits == OFF_BITS:
         return x
     values, scale, _ = signed_codes(x, spec)
-    return values.mul_(scale).reshape(x.shape)
+    return ungrouped(values.mul_(scale), x.shape)

@@ -1,24 +1,29 @@
 """A group size for every site of a model (Q-DiT): what is tried, what is allowed, what it costs.
 
-Each candidate allocation is rounded to the nearest, installed into a copy of the model and judged.
+Evolution judges whole allocations: each is rounded to the nearest, and installed into a copy of the
+model. An integer program adds up what each layer costs on its own; only what it finds is judged.
 """
 import hashlib
+import time
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import config
+from architectures.sites import Site
 from config import Recipe
 from quant.calibration.trajectory import Trajectory, joint_weight
 from quant.install import install
 from quant.layers.quantised import QuantizedLayer
 from quant.numerics.smoothing import Smoothing
+from quant.numerics.tokens import matrix
 from quant.parts import Parts, Task
 from quant.refinement.draws import Budget
-from quant.refinement.evolution import Objective, SearchResult, evolve
+from quant.refinement.evolution import Objective, Round, evolve
 from quant.refinement.group_sizes import (
     Constraint,
     Groups,
@@ -29,6 +34,8 @@ from quant.refinement.group_sizes import (
     largest_up_to,
     mean_at_least,
 )
+from quant.refinement.integer_program import Costs, least_cost
+from quant.refinement.sensitivity import COSTS
 
 
 @dataclass(frozen=True)
@@ -45,45 +52,102 @@ class GroupSearch:
     history: Path | None = None
 
 
+@dataclass(frozen=True)
+class Allocation:
+    """The group sizes that were chosen.
+
+    Attributes:
+        groups: by site.
+        loss: of the judge.
+        seconds: that the choice took; of integer programs without the judge, who has no part in it.
+        history: the rounds of evolution; empty without it.
+    """
+
+    groups: Groups
+    loss: float
+    seconds: float
+    history: tuple[Round, ...] = ()
+
+
 def choose_group_sizes(
     task: Task,
     parts: Parts,
     smoothing: dict[str, Smoothing],
     trajectory: Trajectory | None,
     search: GroupSearch,
-) -> SearchResult:
-    """Choose a group size for every site by evolution.
+) -> Allocation:
+    """Choose a group size for every site, as the recipe says.
 
     Raises:
-        ValueError: no size divides any width, or as ``evolve``.
+        ValueError: no size divides any width, or as ``evolve`` and ``least_cost``.
     """
     recipe, bits = task.recipe, task.bits
     shapes = {site.name: tuple(joint_weight(task.model, site).shape) for site in task.sites}
-    choices = _choices(shapes, recipe.group_sizes)
+    choices = _choices(shapes, recipe)
+    allowed = _constraint(recipe, choices, shapes, (bits.weights, bits.activations))
+    drafts = Drafts(task, parts, smoothing)
 
     def loss_of(groups: Groups) -> float:
-        layers: dict[str, QuantizedLayer] = {}
-        for site in task.sites:
-            group = groups[site.name]
-            act = parts.activations.finish(site, smoothing[site.name], group)
-            weights = parts.weights.draft(site, smoothing[site.name], group)
-            layers |= {name: QuantizedLayer(weight, act, smoothing[site.name])
-                       for name, weight in weights.items()}
-        return search.objective.loss(install(deepcopy(task.model), layers))
+        return search.objective.loss(install(deepcopy(task.model), drafts.layers(groups)))
 
-    allowed = _constraint(recipe, choices, shapes, (bits.weights, bits.activations))
-    text = (f"{asdict(recipe)} W{bits.weights}A{bits.activations}, "
-            f"{search.objective.description}, {_digest(task, trajectory)}")
-    history = None if search.history is None else _file_for(search.history, text)
-    return evolve(choices, loss_of, allowed, _budget(recipe), history, text)
+    started = time.perf_counter()
+    if recipe.allocate == "evolution":
+        text = (f"{asdict(recipe)} W{bits.weights}A{bits.activations}, "
+                f"{search.objective.description}, {_digest(task, trajectory)}")
+        history = None if search.history is None else _file_for(search.history, text)
+        result = evolve(choices, loss_of, allowed, _budget(recipe), history, text)
+        return Allocation(result.groups, result.loss, time.perf_counter() - started, result.history)
+    groups = least_cost(drafts.costs(choices), allowed)
+    seconds = time.perf_counter() - started
+    return Allocation(groups, loss_of(groups), seconds)
 
 
-def _choices(shapes: dict[str, tuple[int, int]], sizes: tuple[int, ...]) -> dict[str, Sizes]:
+@dataclass(frozen=True)
+class Drafts:
+    """Sites at any group size, for a quick look: their weights are rounded to the nearest."""
+
+    task: Task
+    parts: Parts
+    smoothing: dict[str, Smoothing]
+
+    def layers(self, groups: Groups) -> dict[str, QuantizedLayer]:
+        """Quantise all sites."""
+        layers = {}
+        for site in self.task.sites:
+            layers |= self.layers_of(site, groups[site.name])
+        return layers
+
+    def layers_of(self, site: Site, group: int) -> dict[str, QuantizedLayer]:
+        """Quantise the linears of a site."""
+        smoothing = self.smoothing[site.name]
+        act = self.parts.activations.finish(site, smoothing, group)
+        weights = self.parts.weights.draft(site, smoothing, group)
+        return {name: QuantizedLayer(weight, act, smoothing) for name, weight in weights.items()}
+
+    def costs(self, choices: dict[str, Sizes]) -> Costs:
+        """Compute what each site costs on its own, at every size it can have."""
+        costs: Costs = {}
+        for site in tqdm(self.task.sites, desc="group sizes", unit="layer"):
+            costs[site.name] = {size: self._cost(site, size) for size in choices[site.name]}
+        return costs
+
+    def _cost(self, site: Site, group: int) -> float:
+        smoothing, cost = self.smoothing[site.name], COSTS[self.task.recipe.allocate]
+        inputs = smoothing.of_input(self.parts.sensitivity.inputs(site))
+        total = 0.0
+        for name, layer in self.layers_of(site, group).items():
+            weight = smoothing.of_weight(matrix(self.task.model.get_submodule(name)))
+            total += cost(inputs, weight, layer)
+        return total
+
+
+def _choices(shapes: dict[str, tuple[int, int]], recipe: Recipe) -> dict[str, Sizes]:
     widths = {name: columns for name, (_, columns) in shapes.items()}
-    if not any(width % size == 0 for width in widths.values() for size in sizes):
+    sizes, tail = recipe.group_sizes, recipe.group_tail == "allow"
+    if not tail and not any(width % size == 0 for width in widths.values() for size in sizes):
         raise ValueError(f"none of the group sizes {sizes} divides a layer's width: "
                          f"expected divisors of {sorted(set(widths.values()))}")
-    return group_choices(widths, sizes)
+    return group_choices(widths, sizes, tail)
 
 
 def _budget(recipe: Recipe) -> Budget:

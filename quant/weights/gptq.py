@@ -72,7 +72,7 @@ def gptq_quantize(
         # Make the grids of all groups that begin in this block.
         first, last = len(grids), -(-end // size)
         if last > first:
-            groups = corrected[first * size:last * size].T.unflatten(1, (-1, size))
+            groups = _group(corrected[first * size:last * size].T, spec)
             grid = make_grid(groups, slice(first, last))
             grids += [grid.select(k) for k in range(last - first)]
         # Round its channels, then correct all that come after the block at once.
@@ -80,7 +80,12 @@ def gptq_quantize(
         channel_grids = [grids[i // size] for i in range(begin, end)]
         errors = _round_block(corrected[here], factor[here, here], channel_grids, signed[here])
         corrected[end:].addmm_(factor[here, end:].T, errors, alpha=-1)
-    return _assemble(signed, grids, spec, step)
+    return _assemble(signed, grids, size, spec, step)
+
+
+def _group(weight: Tensor, spec: QuantSpec) -> Tensor:
+    """View whole groups of a weight, (O, k g), as (O, k, g); without groups a row is one."""
+    return grouped(weight, spec)[0] if spec.granularity == "group" else weight[:, None]
 
 
 def _round_block(corrected: Tensor, factor: Tensor, grids: list[Grid], signed: Tensor) -> Tensor:
@@ -107,16 +112,20 @@ def _round_block(corrected: Tensor, factor: Tensor, grids: list[Grid], signed: T
 
 
 def _assemble(
-    signed: Tensor, grids: list[Grid], spec: QuantSpec, step: Tensor | None
+    signed: Tensor, grids: list[Grid], size: int, spec: QuantSpec, step: Tensor | None
 ) -> Quantized:
-    """Put rounded channels (I, O), integer-valued ``q - zero``, and the groups' grids together."""
+    """Put rounded channels (I, O), integer-valued ``q - zero``, and the groups' grids together.
+
+    Args:
+        size: channels in a group.
+    """
     columns, rows = signed.shape
     shape = (rows, len(grids), 1) if spec.granularity == "group" else (rows, 1)
     scale = torch.stack([grid.code_scale for grid in grids], 1)  # (O, G)
     zero = torch.stack([grid.zero for grid in grids], 1)
-    codes = signed.T.reshape(rows, len(grids), -1) + zero[..., None]
+    codes = signed.T + zero.repeat_interleave(size, 1)[:, :columns]
     return Quantized(
-        codes.to(torch.uint8).reshape(rows, columns),
+        codes.to(torch.uint8).contiguous(),
         scale.reshape(shape),
         zero.reshape(shape),
         spec,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quant.numerics.floating import FloatWeight
 from quant.numerics.uniform import Quantized
 from quant.weights.rounding import WeightQuantizer
 from quant.weights.two_level import LIMIT
@@ -29,12 +30,12 @@ class LowRankWeight:
     """The approximation ``base.dequantize() + left @ right`` of a weight (O, I).
 
     Attributes:
-        base: the quantised part.
+        base: the quantised part, or at 16 bits all of it.
         left: (O, r) float32.
         right: (r, I) float32.
     """
 
-    base: Quantized
+    base: Quantized | FloatWeight
     left: Tensor
     right: Tensor
 

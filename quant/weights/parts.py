@@ -17,7 +17,7 @@ from quant.calibration.watch import Watch
 from quant.numerics.smoothing import Smoothing
 from quant.numerics.tokens import matrix
 from quant.numerics.uniform import QuantSpec
-from quant.recipe import weight_spec
+from quant.recipe import uses_moments, weight_spec
 from quant.weights.low_rank import LowRankWeight, lowrank_quantize, without_branch
 from quant.weights.rounding import WeightQuantizer, gptq_quantizer, nearest_quantizer
 
@@ -43,14 +43,19 @@ class SmoothFirst:
         self._maxima = maxima
         self._svd = svd
         self._moments: dict[str, SecondMoment] = {}
+        self._given: dict[str, Tensor] = {}
 
     def observe(self, site: Site, watch: Watch) -> None:
-        """Ask for the second moment of the inputs, if the recipe looks at outputs."""
-        if self._recipe.weight == "gptq" or self._recipe.metric == "output":
+        """Ask for the second moment of the float model's inputs, if the recipe looks at it."""
+        if uses_moments(self._recipe) and self._recipe.hessian == "float":
             module = self._model.get_submodule(site.linears[0])
             steps = len(self._maxima[site.name])
             self._moments[site.name] = watch.add(
                 site.linears[0], SecondMoment, lambda: SecondMoment(module, steps))
+
+    def take_moments(self, moments: dict[str, Tensor]) -> None:
+        """Take over second moments (I, I) of sites, of inputs as the products see them."""
+        self._given = moments
 
     def weight_of(self, site: Site) -> Tensor:
         """Return the weight (O, I) whose magnitudes the balance measures."""
@@ -86,6 +91,8 @@ class SmoothFirst:
         return weights
 
     def _moment(self, site: Site, smoothing: Smoothing) -> Tensor | None:
+        if site.name in self._given:
+            return self._given[site.name]
         if site.name not in self._moments:
             return None
         return smoothing.of_moment(self._moments[site.name].value)
