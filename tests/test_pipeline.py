@@ -327,10 +327,12 @@ def random_layers(
         quantised = quantize_weight(smoothing.of_weight(weight), weight_spec(recipe, bits))
         left = torch.randn(rows, 3, generator=generator)
         right = torch.randn(3, columns, generator=generator)
+        is_corrected = recipe.bias_correction == "float" and smoothing.shift is not None
         layers[site.name] = QuantizedLayer(
             LowRankWeight(quantised, 0.01 * left, 0.01 * right),
             any_activation(site, recipe, act_bits),
-            smoothing)
+            smoothing,
+            offset=weight @ smoothing.shift if is_corrected else None)
     return layers
 
 
