@@ -86,7 +86,7 @@ def test_it_is_accepted_where_operands_stay_float():
     assert len(result.layers) > 0
 
 
-@pytest.mark.parametrize("recipe_name", ["ptq4dit", "repq-vit"])
+@pytest.mark.parametrize("recipe_name", ["ptq4dit", "repq-vit", "tfmq-dm"])
 def test_compiled_blocks_quantise_operands_too(recipe_name):
     """A compiler sees through the interception: a block without operands would differ by far."""
     torch.compiler.reset()

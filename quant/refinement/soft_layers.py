@@ -115,7 +115,12 @@ class SoftLinear(nn.Module):
         codes, scale = self.act(values)
         inputs = codes if scale is None else codes * scale
         self.h = rectified_sigmoid(self.v)
-        return F.linear(inputs, torch.addcmul(self.down, self.step, self.h), self.bias)
+        return F.linear(inputs, self.weight, self.bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, (O, I), as ``h`` rounds it."""
+        return self.down if self.h is None else torch.addcmul(self.down, self.step, self.h)
 
     def harden(self) -> QuantizedLayer:
         """Return the layer with every weight rounded the way it leans, and the learned step."""

@@ -35,11 +35,6 @@ class UnitChain:
         if self._timestep_index is not None:
             self._steps = self._timestep_index.nearest(architecture.timesteps(inputs))  # (P,)
 
-    @property
-    def images(self) -> int:
-        """How many there are, P."""
-        return self._images
-
     def enter(self, unit: Unit) -> None:
         """Go in front of a unit, whose predecessors have their final layers."""
         if self._next is not None:
@@ -51,7 +46,8 @@ class UnitChain:
 
     def run(self, unit: Unit, chosen: Tensor) -> tuple[Tensor, ...]:
         """Run the unit on some of the images, (n,) int64; its outputs have n entries each."""
-        self._set_steps(chosen)
+        if self._timestep_index is not None:
+            self._timestep_index.index = self._steps[chosen]
         return unit.run(self._model, self._pick(self._call, chosen))
 
     def outputs(self, unit: Unit) -> tuple[Tensor, ...]:
@@ -67,10 +63,8 @@ class UnitChain:
 
     def _record(self, entrance: str) -> Call:
         """Run the model up to a module, a batch at a time; put the calls of the module together."""
-        calls = []
-        for chosen in self._batches():
-            self._set_steps(chosen)
-            calls.append(_entered_with(self._model, entrance, self._pick(self._inputs, chosen)))
+        calls = [_entered_with(self._model, entrance, self._pick(self._inputs, chosen))
+                 for chosen in self._batches()]
         return {name: self._joined([call[name] for call in calls]) for name in calls[0]}
 
     def _joined(self, parts: list[Any]) -> Any:
@@ -84,10 +78,6 @@ class UnitChain:
         tensors = [value for value in self._inputs.values() if isinstance(value, Tensor)]
         every = torch.arange(self._images, device=tensors[0].device)
         return every.split(config.reconstruction_batch)
-
-    def _set_steps(self, chosen: Tensor) -> None:
-        if self._timestep_index is not None:
-            self._timestep_index.index = self._steps[chosen]
 
     def _pick(self, value: Any, chosen: Tensor) -> Any:
         """Take some of the images out of an argument, or out of all of them."""
