@@ -52,6 +52,7 @@ CHOICES = {
     "hessian=float": replace(FIXED, hessian="float"),
     "adaln-input=quantised": replace(FIXED, adaln_input="quantised"),
     "scope=adaln": replace(FIXED, scope="adaln"),
+    "scope=adaln,zero-point=clamped": replace(FIXED, scope="adaln", convention="clamped"),
     "weight=nearest": replace(FIXED, weight="nearest"),
     "weight=nearest,zero-point=clamped": replace(FIXED, weight="nearest", convention="clamped"),
     "weight=nearest,zero-point=widened": replace(FIXED, weight="nearest", convention="affine"),

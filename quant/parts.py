@@ -77,9 +77,8 @@ class Task:
     @property
     def has_sequential_moments(self) -> bool:
         """Whether weights are quantised by what the layers before, quantised, give."""
-        recipe = self.recipe
-        return recipe.hessian == "sequential" and uses_moments(recipe) and not (
-            self.bits.leave_weights)
+        sequential = uses_moments(self.recipe) and self.recipe.hessian == "sequential"
+        return sequential and not self.bits.leave_weights
 
     @property
     def learns_rounding(self) -> bool:

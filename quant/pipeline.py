@@ -122,23 +122,21 @@ def quantize_model(
 
     # What follows from it. An attention may be refused, so it comes before the weights' long work.
     operands = parts.operands.finish(smoothing)
-    allocation = None
+    groups, allocation = {}, None
     if recipe.group_sizes:
         allocation = choose_group_sizes(task, parts, smoothing, trajectory, search)
-    groups = {} if allocation is None else allocation.groups
+        groups = allocation.groups
     acts = {site.name: parts.activations.finish(site, smoothing[site.name], groups.get(site.name))
             for site in sites}
 
     # The weights, and what is learned or added afterwards.
-    so_far = None
-    if task.has_sequential_moments:
-        inputs = _drawn_call(FirstPass(trajectory, maxima), recipe, config.hessian_images)
-        so_far = QuantisedSoFar(model, sites, acts, smoothing, operands, inputs)
+    first = FirstPass(trajectory, maxima)
+    so_far = _quantised_so_far(task, first, acts, smoothing, operands)
     layers = _layers(task, parts, acts, smoothing, groups, so_far)
     if task.learns_rounding:
         # Every step is among them, unless the recipe draws steps normally.
         images = max(config.reconstruction_samples, len(trajectory))
-        inputs = _drawn_call(FirstPass(trajectory, maxima), recipe, images)
+        inputs = _drawn_call(first, recipe, images)
         layers, operands = reconstruct(model, layers, operands, inputs, recipe)
     if has_weight_only_adaln(recipe, bits.weights):
         layers |= weight_only_layers(model, recipe)
@@ -170,6 +168,20 @@ def _look(task: Task, weights, trajectory: Trajectory | None, maxima: dict[str, 
         desc = "search" if len(task.recipe.alphas) > 1 else "replay"
         replay(task.model, trajectory, watch, config.replay_tokens, desc)
     return parts
+
+
+def _quantised_so_far(
+    task: Task,
+    first: FirstPass,
+    acts: dict[str, Activation],
+    smoothing: dict[str, Smoothing],
+    operands: dict[str, Operands],
+) -> QuantisedSoFar | None:
+    """Make the model that goes along with its quantisation, if the recipe looks at it."""
+    if not task.has_sequential_moments:
+        return None
+    inputs = _drawn_call(first, task.recipe, config.hessian_images)
+    return QuantisedSoFar(task.model, task.sites, acts, smoothing, operands, inputs)
 
 
 def _layers(

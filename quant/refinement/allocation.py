@@ -91,15 +91,15 @@ def choose_group_sizes(
         return search.objective.loss(install(deepcopy(task.model), drafts.layers(groups)))
 
     started = time.perf_counter()
-    if recipe.allocate == "evolution":
-        text = (f"{asdict(recipe)} W{bits.weights}A{bits.activations}, "
-                f"{search.objective.description}, {_digest(task, trajectory)}")
-        history = None if search.history is None else _file_for(search.history, text)
-        result = evolve(choices, loss_of, allowed, _budget(recipe), history, text)
-        return Allocation(result.groups, result.loss, time.perf_counter() - started, result.history)
-    groups = least_cost(drafts.costs(choices), allowed)
-    seconds = time.perf_counter() - started
-    return Allocation(groups, loss_of(groups), seconds)
+    if task.weighs_layers:
+        groups = least_cost(drafts.costs(choices), allowed)
+        seconds = time.perf_counter() - started
+        return Allocation(groups, loss_of(groups), seconds)
+    text = (f"{asdict(recipe)} W{bits.weights}A{bits.activations}, "
+            f"{search.objective.description}, {_digest(task, trajectory)}")
+    history = None if search.history is None else _file_for(search.history, text)
+    result = evolve(choices, loss_of, allowed, _budget(recipe), history, text)
+    return Allocation(result.groups, result.loss, time.perf_counter() - started, result.history)
 
 
 @dataclass(frozen=True)
