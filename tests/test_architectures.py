@@ -188,7 +188,8 @@ def test_folded_equals_unfolded(family):
 def test_other_recipes_run_on_other_transformers(family, recipe_name):
     recipe = replace(RECIPES[recipe_name], iterations=2, group_sizes=(), weight_group=16)
     if recipe_name == "qdit":
-        recipe = replace(recipe, scope="blocks")
+        # The text's width is not one of whole groups.
+        recipe = replace(recipe, group_tail="allow")
     model = make(family)
     result = quantise(model, family, recipe, BitWidths(8, 8))
     quantised = install(make(family), result.layers, operands=result.operands)
