@@ -113,6 +113,35 @@ def test_report_shows_the_comparison_and_each_row(compared):
     assert reported == ["ditas-lowrank=0-group-size=32-W4A8", "rtn-W4A8"]
 
 
+def test_several_guidance_scales_share_checkpoints_and_have_a_table_each(
+        compared, monkeypatch, capsys):
+    folder, rows = compared
+    images = json.loads((row_folder(folder, "rtn-W4A8") / ROW).read_text())["npz"]
+    sampled = []
+
+    def sample(self, arguments, _):
+        sampled.append(arguments)
+        return Path(images)
+
+    monkeypatch.setattr(runner, "quantize", lambda words: pytest.fail("quantised again"))
+    monkeypatch.setattr(runner.Comparison, "sample", sample)
+    call(compare, *arguments(folder / "out"), "--recipes", "rtn", "--cfg-scale", "1", "1.5")
+    assert capsys.readouterr().out.count("done before") == 2
+    with open(folder / "out/table.csv") as file:
+        table = list(csv.DictReader(file))
+    assert [row["guidance"] for row in table] == ["1", "1", "1.5", "1.5"]
+    assert table[2:] == rows[:2]
+    assert table[1]["SQNR dB"] != rows[1]["SQNR dB"]
+    assert table[0]["MB"] != table[0]["paper MB"]
+
+    # Another sampler makes other images. Rows of guidance 1.5 are left to the tests that follow.
+    call(compare, *arguments(folder / "out"), "--recipes", "rtn", "--cfg-scale", "1",
+         "--sampler", "ddim")
+    told = [(words[words.index("--sampler") + 1], words[words.index("--cfg-scale") + 1])
+            for words in sampled]
+    assert told == [("ddpm", "1.0")] * 2 + [("ddim", "1.0")] * 2
+
+
 def test_finished_rows_are_kept_and_changed_settings_make_them_anew(compared, monkeypatch, capsys):
     folder, rows = compared
     again = arguments(folder / "out", "--report", folder / "report")
@@ -142,34 +171,6 @@ def test_finished_rows_are_kept_and_changed_settings_make_them_anew(compared, mo
     monkeypatch.setattr(runner.Comparison, "sample", lambda self, *_: Path(sampled))
     call(compare, *arguments(folder / "out"), "--recipes", "rtn", "--seed", "1")
     assert quantised == ["rtn"]
-
-
-def test_several_guidance_scales_share_checkpoints_and_have_a_table_each(
-        compared, monkeypatch, capsys):
-    folder, rows = compared
-    images = json.loads((row_folder(folder, "rtn-W4A8") / ROW).read_text())["npz"]
-    sampled = []
-
-    def sample(self, arguments, _):
-        sampled.append(arguments)
-        return Path(images)
-
-    monkeypatch.setattr(runner, "quantize", lambda words: pytest.fail("quantised again"))
-    monkeypatch.setattr(runner.Comparison, "sample", sample)
-    call(compare, *arguments(folder / "out"), "--recipes", "rtn", "--cfg-scale", "1", "1.5")
-    assert capsys.readouterr().out.count("done before") == 2
-    with open(folder / "out/table.csv") as file:
-        table = list(csv.DictReader(file))
-    assert [row["guidance"] for row in table] == ["1", "1", "1.5", "1.5"]
-    assert table[2:] == rows[:2]
-    assert table[1]["SQNR dB"] != rows[1]["SQNR dB"]
-    assert table[0]["MB"] != table[0]["paper MB"]
-
-    # Another sampler makes other images.
-    call(compare, *arguments(folder / "out"), "--recipes", "rtn", "--sampler", "ddim")
-    told = [(words[words.index("--sampler") + 1], words[words.index("--cfg-scale") + 1])
-            for words in sampled]
-    assert told == [("ddpm", "1.0")] * 2 + [("ddim", "1.5")] * 2
 
 
 @pytest.mark.parametrize("damage", ["", "[]", "{", '{"key": []}', "{}"])

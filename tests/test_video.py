@@ -14,7 +14,7 @@ import config
 import evaluate
 import QuantDiT
 from diffusion import ddpm_step, make_schedule
-from diffusion.generate import generate_latents
+from diffusion.generate import Sampling, generate_latents
 from errors import UserError
 from evaluation.metrics import statistics
 from evaluation.networks import load_video_reference
@@ -279,7 +279,7 @@ def test_the_judge_is_the_distance_of_the_models_videos(monkeypatch):
     assert reference == Path("digits-videos.npz") and reference.is_file()
 
     def sample(sampled, videos):
-        return sample_videos(sampled, videos, decode, schedule, 0)
+        return sample_videos(sampled, videos, decode, Sampling(schedule, 0, cfg_scale=1.5))
 
     judge = fvd_judge(sample, extractor, reference, "2 steps, seed 0")
     assert judge.description == (
