@@ -2,7 +2,11 @@
 
 DiT-Emoji-Outliers is made as the digits' twin is (``examples/digits/outliers.py``). Its seed was
 chosen before any number of it was seen.
+
+    python -m examples.emoji.outliers    # how the outliers of DiT-Emoji grew while it was trained
 """
+import json
+import statistics
 from pathlib import Path
 
 import torch
@@ -15,6 +19,7 @@ from files.weights import read_state_dict
 from quant.calibration.trajectory import hooked
 
 WEIGHTS = Path(__file__).with_name("dit.safetensors")
+CURVES = Path(__file__).with_name("dit-curves.json")
 SEED = 19
 NOISES = 8  # timesteps at which channels are looked at, from the noisiest to the cleanest
 
@@ -55,3 +60,31 @@ def outlier_ratios(
     with hooked(model, names, see):
         model(a.sqrt() * latents + (1 - a).sqrt() * noise, t, labels)
     return {name: float(channels.max() / channels.median()) for name, channels in largest.items()}
+
+
+def curve_table(curves: dict[str, list[tuple[int, float]]], rows: int = 12) -> str:
+    """Write a Markdown table: over training, the ratio of each kind of linear.
+
+    Args:
+        curves: (step, ratio) of every linear; other curves are left out.
+        rows: how many of the steps are shown, spread evenly.
+
+    Returns:
+        The median and the largest ratio over the blocks, in each row for one step.
+    """
+    roles = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    steps = [step for step, _ in curves["blocks.0.attn.qkv"]]
+    stride = max(1, -(-len(steps) // rows))
+    shown = sorted({*range(0, len(steps), stride), len(steps) - 1})
+    lines = [f"| step | {' | '.join(roles)} |", f"|{'---|' * (len(roles) + 1)}"]
+    for index in shown:
+        cells = [str(steps[index])]
+        for role in roles:
+            ratios = [curve[index][1] for name, curve in curves.items() if name.endswith(role)]
+            cells.append(f"{statistics.median(ratios):.1f} (at most {max(ratios):.1f})")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(curve_table(json.loads(CURVES.read_text())))
