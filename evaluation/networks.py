@@ -13,7 +13,7 @@ from files.digests import sha256
 from files.weights import read_state_dict
 from models import ModelCard
 
-FEATURES = ("inception", "digits")
+FEATURES = ("inception", "efficientnet", "digits")
 ALEXNET_URL = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
 IMAGENET_REFERENCE_URL = (
     "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
@@ -33,6 +33,9 @@ def load_extractor(kind: str, weights: str | None, device: torch.device) -> Extr
     if kind == "digits":
         from examples.digits.classifier import digits_extractor
         return digits_extractor(device)
+    if kind == "efficientnet":
+        from evaluation.efficientnet import load_efficientnet
+        return load_efficientnet(device)
     from evaluation.inception import SHA256, URL, build_network, inception_extractor
     file_name = _file_name(URL)
     advice = f"give {file_name} (from {URL})"
@@ -58,13 +61,21 @@ def load_reference(card: ModelCard, given: str | None, folder: Path) -> Path:
     """
     if given is not None:
         return Path(given)
-    if card.features == "digits":
-        from examples.digits.data import write_reference
-        path = folder / "digits-reference.npz"
-        return path if path.exists() else write_reference(path)
+    if card.decoder in ("digits", "emoji"):
+        path = folder / f"{card.decoder}-reference.npz"
+        return path if path.exists() else _write_bundled(card.decoder, path)
     raise UserError(
         "--reference is missing: give ADM's file of real images and their statistics, "
         f"for 256 pixels {IMAGENET_REFERENCE_URL}")
+
+
+def _write_bundled(data: str, path: Path) -> Path:
+    """Write the images that a bundled model was trained on, and return their path."""
+    if data == "digits":
+        from examples.digits.data import write_reference
+    else:
+        from examples.emoji.data import write_reference
+    return write_reference(path)
 
 
 def load_video_reference(card: ModelCard, given: str | None, folder: Path) -> Path:

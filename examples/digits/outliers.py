@@ -27,9 +27,10 @@ def plain_weights() -> dict[str, Tensor]:
     return {key: value.float() for key, value in load_file(WEIGHTS).items()}
 
 
-def outlier_weights() -> dict[str, Tensor]:
-    """Make the weights of DiT-Digits-Outliers."""
-    return add_outliers(plain_weights(), SEED)
+def bundled_weights(name: str) -> dict[str, Tensor]:
+    """Load the weights of DiT-Digits, or make those of DiT-Digits-Outliers, float32."""
+    state = plain_weights()
+    return add_outliers(state, SEED) if name == "DiT-Digits-Outliers" else state
 
 
 def add_outliers(state: dict[str, Tensor], seed: int) -> dict[str, Tensor]:

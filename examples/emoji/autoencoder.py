@@ -1,0 +1,151 @@
+"""The VAE of the emoji models: diffusers' ``AutoencoderKL``, 64 x 64 x 3 to 16 x 16 x 4."""
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from errors import UserError
+from examples.emoji.data import IMAGE_SIZE, load_emoji, load_tones, to_tensor
+
+FOLDER = Path(__file__).with_name("vae")
+DOWNSAMPLE = 4          # pixels per latent cell and side
+LATENT_CHANNELS = 4
+CHANNELS = (32, 64, 96)  # of the network, from images to latents
+HELD_OUT = 40           # every 40th emoji is kept from training, with its skin tones
+KL_WEIGHT = 1e-4        # nats per latent against squared error per pixel
+ABSOLUTE_WEIGHT = 0.1   # of the absolute error, which keeps flat colours flat
+SHIFT = 4               # pixels that images are moved by, at most
+
+
+def build_autoencoder() -> nn.Module:
+    """Make the network with random weights (1.6 M parameters)."""
+    from diffusers.models import AutoencoderKL
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(CHANNELS),
+        up_block_types=("UpDecoderBlock2D",) * len(CHANNELS),
+        block_out_channels=CHANNELS,
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8,
+        sample_size=IMAGE_SIZE,
+        mid_block_add_attention=False,
+    )
+
+
+def split_images() -> tuple[NDArray, NDArray]:
+    """Load training and held-out images, uint8 (N, 64, 64, 3).
+
+    Of the held-out emoji no skin tone is trained on. Their relatives ("man", "woman") may be.
+
+    Raises:
+        UserError: the skin tones are not there, see ``data.load_tones``.
+    """
+    emoji = load_emoji()
+    tones, base = load_tones()
+    kept_out = np.arange(len(emoji)) % HELD_OUT == HELD_OUT // 2
+    training = np.concatenate([emoji.images[~kept_out], tones[~kept_out[base]]])
+    return training, emoji.images[kept_out]
+
+
+def recolour(images: Tensor) -> Tensor:
+    """Exchange red, green and blue at random in half of the images (N, 3, H, W).
+
+    Most emoji are yellow and red: without it the latents forget green.
+    """
+    orders = [torch.randperm(3) if torch.rand(()) < 0.5 else torch.arange(3) for _ in images]
+    return torch.stack([image[order] for image, order in zip(images, orders)])
+
+
+def augment(images: Tensor) -> Tensor:
+    """Flip half of the images (N, 3, H, W) and move each by up to ``SHIFT`` pixels over white."""
+    count, _, height, width = images.shape
+    flipped = torch.where((torch.rand(count) < 0.5).view(-1, 1, 1, 1), images.flip(3), images)
+    padded = F.pad(flipped, (SHIFT,) * 4, value=1.0)
+    corners = torch.randint(0, 2 * SHIFT + 1, (count, 2)).tolist()
+    moved = [
+        image[:, top:top + height, left:left + width]
+        for image, (top, left) in zip(padded, corners)
+    ]
+    return torch.stack(moved)
+
+
+def autoencoder_loss(vae: nn.Module, images: Tensor) -> Tensor:
+    """Compute squared and absolute error plus the KL divergence of the latents, a scalar.
+
+    In bfloat16, which halves the time where processors have it.
+    """
+    with torch.autocast("cpu", torch.bfloat16):
+        posterior = vae.encode(images).latent_dist
+        decoded = vae.decode(posterior.sample()).sample
+    error = decoded.float() - images
+    kl = posterior.kl().float().mean() / posterior.mean[0].numel()
+    return error.square().mean() + ABSOLUTE_WEIGHT * error.abs().mean() + KL_WEIGHT * kl
+
+
+@torch.no_grad()
+def encode(vae: nn.Module, images: Tensor, batch: int = 64) -> Tensor:
+    """Encode images (N, 3, 64, 64) to the means of their latents (N, 4, 16, 16), unscaled."""
+    return torch.cat([vae.encode(part).latent_dist.mean for part in images.split(batch)])
+
+
+@torch.inference_mode()
+def reconstruction_psnr(vae: nn.Module, images: Tensor) -> float:
+    """Compute the mean PSNR in dB of images (N, 3, 64, 64) that went through the VAE."""
+    decoded = vae.decode(encode(vae, images)).sample.clamp(-1, 1)
+    # Values span 2, from -1 to 1.
+    errors = ((decoded - images) / 2).square().mean(dim=(1, 2, 3))
+    return float((-10 * errors.log10()).mean())
+
+
+@torch.no_grad()
+def normalize_latents(vae: nn.Module, latents: Tensor) -> None:
+    """Give every latent channel mean zero and one deviation, in place, without changing images.
+
+    The encoder's last and the decoder's first 1x1 convolution take up shift and scale. Then one
+    ``scaling_factor`` serves all channels, as samplers expect.
+
+    Args:
+        latents: (N, 4, H, W), means of what the encoder gives for the training images.
+    """
+    mean = latents.mean(dim=(0, 2, 3))  # (4,)
+    deviation = latents.std(dim=(0, 2, 3))
+    common = latents.std()
+    ratio = common / deviation
+
+    # What leaves the encoder: means, then log variances.
+    out = vae.quant_conv
+    out.weight[:LATENT_CHANNELS] *= ratio.view(-1, 1, 1, 1)
+    out.bias[:LATENT_CHANNELS] = (out.bias[:LATENT_CHANNELS] - mean) * ratio
+    out.bias[LATENT_CHANNELS:] += 2 * ratio.log()
+
+    # What enters the decoder: z becomes z / ratio + mean.
+    into = vae.post_quant_conv
+    into.bias += into.weight[:, :, 0, 0] @ mean
+    into.weight /= ratio.view(1, -1, 1, 1)
+    vae.register_to_config(scaling_factor=round(1 / common.item(), 5))
+
+
+def load_autoencoder(folder: Path = FOLDER) -> nn.Module:
+    """Load the VAE in eval mode and float32 (stored as float16).
+
+    Raises:
+        UserError: the folder is missing or damaged.
+    """
+    from diffusers.models import AutoencoderKL
+    try:
+        vae = AutoencoderKL.from_pretrained(folder, local_files_only=True)
+    # The loader raises types of several libraries.
+    except Exception as error:
+        raise UserError(
+            f"cannot load the VAE from '{folder}' ({type(error).__name__}): expected config.json "
+            "and diffusion_pytorch_model.safetensors; restore them with git checkout") from None
+    return vae.float().eval()
+
+
+def training_tensors() -> tuple[Tensor, Tensor]:
+    """Load training and held-out images as (N, 3, 64, 64) in [-1, 1]."""
+    training, held_out = split_images()
+    return to_tensor(training), to_tensor(held_out)
