@@ -15,8 +15,8 @@ DOWNSAMPLE = 4          # pixels per latent cell and side
 LATENT_CHANNELS = 4
 CHANNELS = (32, 64, 96)  # of the network, from images to latents
 HELD_OUT = 40           # every 40th emoji is kept from training, with its skin tones
-# Nats per latent against squared error per pixel. At 1e-4 the noise of the posterior was as large as
-# the weakest direction of the latents, and green was lost.
+# Nats per latent against squared error per pixel. At 1e-4 the posterior had as much noise as the
+# weakest direction of the latents had signal, and green was lost.
 KL_WEIGHT = 1e-6
 ABSOLUTE_WEIGHT = 0.1   # of the absolute error, which keeps flat colours flat
 SHIFT = 4               # pixels that images are moved by, at most
