@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from architectures.diffusers_blocks import DiffusersArchitecture
 from architectures.sites import (
-    MODEL,
     AttentionSite,
     Call,
     Modulation,
@@ -17,7 +16,7 @@ from architectures.sites import (
     single,
     without_ends,
 )
-from architectures.units import per_image_linears, single_layers
+from architectures.units import single_layers
 
 
 class DiffusersDiTArchitecture(DiffusersArchitecture):
@@ -41,9 +40,16 @@ class DiffusersDiTArchitecture(DiffusersArchitecture):
                       *embedders, *modulation, *blocks, *_output_sites()]
         return without_ends(everything) if scope == "inner" else everything
 
-    def temporal_unit(self, model: nn.Module) -> Unit:
-        linears = per_image_linears(self.sites(model, "all"))
-        return Unit("timestep", linears, MODEL, _run_temporal)
+    def run_temporal(self, model: nn.Module, call: Call) -> tuple[Tensor, ...]:
+        """Compute every modulation, (N, 6D) of the blocks and (N, 2D) of the output."""
+        norms = [block.norm1 for block in model.transformer_blocks]
+        dtype = call["hidden_states"].dtype
+        conditions = [norm.emb(call["timestep"], call["class_labels"], hidden_dtype=dtype)
+                      for norm in norms]
+        modulations = [norm.linear(norm.silu(condition))
+                       for norm, condition in zip(norms, conditions)]
+        # The output has no embedder of its own: it shares that of the first block.
+        return *modulations, model.proj_out_1(F.silu(conditions[0]))
 
     def output_units(self, model: nn.Module) -> list[Unit]:
         return single_layers(_output_sites())
@@ -71,14 +77,3 @@ def _embedder_sites(block: str) -> Iterator[Site]:
 def _output_sites() -> list[Site]:
     return [single("proj_out_1", "output modulation", None, per_image=True),
             single("proj_out_2", "output", None)]
-
-
-def _run_temporal(model: nn.Module, call: Call) -> tuple[Tensor, ...]:
-    """Compute every modulation, (N, 6D) of the blocks and (N, 2D) of the output."""
-    norms = [block.norm1 for block in model.transformer_blocks]
-    dtype = call["hidden_states"].dtype
-    conditions = [norm.emb(call["timestep"], call["class_labels"], hidden_dtype=dtype)
-                  for norm in norms]
-    modulations = [norm.linear(norm.silu(condition)) for norm, condition in zip(norms, conditions)]
-    # The output has no embedder of its own: it shares that of the first block.
-    return *modulations, model.proj_out_1(F.silu(conditions[0]))

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from architectures.sites import (
-    MODEL,
     AttentionSite,
     Call,
     Modulation,
@@ -18,7 +17,7 @@ from architectures.sites import (
     single,
     without_ends,
 )
-from architectures.units import module_unit, per_image_linears
+from architectures.units import module_unit
 from models import DiT
 
 _CONFIGURATION = frozenset({
@@ -51,9 +50,12 @@ class DiTArchitecture:
     def attentions(self, model: DiT) -> list[AttentionSite]:
         return [AttentionSite(f"{name}.attn", f"{name}.attn.proj") for name in self.blocks(model)]
 
-    def temporal_unit(self, model: DiT) -> Unit:
-        linears = per_image_linears(self.sites(model, "all"))
-        return Unit("timestep", linears, MODEL, _run_temporal)
+    def run_temporal(self, model: DiT, call: Call) -> tuple[Tensor, ...]:
+        """Compute every modulation, (N, 6D) of the blocks and (N, 2D) of the final layer."""
+        condition = model.condition(call["t"], call["y"])
+        modulations = [block.adaLN_modulation for block in model.blocks]
+        modulations.append(model.final_layer.adaLN_modulation)
+        return tuple(modulation(condition) for modulation in modulations)
 
     def output_units(self, model: DiT) -> list[Unit]:
         return [module_unit("final_layer", tuple(linears_of(_output_sites())))]
@@ -80,14 +82,6 @@ class DiTArchitecture:
         if not all(_is_number(value) for value in configuration.values()):
             raise ValueError(f"expected positive numbers for a DiT, got {configuration}")
         return DiT(**configuration)
-
-
-def _run_temporal(model: DiT, call: Call) -> tuple[Tensor, ...]:
-    """Compute every modulation, (N, 6D) of the blocks and (N, 2D) of the final layer."""
-    condition = model.condition(call["t"], call["y"])
-    modulations = [block.adaLN_modulation for block in model.blocks]
-    modulations.append(model.final_layer.adaLN_modulation)
-    return tuple(modulation(condition) for modulation in modulations)
 
 
 def _is_number(value: object) -> bool:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from architectures.diffusers_blocks import DiffusersArchitecture
 from architectures.sites import (
-    MODEL,
     AttentionSite,
     Call,
     Rows,
@@ -22,7 +21,7 @@ from architectures.sites import (
     single,
     without_ends,
 )
-from architectures.units import per_image_linears, single_layers
+from architectures.units import single_layers
 
 
 class PixArtArchitecture(DiffusersArchitecture):
@@ -50,9 +49,12 @@ class PixArtArchitecture(DiffusersArchitecture):
                       modulation, *blocks, *_output_sites()]
         return without_ends(everything) if scope == "inner" else everything
 
-    def temporal_unit(self, model: nn.Module) -> Unit:
-        linears = per_image_linears(self.sites(model, "all"))
-        return Unit("timestep", linears, MODEL, _run_temporal)
+    def run_temporal(self, model: nn.Module, call: Call) -> tuple[Tensor, ...]:
+        """Compute the shared modulation (N, 6D) and the embedding (N, D) that the output reads."""
+        timesteps = call["timestep"]
+        return model.adaln_single(
+            timesteps, call.get("added_cond_kwargs"), batch_size=len(timesteps),
+            hidden_dtype=call["hidden_states"].dtype)
 
     def output_units(self, model: nn.Module) -> list[Unit]:
         return single_layers(_output_sites())
@@ -90,11 +92,3 @@ def _embedder_sites(model: nn.Module) -> Iterator[Site]:
 
 def _output_sites() -> list[Site]:
     return [single("proj_out", "output", None)]
-
-
-def _run_temporal(model: nn.Module, call: Call) -> tuple[Tensor, ...]:
-    """Compute the shared modulation (N, 6D) and the embedding (N, D) that the output reads."""
-    timesteps = call["timestep"]
-    return model.adaln_single(
-        timesteps, call.get("added_cond_kwargs"), batch_size=len(timesteps),
-        hidden_dtype=call["hidden_states"].dtype)

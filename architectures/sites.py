@@ -165,8 +165,8 @@ class Architecture(Protocol):
     def timesteps(self, call: Call) -> Tensor:
         """Return the timestep (N,) of every image of a call of the model."""
 
-    def temporal_unit(self, model: nn.Module) -> Unit:
-        """Describe the layers that timestep and condition alone decide, as one unit."""
+    def run_temporal(self, model: nn.Module, call: Call) -> tuple[Tensor, ...]:
+        """Compute all that timestep and condition alone decide, (N, ...) each."""
 
     def output_units(self, model: nn.Module) -> list[Unit]:
         """List the units behind the blocks."""

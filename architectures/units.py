@@ -3,7 +3,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from architectures.sites import Architecture, Call, Site, Unit, linears_of
+from architectures.sites import MODEL, Architecture, Call, Site, Unit, linears_of
 
 # Which units there are.
 #     blocks: the transformer blocks.
@@ -19,7 +19,7 @@ def units(architecture: Architecture, model: nn.Module, kind: str) -> list[Unit]
         return _blocks(architecture, model, sites)
     if kind == "temporal":
         others = [site for site in sites if not site.per_image]
-        return [architecture.temporal_unit(model), *_blocks(architecture, model, others)]
+        return [_temporal(architecture, sites), *_blocks(architecture, model, others)]
     first = next(i for i, site in enumerate(sites) if site.block is not None)
     return [*single_layers(sites[:first]), *_blocks(architecture, model, sites),
             *architecture.output_units(model)]
@@ -35,9 +35,10 @@ def single_layers(sites: list[Site]) -> list[Unit]:
     return [module_unit(name, (name,)) for name in linears_of(sites)]
 
 
-def per_image_linears(sites: list[Site]) -> tuple[str, ...]:
-    """Name the linears that read a vector per image."""
-    return tuple(linears_of([site for site in sites if site.per_image]))
+def _temporal(architecture: Architecture, sites: list[Site]) -> Unit:
+    """Make a unit of the linears that read a vector per image."""
+    linears = linears_of([site for site in sites if site.per_image])
+    return Unit("timestep", tuple(linears), MODEL, architecture.run_temporal)
 
 
 def _blocks(architecture: Architecture, model: nn.Module, sites: list[Site]) -> list[Unit]:
