@@ -2,6 +2,7 @@
 
 A new method is one file with a formula and a part, and a line here.
 """
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -44,6 +45,9 @@ from quant.weights.floating import FloatWeights
 from quant.weights.parts import LowRankFirst, SmoothFirst
 
 WeightPart = SmoothFirst | LowRankFirst | FloatWeights
+
+# Observes a site's inputs, once for all parts that ask.
+SamplesOf = Callable[[Site, Watch], Samples]
 
 # Samples of attention's operands hold whole images, at least so many.
 LEAST_OPERAND_IMAGES = 8
@@ -167,7 +171,7 @@ def parts_without_trajectory(task: Task, weights: WeightPart) -> Parts:
         NoBalance(), weights, DynamicRanges(task.act_spec), FloatOperands(), NoSensitivity())
 
 
-def _shared_samples(task: Task, first: FirstPass):
+def _shared_samples(task: Task, first: FirstPass) -> SamplesOf:
     """Make a function that observes a site's inputs, once for all parts that ask."""
     picks = first.pick(config.sample_images, task.recipe)
     tokens = config.sample_tokens // config.sample_images
@@ -178,7 +182,7 @@ def _shared_samples(task: Task, first: FirstPass):
     return samples_of
 
 
-def _balance(task: Task, weights: WeightPart, first: FirstPass, samples_of) -> Balance:
+def _balance(task: Task, weights: WeightPart, first: FirstPass, samples_of: SamplesOf) -> Balance:
     recipe = task.recipe
     if recipe.balance == "salience":
         return Salience(partial(joint_weight, task.model))
@@ -203,7 +207,7 @@ def _new_search(task: Task, weights: WeightPart, name: str, factors: Tensor) -> 
 
 
 def _activations(
-    task: Task, first: FirstPass, samples_of, balance: Balance
+    task: Task, first: FirstPass, samples_of: SamplesOf, balance: Balance
 ) -> DynamicRanges | StaticRanges | EmbeddingRanges | ReparameterisedRanges:
     if not task.has_static_ranges:
         return DynamicRanges(task.act_spec)
@@ -213,7 +217,9 @@ def _activations(
     return ranges
 
 
-def _static_ranges(task: Task, first: FirstPass, samples_of) -> StaticRanges | EmbeddingRanges:
+def _static_ranges(
+    task: Task, first: FirstPass, samples_of: SamplesOf
+) -> StaticRanges | EmbeddingRanges:
     recipe, timesteps = task.recipe, first.trajectory.timesteps
 
     def step_samples_of(site: Site, watch: Watch) -> StepSamples:

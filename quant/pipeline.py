@@ -21,6 +21,7 @@ from quant.parts import (
     FirstPass,
     Parts,
     Task,
+    WeightPart,
     build_parts,
     build_weights,
     observe,
@@ -158,7 +159,12 @@ def check_groups(task: Task, search: GroupSearch | None) -> None:
             grouped(matrix(task.model.get_submodule(name)), spec)
 
 
-def _look(task: Task, weights, trajectory: Trajectory | None, maxima: dict[str, Tensor]) -> Parts:
+def _look(
+    task: Task,
+    weights: WeightPart,
+    trajectory: Trajectory | None,
+    maxima: dict[str, Tensor],
+) -> Parts:
     """Build the parts of the recipe and show them the trajectory, as far as they ask for it."""
     if trajectory is None:
         return parts_without_trajectory(task, weights)

@@ -143,7 +143,7 @@ def load_autoencoder(folder: Path = FOLDER) -> nn.Module:
     except Exception as error:
         raise UserError(
             f"cannot load the VAE from '{folder}' ({type(error).__name__}): expected config.json "
-            "and diffusion_pytorch_model.safetensors; restore them with git checkout") from None
+            "and diffusion_pytorch_model.safetensors; train it, as docs/emoji.md says") from None
     return vae.float().eval()
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from architectures.registry import architecture_of
 from diffusion import Schedule
+from errors import UserError
 from examples.digits.outliers import add_outliers
 from files.weights import read_state_dict
 from quant.calibration.trajectory import hooked
@@ -25,7 +26,14 @@ NOISES = 8  # timesteps at which channels are looked at, from the noisiest to th
 
 
 def bundled_weights(name: str) -> dict[str, Tensor]:
-    """Load the weights of DiT-Emoji, or make those of DiT-Emoji-Outliers, float32."""
+    """Load the weights of DiT-Emoji, or make those of DiT-Emoji-Outliers, float32.
+
+    Raises:
+        UserError: the model was not trained yet.
+    """
+    if not WEIGHTS.exists():
+        raise UserError(f"{name} has no weights yet ('{WEIGHTS}' is missing): "
+                        "train it, as docs/emoji.md says, or take DiT-Digits-Outliers")
     state = {key: value.float() for key, value in read_state_dict(WEIGHTS).items()}
     return add_outliers(state, SEED) if name == "DiT-Emoji-Outliers" else state
 

@@ -96,10 +96,6 @@ class AlphaSearch:
                 inputs, outputs, self._bias, candidates, self._act)
             self.loss += errors / step_size
 
-    def best(self) -> int:
-        """Return the index of the first candidate of least loss."""
-        return int(self.loss.argmin())
-
     def _project(self, shared: Tensor) -> None:
         """Compare R with the projected weight from now on, in place of B with the weight."""
         basis, self._shared = torch.linalg.qr(shared)

@@ -124,10 +124,11 @@ class RangeRule:
     norm: float
 
 
+# The code of Q-DiT and that of TFMQ-DM both call their shrinks `mse`.
 RANGES = {
     "minmax": RangeRule(_whole, 2),
-    "shrink": RangeRule(partial(_shrunk, SHRINKS), SHRINK_NORM),  # Q-DiT's code calls it `mse`
-    "shrink-far": RangeRule(partial(_shrunk, FAR_SHRINKS), SHRINK_NORM),  # and TFMQ-DM's, too
+    "shrink": RangeRule(partial(_shrunk, SHRINKS), SHRINK_NORM),
+    "shrink-far": RangeRule(partial(_shrunk, FAR_SHRINKS), SHRINK_NORM),
     "percentile": RangeRule(_cut, 2),
 }
 # How a static range can be chosen; the search is for whole tensors and affine quantisers alone.
