@@ -298,7 +298,9 @@ def lowrank_rank(recipe: Recipe, width: int) -> int:
 
 
 def default_labels(num_classes: int, count: int = len(calibration_labels)) -> list[int]:
-    """Return labels to calibrate with: the paper's for ImageNet, else the classes in turn."""
+    """Return labels to calibrate with: the paper's for ImageNet, else spread over all classes."""
     if num_classes == 1000:
         return list(calibration_labels[:count])
+    if num_classes > count:
+        return [i * num_classes // count for i in range(count)]
     return [i % num_classes for i in range(count)]

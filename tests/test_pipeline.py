@@ -407,6 +407,8 @@ def test_default_labels_are_the_papers():
     assert labels[:3] == [207, 360, 387]
     assert len(labels) == 16
     assert config.default_labels(10) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1, 2, 3, 4, 5]
+    # The classes of DiT-Emoji are sorted by category; a third of them are smileys.
+    assert config.default_labels(31, 4) == [0, 7, 15, 23]
 
 
 def test_calibration_holds_no_more_than_25_activations_beside_the_model():
