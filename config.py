@@ -43,8 +43,8 @@ class Recipe:
 
     # Balancing: factors that move outliers from activations into weights.
     # "smoothquant": from maxima at one timestep; "tas": from maxima over all timesteps;
-    # "salience": PTQ4DiT's; "reparameterise": RepQ-ViT's, factors and shifts that make a range
-    # per channel one per tensor.
+    # "salience": PTQ4DiT's; "salience-equal": the same, all timesteps counted alike;
+    # "reparameterise": RepQ-ViT's, factors and shifts that make a range per channel one per tensor.
     balance: str = "none"
     # The weight whose product with RepQ-ViT's shifts is taken out of the bias: "quantised" or
     # "float".

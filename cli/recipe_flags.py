@@ -148,7 +148,8 @@ FLAGS = (
          "which linears: of the blocks, these and adaLN modulation, "
          "all but the first and the last, or all and the patch embedding"),
     Flag("balance", "balance",
-         _choice("none", "smoothquant", "tas", "salience", "reparameterise"),
+         _choice("none", "smoothquant", "tas", "salience", "salience-equal",
+                 "reparameterise"),
          "where smoothing factors come from"),
     Flag("bias_correction", "bias-correction", _choice("quantised", "float"),
          "the weight whose product with balance reparameterise's shifts is taken out of the bias",

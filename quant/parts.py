@@ -27,7 +27,7 @@ from quant.activations.static import (
 from quant.balancing.maxima import ChannelMaxima, aggregate, searched_steps
 from quant.balancing.none import NoBalance
 from quant.balancing.reparameterise import Reparameterisation
-from quant.balancing.salience import Salience
+from quant.balancing.salience import Salience, complementary_shares, equal_shares
 from quant.balancing.search import AlphaSearch, fastest
 from quant.calibration.observers import (
     OperandSamples,
@@ -185,7 +185,9 @@ def _shared_samples(task: Task, first: FirstPass) -> SamplesOf:
 def _balance(task: Task, weights: WeightPart, first: FirstPass, samples_of: SamplesOf) -> Balance:
     recipe = task.recipe
     if recipe.balance == "salience":
-        return Salience(partial(joint_weight, task.model))
+        return Salience(partial(joint_weight, task.model), complementary_shares)
+    if recipe.balance == "salience-equal":
+        return Salience(partial(joint_weight, task.model), equal_shares)
     if recipe.balance == "reparameterise":
         spec = act_spec(recipe, task.bits.activations)
         return Reparameterisation(spec, recipe.act_clip, samples_of)

@@ -313,6 +313,7 @@ def test_group_sizes_that_divide_nothing_are_refused():
 @pytest.mark.parametrize("changes, balanced", [
     ({"balance": "none"}, 0),
     ({"balance": "salience"}, 6),
+    ({"balance": "salience-equal"}, 6),
     ({"scope": "all"}, 8),
 ])
 def test_the_published_order_takes_other_parts_too(changes, balanced):

@@ -7,7 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from quant.balancing.salience import salience_factors, spearman
+from quant.balancing.salience import (
+    complementary_shares,
+    equal_shares,
+    salience_factors,
+    spearman,
+)
 
 
 def test_factors_match_golden():
@@ -16,7 +21,7 @@ def test_factors_match_golden():
         torch.tensor(values[f"ptq4dit_{key}"])
         for key in ("act", "weight", "scale", "balanced_weight")
     ]
-    factors = salience_factors(act.abs().amax(1), weight, 1e-4)
+    factors = salience_factors(act.abs().amax(1), weight, 1e-4, complementary_shares)
     assert torch.allclose(factors, scale, rtol=1e-6, atol=0)
     assert torch.allclose(weight * factors, balanced, rtol=1e-6, atol=0)
 
@@ -51,17 +56,24 @@ def test_rows_unlike_the_weight_count_more():
     act = torch.stack([w[0].abs(), 5 - w[0].abs()])  # rho of 1 and of -1
     share = np.exp([-1, 1]) / np.exp([-1, 1]).sum()
     expected = np.sqrt((share @ act.numpy()) / w[0].abs().numpy())
-    assert np.allclose(salience_factors(act, w, 1e-4), expected, rtol=1e-6)
+    assert np.allclose(salience_factors(act, w, 1e-4, complementary_shares), expected, rtol=1e-6)
+
+
+def test_without_calibration_all_rows_count_alike():
+    act, w = torch.rand(5, 24), torch.randn(40, 24)
+    expected = np.sqrt(act.numpy().mean(0) / w.abs().numpy().max(0))
+    assert np.allclose(salience_factors(act, w, 1e-9, equal_shares), expected, rtol=1e-5)
 
 
 def test_both_sides_are_equally_salient_afterwards():
     act, w = torch.rand(1, 24) + 0.1, torch.randn(40, 24)
-    s = salience_factors(act, w, 1e-4)
+    s = salience_factors(act, w, 1e-4, complementary_shares)
     assert torch.allclose(act[0] / s, (w * s).abs().amax(0), rtol=1e-5)
 
 
 @pytest.mark.parametrize("act, weight", [(0.0, 0.0), (0.0, 1.0), (1.0, 0.0)])
 def test_dead_channels_keep_usable_factors(act, weight):
-    s = salience_factors(torch.full((3, 4), act), torch.full((2, 4), weight), 1e-4)
+    s = salience_factors(
+        torch.full((3, 4), act), torch.full((2, 4), weight), 1e-4, complementary_shares)
     assert torch.isfinite(s).all() and (s > 0).all()
     assert torch.allclose(s, torch.tensor(max(act, 1e-4) / max(weight, 1e-4)).sqrt())

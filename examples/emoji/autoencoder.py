@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from errors import UserError
 from examples.emoji.data import IMAGE_SIZE, load_emoji, load_tones, to_tensor
 
-FOLDER = Path(__file__).with_name("vae")
+# A part of PixArt-Emoji's pipeline; DiT-Emoji has the same.
+FOLDER = Path(__file__).parent / "pixart" / "vae"
 DOWNSAMPLE = 4          # pixels per latent cell and side
 LATENT_CHANNELS = 4
 CHANNELS = (32, 64, 96)  # of the network, from images to latents

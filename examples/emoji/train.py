@@ -1,7 +1,8 @@
 """Train the emoji models and write their weights beside this file.
 
-    python -m examples.emoji.train --what vae    # needs the skin tones, see rebuild.py
-    python -m examples.emoji.train --what dit    # needs the VAE
+    python -m examples.emoji.train --what vae      # needs the skin tones, see rebuild.py
+    python -m examples.emoji.train --what dit      # needs the VAE
+    python -m examples.emoji.train --what pixart   # needs the VAE
 
 State is kept in ``results/emoji``: a run that was stopped goes on from there.
 """
@@ -26,14 +27,27 @@ from examples.emoji.autoencoder import (
     reconstruction_psnr,
     training_tensors,
 )
-from examples.emoji.data import IMAGE_SIZE
+from examples.emoji.data import IMAGE_SIZE, drawn_emoji
 from examples.emoji.dit import image_weights, training_latents, weighted_loss
 from examples.emoji.outliers import outlier_ratios
+from examples.emoji.pixart import (
+    TextToNoise,
+    all_tokens,
+    build_text_encoder,
+    build_tokenizer,
+    build_transformer,
+    draw_tokens,
+    prompts_of,
+    save_pipeline,
+    words_of,
+)
 from examples.emoji.training import Run, train
 from files.atomic import atomic
 from models import DiT_models
 
 HERE = Path(__file__).parent
+# Of both models; a part of PixArt's pipeline.
+VAE = Path("pixart", "vae")
 STATES = Path("results/emoji")
 
 
@@ -57,14 +71,14 @@ def train_vae(args: argparse.Namespace) -> None:
     train(training, loss, args.vae_steps, peak=1.5e-3, decay=0.0, watch=watch)
     vae.eval()
     normalize_latents(vae, encode(vae, images))
-    vae.half().save_pretrained(args.out / "vae")
+    vae.half().save_pretrained(args.out / VAE)
     print(f"held-out images: {reconstruction_psnr(vae.float(), held_out):.2f} dB")
 
 
 def train_dit(args: argparse.Namespace) -> None:
     """Train DiT-Emoji; write its averaged weights and the curves of its outlier channels."""
     torch.manual_seed(args.seed)
-    latents, labels = training_latents(load_autoencoder(args.out / "vae"))
+    latents, labels = training_latents(load_autoencoder(args.out / VAE))
     weights = image_weights(labels)
     schedule = make_schedule()
     model = DiT_models["DiT-Emoji"].build(IMAGE_SIZE)
@@ -88,6 +102,33 @@ def train_dit(args: argparse.Namespace) -> None:
     (args.out / "dit-curves.json").write_text(json.dumps(training.curves))
 
 
+def train_pixart(args: argparse.Namespace) -> None:
+    """Train PixArt-Emoji and its text encoder; write the pipeline's folder."""
+    torch.manual_seed(args.seed)
+    vae = load_autoencoder(args.out / VAE)
+    latents, _ = training_latents(vae)
+    prompts = prompts_of(drawn_emoji())
+    tokenizer = build_tokenizer(words_of(prompts))
+    # A mirror image is called what the emoji is called.
+    tokens = all_tokens(tokenizer, prompts).repeat(2, 1, 1)
+    schedule = make_schedule()
+    model = TextToNoise(build_text_encoder(len(tokenizer)), build_transformer())
+    average = deepcopy(model).eval()
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    training = Run("PixArt", args.state / "pixart.pt", model, average, optimizer, {})
+
+    def loss() -> torch.Tensor:
+        pick = torch.randint(len(latents), (args.dit_batch,))
+        return weighted_loss(model, schedule, latents[pick], draw_tokens(tokens, pick))
+
+    train(training, loss, args.pixart_steps, peak=1e-3, decay=0.998, watch=watch_nothing)
+    save_pipeline(vae, tokenizer, average, args.out / "pixart")
+
+
+def watch_nothing(training: Run, step: int) -> None:
+    """Log no curve but the loss."""
+
+
 def save_half(state: dict[str, torch.Tensor], path: Path) -> None:
     """Write the weights as float16; the file appears whole or not at all."""
     with atomic(path) as temporary:
@@ -97,16 +138,17 @@ def save_half(state: dict[str, torch.Tensor], path: Path) -> None:
 
 def main(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
-    {"vae": train_vae, "dit": train_dit}[args.what](args)
+    {"vae": train_vae, "dit": train_dit, "pixart": train_pixart}[args.what](args)
 
 
 if __name__ == "__main__":
     parser = make_script_parser(__doc__)
-    parser.add_argument("--what", choices=("vae", "dit"), required=True)
-    parser.add_argument("--vae-steps", type=int, default=3300)
+    parser.add_argument("--what", choices=("vae", "dit", "pixart"), required=True)
+    parser.add_argument("--vae-steps", type=int, default=2800)
     parser.add_argument("--vae-batch", type=int, default=8)
     parser.add_argument("--dit-steps", type=int, default=5000)
-    parser.add_argument("--dit-batch", type=int, default=128)
+    parser.add_argument("--dit-batch", type=int, default=128, help="of DiT and PixArt")
+    parser.add_argument("--pixart-steps", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--state", type=Path, default=STATES)
     parser.add_argument("--out", type=Path, default=HERE, help="of the VAE and the weights")
