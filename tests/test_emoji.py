@@ -96,23 +96,27 @@ def random_vae() -> nn.Module:
     return autoencoder.build_autoencoder().eval()
 
 
-def test_normalised_latents_decode_to_the_same_images():
+def test_whitened_latents_decode_to_the_same_images():
     vae = random_vae()
     images = torch.rand(6, 3, 64, 64) * 2 - 1
     with torch.no_grad():
-        before = vae.decode(autoencoder.encode(vae, images)).sample
-        variance = vae.encode(images).latent_dist.var / autoencoder.encode(vae, images).var(
-            dim=(0, 2, 3), keepdim=True)
-        autoencoder.normalize_latents(vae, autoencoder.encode(vae, images))
         latents = autoencoder.encode(vae, images)
-        after = vae.decode(latents).sample
-        again = vae.encode(images).latent_dist.var / latents.var(dim=(0, 2, 3), keepdim=True)
-    assert relative(after, before) < 1e-4
-    # The noise of the posterior keeps its share.
-    assert relative(again, variance) < 1e-3
-    scaled = vae.config.scaling_factor * latents
-    assert torch.allclose(scaled.mean(dim=(0, 2, 3)), torch.zeros(4), atol=1e-3)
-    assert torch.allclose(scaled.std(dim=(0, 2, 3)), torch.ones(4), atol=1e-3)
+        before = vae.decode(latents).sample
+        variance = autoencoder.mean_variance(vae, images)
+        autoencoder.whiten_latents(vae, latents, variance)
+        whitened = autoencoder.encode(vae, images)
+        after = vae.decode(whitened).sample
+        noise = vae.encode(images).latent_dist.var
+    assert relative(after, before) < 1e-3
+    columns = (vae.config.scaling_factor * whitened).transpose(0, 1).flatten(1).numpy()
+    assert np.allclose(columns.mean(1), 0, atol=1e-2)
+    assert np.allclose(np.cov(columns), np.eye(4), atol=1e-2)
+    # What whitening does to a variance, from images that went through it.
+    raw = latents.transpose(0, 1).flatten(1).numpy()
+    design = np.vstack([raw, np.ones(raw.shape[1])]).T
+    mix = np.linalg.lstsq(design, columns.T, rcond=None)[0][:4].T / vae.config.scaling_factor
+    expected = mix ** 2 @ variance.numpy()
+    assert np.allclose(noise, expected.reshape(1, 4, 1, 1), rtol=1e-2)
 
 
 def test_vae_folder_loads_and_a_damaged_one_is_refused(tmp_path):

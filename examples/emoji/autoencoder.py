@@ -94,6 +94,13 @@ def encode(vae: nn.Module, images: Tensor, batch: int = 64) -> Tensor:
     return torch.cat([vae.encode(part).latent_dist.mean for part in images.split(batch)])
 
 
+@torch.no_grad()
+def mean_variance(vae: nn.Module, images: Tensor, batch: int = 64) -> Tensor:
+    """Average the posterior's variance of each latent channel over images and cells, (4,)."""
+    parts = [vae.encode(part).latent_dist.var for part in images.split(batch)]
+    return torch.cat(parts).mean(dim=(0, 2, 3))
+
+
 @torch.inference_mode()
 def reconstruction_psnr(vae: nn.Module, images: Tensor) -> float:
     """Compute the mean PSNR in dB of images (N, 3, 64, 64) that went through the VAE."""
@@ -104,31 +111,38 @@ def reconstruction_psnr(vae: nn.Module, images: Tensor) -> float:
 
 
 @torch.no_grad()
-def normalize_latents(vae: nn.Module, latents: Tensor) -> None:
-    """Give every latent channel mean zero and one deviation, in place, without changing images.
+def whiten_latents(vae: nn.Module, latents: Tensor, variance: Tensor) -> None:
+    """Make the latent channels uncorrelated, of mean zero and one deviation, in place.
 
-    The encoder's last and the decoder's first 1x1 convolution take up shift and scale. Then one
-    ``scaling_factor`` serves all channels, as samplers expect.
+    Images stay as they are: the encoder's last and the decoder's first 1x1 convolution take up the
+    change. Unwhitened, two of the channels are nearly the same, and their difference, which holds
+    colour, drowns in noise that is as large in every direction.
 
     Args:
         latents: (N, 4, H, W), means of what the encoder gives for the training images.
+        variance: (4,) of the posterior. Afterwards it is the same for every image: what a mixture
+            of channels would have is not linear in the encoder's log variances.
     """
-    mean = latents.mean(dim=(0, 2, 3))  # (4,)
-    deviation = latents.std(dim=(0, 2, 3))
-    common = latents.std()
-    ratio = common / deviation
+    flat = latents.transpose(0, 1).flatten(1).double()  # (4, N H W)
+    mean, deviation = flat.mean(1), flat.std()
+    values, vectors = torch.linalg.eigh(flat.cov())
+    whiten = deviation * vectors @ torch.diag(values.rsqrt()) @ vectors.T
+    unwhiten = torch.linalg.inv(whiten)
 
     # What leaves the encoder: means, then log variances.
-    out = vae.quant_conv
-    out.weight[:LATENT_CHANNELS] *= ratio.view(-1, 1, 1, 1)
-    out.bias[:LATENT_CHANNELS] = (out.bias[:LATENT_CHANNELS] - mean) * ratio
-    out.bias[LATENT_CHANNELS:] += 2 * ratio.log()
+    out, means = vae.quant_conv, slice(0, LATENT_CHANNELS)
+    weight, bias = out.weight[means, :, 0, 0].double(), out.bias[means].double()
+    out.weight[means, :, 0, 0] = (whiten @ weight).float()
+    out.bias[means] = (whiten @ (bias - mean)).float()
+    out.weight[LATENT_CHANNELS:] = 0
+    out.bias[LATENT_CHANNELS:] = (whiten.square() @ variance.double()).log().float()
 
-    # What enters the decoder: z becomes z / ratio + mean.
+    # What enters the decoder: z becomes unwhiten z + mean.
     into = vae.post_quant_conv
-    into.bias += into.weight[:, :, 0, 0] @ mean
-    into.weight /= ratio.view(1, -1, 1, 1)
-    vae.register_to_config(scaling_factor=round(1 / common.item(), 5))
+    weight = into.weight[:, :, 0, 0].double()
+    into.bias += (weight @ mean).float()
+    into.weight[:, :, 0, 0] = (weight @ unwhiten).float()
+    vae.register_to_config(scaling_factor=round(1 / deviation.item(), 5))
 
 
 def load_autoencoder(folder: Path = FOLDER) -> nn.Module:

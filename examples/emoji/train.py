@@ -22,10 +22,11 @@ from examples.emoji.autoencoder import (
     build_autoencoder,
     encode,
     load_autoencoder,
-    normalize_latents,
+    mean_variance,
     recolour,
     reconstruction_psnr,
     training_tensors,
+    whiten_latents,
 )
 from examples.emoji.data import IMAGE_SIZE, drawn_emoji
 from examples.emoji.dit import image_weights, training_latents, weighted_loss
@@ -70,7 +71,7 @@ def train_vae(args: argparse.Namespace) -> None:
 
     train(training, loss, args.vae_steps, peak=1.5e-3, decay=0.0, watch=watch)
     vae.eval()
-    normalize_latents(vae, encode(vae, images))
+    whiten_latents(vae, encode(vae, images), mean_variance(vae, images))
     vae.half().save_pretrained(args.out / VAE)
     print(f"held-out images: {reconstruction_psnr(vae.float(), held_out):.2f} dB")
 
@@ -97,7 +98,7 @@ def train_dit(args: argparse.Namespace) -> None:
         for name, ratio in ratios.items():
             training.curves.setdefault(name, []).append((step, ratio))
 
-    train(training, loss, args.dit_steps, peak=1e-3, decay=0.998, watch=watch)
+    train(training, loss, args.dit_steps, peak=1e-3, decay=0.999, watch=watch)
     save_half(average.state_dict(), args.out / "dit.safetensors")
     (args.out / "dit-curves.json").write_text(json.dumps(training.curves))
 
@@ -121,7 +122,7 @@ def train_pixart(args: argparse.Namespace) -> None:
         pick = torch.randint(len(latents), (args.dit_batch,))
         return weighted_loss(model, schedule, latents[pick], draw_tokens(tokens, pick))
 
-    train(training, loss, args.pixart_steps, peak=1e-3, decay=0.998, watch=watch_nothing)
+    train(training, loss, args.pixart_steps, peak=1e-3, decay=0.999, watch=watch_nothing)
     save_pipeline(vae, tokenizer, average, args.out / "pixart")
 
 
@@ -146,9 +147,9 @@ if __name__ == "__main__":
     parser.add_argument("--what", choices=("vae", "dit", "pixart"), required=True)
     parser.add_argument("--vae-steps", type=int, default=2800)
     parser.add_argument("--vae-batch", type=int, default=8)
-    parser.add_argument("--dit-steps", type=int, default=5000)
-    parser.add_argument("--dit-batch", type=int, default=128, help="of DiT and PixArt")
-    parser.add_argument("--pixart-steps", type=int, default=5000)
+    parser.add_argument("--dit-steps", type=int, default=15000)
+    parser.add_argument("--dit-batch", type=int, default=64, help="of DiT and PixArt")
+    parser.add_argument("--pixart-steps", type=int, default=8000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--state", type=Path, default=STATES)
     parser.add_argument("--out", type=Path, default=HERE, help="of the VAE and the weights")
