@@ -13,12 +13,20 @@ from diffusion.generate import Sampling, labels_for
 from download import load_decoder, load_model
 from errors import UserError
 from evaluation.features import ImageSet, load_set
-from evaluation.fidelity import Fidelity, Perceptual, Run, compare_runs, sample_run
+from evaluation.fidelity import (
+    Fidelity,
+    Perceptual,
+    Run,
+    compare_runs,
+    sample_run,
+    seconds_to_sample,
+)
 from evaluation.networks import load_extractor, load_lpips
 from evaluation.scores import Scores, score
 from quant import checkpoint
 
-LPIPS_SIZE = 64  # pixels per side that its network needs
+LPIPS_SIZE = 64    # pixels per side that its network needs
+TIMED_IMAGES = 16  # at most, in the batch whose sampling is timed
 
 
 def load_float(settings: CompareSettings, image_size: int, device: torch.device) -> nn.Module:
@@ -101,6 +109,22 @@ class ImageJudge:
     @cached_property
     def _float_run(self) -> Run:
         return self._sample(load_float(self._settings, self._image_size, self._device))
+
+    def seconds_per_image(self, path: Path | None) -> float:
+        """Time the sampling of a batch, decoding left out; the float model where path is None.
+
+        Quantised models run on integers, where checkpoint and machine allow it.
+        """
+        if path is None:
+            model = load_float(self._settings, self._image_size, self._device)
+        else:
+            stored = checkpoint.read(path)
+            backend = checkpoint.backend_for(
+                stored.header, "auto", self._device, lambda: "integer")
+            model = checkpoint.build(stored, self._device, folded=True, backend=backend)
+        settings = self._settings
+        batch = min(TIMED_IMAGES, settings.per_proc_batch_size, settings.num_fid_samples)
+        return seconds_to_sample(model, self._sampling, batch) / batch
 
     def _sample(self, model: nn.Module) -> Run:
         """Sample the images that are compared."""

@@ -8,7 +8,7 @@ from evaluation.fidelity import Fidelity
 from evaluation.scores import HEADINGS, Scores, cells
 
 COLUMNS = (
-    "recipe", "W/A", "MB", "paper MB", "calibration s", "search s",
+    "recipe", "W/A", "MB", "paper MB", "calibration s", "search s", "s/image",
     *HEADINGS, "SQNR dB", "PSNR dB", "LPIPS")
 
 
@@ -23,6 +23,7 @@ class Row:
         paper_megabytes: as Q-DiT counts them (``quant.checkpoint.size``).
         seconds: that quantisation took; None for the float model.
         search_seconds: of these the choice of group sizes; None where there was none.
+        seconds_per_image: that sampling takes.
         fidelity: None where it was not measured.
         npz: the file of samples.
     """
@@ -33,6 +34,7 @@ class Row:
     paper_megabytes: float
     seconds: float | None
     search_seconds: float | None
+    seconds_per_image: float
     scores: Scores
     fidelity: Fidelity | None
     npz: str
@@ -48,7 +50,7 @@ class Row:
         search = "-" if self.search_seconds is None else f"{self.search_seconds:.1f}"
         return [
             self.label, self.bits, f"{self.megabytes:.1f}", f"{self.paper_megabytes:.1f}",
-            seconds, search, *cells(self.scores), *fidelity_cells(self.fidelity),
+            seconds, search, f"{self.seconds_per_image:.3f}", *cells(self.scores), *fidelity_cells(self.fidelity),
         ]
 
     def as_note(self) -> dict:

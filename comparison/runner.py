@@ -174,6 +174,8 @@ class Comparison:
             paper_megabytes=counted / 1e6,
             seconds=None if quantised is None else quantised.seconds,
             search_seconds=None if quantised is None else quantised.search_seconds,
+            seconds_per_image=self._judge.seconds_per_image(
+                None if quantised is None else quantised.path),
             scores=self._judge.scores(images),
             fidelity=fidelity,
             npz=str(images))
@@ -187,7 +189,8 @@ class Comparison:
             f"features {self._judge.features}, reference {self._judge.reference_path.name} "
             f"(N = {self._judge.reference.count or 'n/a'}); "
             "SQNR, PSNR and LPIPS against the float model with the same noise, "
-            f"{settings.num_fidelity_samples} images.",
+            f"{settings.num_fidelity_samples} images; s/image: sampling without decoding, "
+            "on integers where that is possible.",
             settings.card.origin,
         )
         return " ".join(filter(None, sentences))

@@ -2,7 +2,8 @@
 
 This is what quantisation itself changes, whatever the images are worth.
 """
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,6 +69,24 @@ def sample_run(
         latents.append(torch.stack(steps).cpu())
         images.append(to_bytes(decode(steps[-1])))
     return Run(torch.cat(latents, dim=1), np.concatenate(images))
+
+
+@torch.inference_mode()
+def seconds_to_sample(model: nn.Module, sampling: Sampling, batch: int) -> float:
+    """Measure how long the latents of images 0 to ``batch - 1`` take, all of label 0."""
+    def steps() -> Iterator[float]:
+        labels = torch.zeros(batch, dtype=torch.long)
+        for latents in latents_by_step(
+                model, sampling.schedule, range(batch), labels, sampling.seed, sampling.cfg_scale,
+                sampling.step):
+            # A number on the CPU: a GPU is waited for.
+            yield latents.sum().item()
+
+    # The first step prepares, or compiles kernels.
+    next(steps())
+    start = time.perf_counter()
+    list(steps())
+    return time.perf_counter() - start
 
 
 def compare_runs(

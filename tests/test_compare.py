@@ -1,6 +1,7 @@
 """The comparison against the scripts it stands for, resuming, wrong command lines, fidelity."""
 import csv
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +174,22 @@ def test_finished_rows_are_kept_and_changed_settings_make_them_anew(compared, mo
     assert quantised == ["rtn"]
 
 
+def test_sampling_is_timed_without_the_first_call():
+    model = load_model(MODEL, DiT_models[MODEL], 16, 10, None, torch.device("cpu"))
+    calls, wait = [], 0.02
+
+    def slow(*_):
+        calls.append(None)
+        time.sleep(1.0 if len(calls) == 1 else wait)
+
+    model.register_forward_hook(slow)
+    sampling = Sampling(make_schedule("4"), 0, 1.5, "ddpm")
+    before = time.perf_counter()
+    seconds = fidelity.seconds_to_sample(model, sampling, 2)
+    assert len(calls) == 1 + 4
+    assert 4 * wait <= seconds <= time.perf_counter() - before - 1.0
+
+
 @pytest.mark.parametrize("damage", ["", "[]", "{", '{"key": []}', "{}"])
 def test_damaged_notes_mean_that_a_step_is_done_again(tmp_path, damage):
     result = tmp_path / "result"
@@ -191,8 +208,8 @@ def test_notes_of_rows_keep_their_entries(compared):
     folder, _ = compared
     note = json.loads((row_folder(folder, "rtn-W4A8") / ROW).read_text())
     assert list(note) == [
-        "label", "bits", "megabytes", "paper_megabytes", "seconds", "search_seconds", "scores",
-        "fidelity", "npz", "key"]
+        "label", "bits", "megabytes", "paper_megabytes", "seconds", "search_seconds",
+        "seconds_per_image", "scores", "fidelity", "npz", "key"]
     row = Row.from_note(note)
     assert {**row.as_note(), "key": note["key"]} == note
     assert Row.from_note({**note, "more": 1}) is None
