@@ -50,7 +50,8 @@ class Row:
         search = "-" if self.search_seconds is None else f"{self.search_seconds:.1f}"
         return [
             self.label, self.bits, f"{self.megabytes:.1f}", f"{self.paper_megabytes:.1f}",
-            seconds, search, f"{self.seconds_per_image:.3f}", *cells(self.scores), *fidelity_cells(self.fidelity),
+            seconds, search, f"{self.seconds_per_image:.3f}",
+            *cells(self.scores), *fidelity_cells(self.fidelity),
         ]
 
     def as_note(self) -> dict:
