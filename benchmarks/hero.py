@@ -1,7 +1,8 @@
-"""Draw assets/hero.png: the same digits from the float model and from three recipes.
+"""Draw assets/hero.png: the same emoji from the float model and from three recipes.
 
     python benchmarks/hero.py                                   # the picture of the README
     python benchmarks/hero.py --bits W4A4 --output W4A4.png     # the same at other bit widths
+    python benchmarks/hero.py --model DiT-Digits-Outliers --bits W4A6 --cfg-scale 1.5
 
 Every recipe is quantised by QuantDiT.py with its defaults. Decibels are the SQNR of the latents of
 64 images against the float model's with the same noise; the first twelve of them are drawn.
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
+import config
 from diffusion import make_schedule
 from diffusion.generate import Sampling
 from download import load_decoder, load_model
@@ -32,37 +34,39 @@ from evaluation import fidelity
 from models import DiT_models
 from quant import checkpoint
 
-MODEL = "DiT-Digits-Outliers"
-CARD = DiT_models[MODEL]
+BUNDLED = [name for name, card in DiT_models.items() if card.is_small]
 TITLES = {"rtn": "round to nearest", "ditas": "ditas", "ditas-plus": "ditas-plus"}
-IMAGES = 64        # behind the decibels; image i is of class i mod 10
-DRAWN = 12         # the first of them
-COLUMNS = 3        # digits side by side in a panel
-CELL = 112         # pixels of a digit; GitHub shows the picture at half its size
-SPACE = 12         # pixels between two digits
+IMAGES = 64        # behind the decibels
+DRAWN = 12         # the first of them, spread over the classes
+COLUMNS = 3        # images side by side in a panel
+CELL = 128         # pixels of an image; GitHub shows the picture at half its size
+SPACE = 12         # pixels between two images
+SMOOTH = 32        # images of so many pixels and more are enlarged smoothly
 GAP = 56           # pixels between two panels
 BAND = 64          # pixels above a panel, and below it
 
 
-def quantized(recipe: str, weight_bits: str, act_bits: str, folder: Path) -> nn.Module:
-    """Quantise the bundled model from the command line, and load the folded result."""
+def quantized(model: str, recipe: str, bits: str, folder: Path) -> nn.Module:
+    """Quantise a bundled model from the command line, and load the folded result."""
+    weight_bits, act_bits = re.fullmatch(r"W(\d+)A(\d+)", bits).groups()
     path = folder / f"{recipe}{checkpoint.SUFFIX}"
-    command = [sys.executable, str(ROOT / "QuantDiT.py"), "--model", MODEL, "--recipe", recipe]
+    command = [sys.executable, str(ROOT / "QuantDiT.py"), "--model", model, "--recipe", recipe]
     command += ["--weight-bit", weight_bits, "--act-bit", act_bits, "--output", str(path)]
     subprocess.run(command, check=True, capture_output=True)
     return checkpoint.load(path, folded=True)[1]
 
 
 def panel(images: NDArray) -> Image.Image:
-    """Enlarge images, uint8 (N, H, W, 3), without smoothing, in rows of ``COLUMNS``."""
+    """Enlarge images, uint8 (N, H, W, 3), in rows of ``COLUMNS``."""
     pitch = CELL + SPACE
     rows = -(-len(images) // COLUMNS)
-    # Black around the digits, whose strokes reach the edge of their images.
-    canvas = Image.new("RGB", (COLUMNS * pitch + SPACE, rows * pitch + SPACE), "black")
+    smooth = images.shape[1] >= SMOOTH
+    method = Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST
+    canvas = Image.new("RGB", (COLUMNS * pitch + SPACE, rows * pitch + SPACE), "white")
     for i, pixels in enumerate(images):
         row, column = divmod(i, COLUMNS)
-        digit = Image.fromarray(pixels).resize((CELL, CELL), Image.Resampling.NEAREST)
-        canvas.paste(digit, (SPACE + column * pitch, SPACE + row * pitch))
+        cell = Image.fromarray(pixels).resize((CELL, CELL), method)
+        canvas.paste(cell, (SPACE + column * pitch, SPACE + row * pitch))
     return canvas
 
 
@@ -83,12 +87,13 @@ def draw(panels: list[tuple[str, Image.Image, str]]) -> Image.Image:
 
 
 def main(args: argparse.Namespace) -> None:
-    weight_bits, act_bits = re.fullmatch(r"W(\d+)A(\d+)", args.bits).groups()
+    card = DiT_models[args.model]
     device = torch.device("cpu")
     schedule = make_schedule("50")
-    labels = [i % CARD.num_classes for i in range(IMAGES)]
-    model = load_model(MODEL, CARD, CARD.image_sizes[0], CARD.num_classes, None, device)
-    decode = load_decoder(CARD, "ema", device)
+    labels = config.default_labels(card.num_classes, DRAWN)
+    labels += [i % card.num_classes for i in range(IMAGES - DRAWN)]
+    model = load_model(args.model, card, card.image_sizes[0], card.num_classes, None, device)
+    decode = load_decoder(card, "ema", device)
 
     def sample(model: nn.Module) -> fidelity.Run:
         return fidelity.sample_run(
@@ -99,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
     panels = [("float", panel(reference.images[:DRAWN]), "32 bits")]
     with TemporaryDirectory() as folder:
         for recipe, title in TITLES.items():
-            run = sample(quantized(recipe, weight_bits, act_bits, Path(folder)))
+            run = sample(quantized(args.model, recipe, args.bits, Path(folder)))
             decibels = fidelity.compare_runs(reference, run).sqnr_db[-1]
             panels.append((title, panel(run.images[:DRAWN]), f"{args.bits}: {decibels:.1f} dB"))
             print(f"{recipe}: {decibels:.1f} dB", flush=True)
@@ -112,8 +117,9 @@ def main(args: argparse.Namespace) -> None:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bits", default="W4A6", help="of weights and activations (default: W4A6)")
-    parser.add_argument("--cfg-scale", type=float, default=1.5, help="guidance (default: 1.5)")
+    parser.add_argument("--model", choices=BUNDLED, default="DiT-Emoji-Outliers")
+    parser.add_argument("--bits", default="W4A8", help="of weights and activations (default: W4A8)")
+    parser.add_argument("--cfg-scale", type=float, default=4.0, help="guidance (default: 4)")
     parser.add_argument("--seed", type=int, default=0, help="of the images' noise (default: 0)")
     parser.add_argument("--output", type=Path, default=ROOT / "assets" / "hero.png")
     return parser
