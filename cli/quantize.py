@@ -3,7 +3,6 @@
 Memory holds one whole model at a time. The float model's half of the picture is sampled before
 that model goes, and both halves are decoded when no model is left.
 """
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 import config
 from architectures.registry import architecture_of
 from architectures.sites import Site
+from cli.memory import return_freed_memory
 from cli.settings import QuantizeSettings
 from cli.stages import stage
 from cli.values import one_of, user_value
@@ -93,6 +93,7 @@ def quantize(settings: QuantizeSettings) -> Quantized:
         result = run_method(settings, model, decoder, schedule)
     with stage("save"):
         checkpoint.save(settings.output, model, result, header(settings, result))
+    return_freed_memory()
     tell_of_groups(settings, model, result)
     search_seconds = None if result.allocation is None else result.allocation.seconds
     size = settings.output.stat().st_size / 1e6
@@ -106,11 +107,11 @@ def quantize(settings: QuantizeSettings) -> Quantized:
         with stage("observe"):
             shown = look_at_layers(settings, model, result, schedule, shown_layers)
     del model, result
-    gc.collect()  # hooks and closures hold them in cycles, which else may live for minutes
+    return_freed_memory()
 
     with stage("quantised samples"):
         latents = draw_latents(settings, load_quantised(settings, device), schedule)
-    gc.collect()
+    return_freed_memory()
     with stage("decode"):
         pair = decode_pair(settings, decoder, float_latents, latents)
     save_picture(settings, pair)

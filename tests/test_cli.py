@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import QuantDiT
 import sample_merge_TAS
-from cli.memory import keep_freed_memory
+from cli.memory import keep_freed_memory, return_freed_memory
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {"quant": QuantDiT, "sample": sample_merge_TAS}
@@ -148,6 +148,25 @@ def test_freed_memory_is_used_again(tensors):
     keep_freed_memory()
     page_faults(tensors)
     assert page_faults(tensors) < 12_000
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc_trim is glibc's")
+def test_memory_that_was_freed_below_what_is_kept_can_go_back():
+    keep_freed_memory()
+    size = 200 * 2 ** 20
+    tensors = [torch.ones(size // 4), torch.ones(1024)]
+    tensors.append(tensors)  # in a cycle, which only the collector frees
+    kept = tensors[1]
+    before = resident_bytes()
+    del tensors
+    return_freed_memory()
+    assert kept.sum() == 1024
+    assert before - resident_bytes() > 0.9 * size
 
 
 def test_flags_that_agree_with_the_checkpoint_are_fine(capsys, checkpoint_path):

@@ -2,7 +2,9 @@
 
     python -m examples.emoji.probe    # fit it again, and print how often it is right
 
-It is fitted to the 1906 real emoji of nine categories and their mirror images.
+It is fitted to the 1906 real emoji of nine categories, their mirror images, and what the VAE makes
+of them, which is what a perfect DiT would draw: fitted to real ones alone it reads 72 % of the
+reconstructions of emoji that it was fitted to.
 """
 import argparse
 from collections.abc import Callable
@@ -17,8 +19,10 @@ from torch.nn.functional import cross_entropy
 from cli.parser import make_script_parser, run
 from evaluation.efficientnet import load_efficientnet
 from evaluation.features import extract
-from examples.emoji.data import Emoji, load_emoji
+from examples.emoji.autoencoder import encode, load_autoencoder
+from examples.emoji.data import Emoji, load_emoji, to_tensor
 from files.atomic import atomic
+from files.images import to_bytes
 
 WEIGHTS = Path(__file__).with_name("probe.safetensors")
 CATEGORIES = (
@@ -27,6 +31,7 @@ CATEGORIES = (
 )
 DECAY = 1e-3  # of squared weights
 FOLDS = 5
+BATCH = 64
 
 
 def probed_emoji() -> tuple[Emoji, Tensor]:
@@ -67,30 +72,56 @@ def load_probe(device: torch.device) -> Callable[[np.ndarray], Tensor]:
     state = load_file(WEIGHTS)
 
     def categories_of(images: np.ndarray) -> Tensor:
-        pool = torch.from_numpy(extract(images, extractor, 64, "features")["pool"])
+        pool = torch.from_numpy(extract(images, extractor, BATCH, "features")["pool"])
         return (pool @ state["weight"].T + state["bias"]).argmax(1)
 
     return categories_of
 
 
-def held_out_accuracy(features: Tensor, labels: Tensor) -> float:
-    """Fit on four fifths of the features (N, D), read the rest, five times; the share right."""
+def held_out_accuracy(features: dict[str, Tensor], labels: Tensor, read: str) -> float:
+    """Fit on all versions of four fifths of the emoji, read one of the rest; the share right.
+
+    Args:
+        features: by version, (N, D) each.
+        labels: (N,).
+        read: the version that is read.
+    """
     right = 0
     for fold in range(FOLDS):
         held_out = torch.arange(len(labels)) % FOLDS == fold
-        weight, bias = fit(features[~held_out], labels[~held_out])
-        read = (features[held_out] @ weight.T + bias).argmax(1)
-        right += int((read == labels[held_out]).sum())
+        kept = torch.cat([version[~held_out] for version in features.values()])
+        weight, bias = fit(kept, labels[~held_out].repeat(len(features)))
+        guess = (features[read][held_out] @ weight.T + bias).argmax(1)
+        right += int((guess == labels[held_out]).sum())
     return right / len(labels)
+
+
+@torch.inference_mode()
+def reconstructed(images: np.ndarray) -> np.ndarray:
+    """Send uint8 images (N, H, W, 3) through the VAE."""
+    vae = load_autoencoder()
+    return np.concatenate([
+        to_bytes(vae.decode(encode(vae, to_tensor(part))).sample)
+        for part in np.array_split(images, -(-len(images) // BATCH))
+    ])
 
 
 def main(_: argparse.Namespace) -> None:
     extractor = load_efficientnet(torch.device("cpu"))
     emoji, labels = probed_emoji()
-    sides = [emoji.images, emoji.images[:, :, ::-1]]
-    features = [torch.from_numpy(extract(side, extractor, 64, "emoji")["pool"]) for side in sides]
-    print(f"held-out emoji read right: {held_out_accuracy(features[0], labels):.1%}")
-    weight, bias = fit(torch.cat(features), torch.cat([labels, labels]))
+    versions = {
+        "real": emoji.images,
+        "mirrored": emoji.images[:, :, ::-1],
+        "reconstructed": reconstructed(emoji.images),
+    }
+    features = {
+        name: torch.from_numpy(extract(images, extractor, BATCH, name)["pool"])
+        for name, images in versions.items()
+    }
+    for name in features:
+        share = held_out_accuracy(features, labels, name)
+        print(f"held-out emoji read right, {name}: {share:.1%}")
+    weight, bias = fit(torch.cat(list(features.values())), labels.repeat(len(features)))
     with atomic(WEIGHTS) as temporary:
         save_file({"weight": weight, "bias": bias}, temporary)
     print(f"wrote {WEIGHTS} ({WEIGHTS.stat().st_size / 1e6:.2f} MB)")
