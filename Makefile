@@ -1,4 +1,4 @@
-# make demo: quantise and sample the bundled digits model.  make test: run the tests.
+# make demo: quantise and sample the bundled emoji model.  make test: run the tests.
 # make lint: how the code reads.  make test-processors: the numerical tests as other processors
 # would see them.  make test-slow: the extras of a minute and more.  All set up .venv first.
 PYTHON ?= python3
@@ -7,8 +7,9 @@ PYTEST := .venv/bin/python -m pytest --numprocesses logical --maxprocesses 8 --d
 
 .PHONY: demo test test-processors test-slow lint
 demo: $(READY)
-	.venv/bin/python compare.py --model DiT-Digits-Outliers --recipes rtn smoothquant ditas-published ditas \
-	    --num-fid-samples 64 --num-fidelity-samples 32 --per-proc-batch-size 32 \
+	.venv/bin/python compare.py --model DiT-Emoji-Outliers --cfg-scale 4 \
+	    --recipes rtn smoothquant ditas-published ditas ditas-plus \
+	    --num-fid-samples 64 --num-fidelity-samples 64 --per-proc-batch-size 32 \
 	    --output results/demo --report results/demo/report
 
 test: $(READY)
