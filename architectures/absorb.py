@@ -6,7 +6,6 @@ either of its factors, so a walk may end in several ways. Nothing is proved here
 what a walk proposes.
 """
 import itertools
-import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -175,19 +174,7 @@ class Walk:
         return self._ways(node.args[0], demand)
 
     def _move(self, node: fx.Node, demand: Demand) -> Iterator[Edits]:
-        source = node.args[0]
-        inverted = before(demand, self._mover(node), self._shape(source), _stop(node))
-        return self._ways(source, inverted)
-
-    def _part(self, node: fx.Node, demand: Demand) -> Iterator[Edits]:
-        parts, number = node.args
-        if name_of(parts) not in _PARTS:
-            raise Obstacle(name_of(parts))
-        mover = self._mover(parts)
-        source = parts.args[0]
-        inverted = before(
-            demand, lambda numbers: mover(numbers)[number], self._shape(source), _stop(parts))
-        return self._ways(source, inverted)
+        return self._ways(*self._source(node, demand))
 
     def _join(self, node: fx.Node, demand: Demand) -> Iterator[Edits]:
         pieces, dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
@@ -368,7 +355,7 @@ _RULES: dict[str, Callable[[Walk, fx.Node, Demand], Iterator[Edits]]] = {
     **dict.fromkeys(("mul", "mul_"), Walk._multiply),
     **dict.fromkeys(("div", "div_"), Walk._divide),
     "sub": Walk._subtract,
-    operator.getitem.__name__: Walk._part,
+    "getitem": Walk._move,
     "cat": Walk._join,
     "stack": Walk._stack,
     "where": Walk._where,

@@ -3,11 +3,11 @@
 No model is named here. Blocks are the repeated entries of the model's lists; linears that read one
 activation are a site; where a factor folds is proposed by a walk and proved by running the call.
 """
+import itertools
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
 from torch import fx, nn
 
 from architectures.absorb import (
@@ -18,13 +18,17 @@ from architectures.absorb import (
     is_rearranged,
     name_of,
 )
-from architectures.channels import Demand, Obstacle, before, is_last_channels, last_channels
+from architectures.channels import Obstacle, is_last_channels, last_channels
 from architectures.places import folds_of
 from architectures.proving import Prover
-from architectures.sites import Call, Site
+from architectures.sites import Call, Fold, Site
 from architectures.tracing import ARGUMENT, Trace, trace
 
 LEAST_LINEARS = 2  # of a block
+SHARED = "shared with others"  # why a walk's proposals failed
+
+# Edits that fold, or None and why there are none.
+Answer = tuple[Edits | None, str]
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,9 @@ class _Explorer:
         self._linears = [node for node in trace.graph.graph.nodes
                          if name_of(node) == "linear"
                          and behind_casts(node.args[1]) in trace.names]
+        markers = [node for node in trace.graph.graph.nodes if node.target is ARGUMENT]
+        # What linears outside the blocks give to blocks as a vector per image.
+        self._vectors = {_origin(marker) for marker in markers if self._is_vector(marker)}
 
     def discovery(self) -> Discovery:
         groups = self._groups()
@@ -186,7 +193,7 @@ class _Explorer:
 
     # Folds.
 
-    def _fold(self, group: Group) -> tuple[Edits | None, str]:
+    def _fold(self, group: Group) -> Answer:
         """Find edits that divide a group's activations, or say why there are none."""
         walk = Walk(self._trace, self._is_vector)
         demands = [(node, last_channels(self._trace.values[node].shape))
@@ -201,19 +208,36 @@ class _Explorer:
         for edits in proposals:
             if self._prover.proves(list(group.weights), edits, width):
                 return edits, ""
-        return None, "shared with others"
+        return None, SHARED
 
-    def _merge(self, groups, answers):
+    def _merge(
+        self, groups: list[Group], answers: dict[Group, Answer]
+    ) -> tuple[list[Group], dict[Group, Answer]]:
+        """Let groups of one block share a factor where only all of them together fold."""
+        groups, answers = list(groups), dict(answers)
+        shared = [group for group in answers if answers[group][1] == SHARED]
+        for one, other in itertools.combinations(shared, 2):
+            alone = one in answers and other in answers
+            if not alone or one.block != other.block or self._width(one) != self._width(other):
+                continue
+            both = Group(one.block, _unique([*one.weights, *other.weights]),
+                         _unique([*one.activations, *other.activations]))
+            edits, reason = self._fold(both)
+            if edits is not None:
+                groups[groups.index(one)] = both
+                groups.remove(other)
+                del answers[one], answers[other]
+                answers[both] = edits, reason
         return groups, answers
 
     def _is_vector(self, marker: fx.Node) -> bool:
         """Tell whether an argument of a block is a vector per image that a linear made."""
-        node = marker.args[0]
-        while isinstance(node, fx.Node) and is_rearranged(node):
-            node = node.args[0]
+        node = _origin(marker)
         return name_of(node) == "linear" and self._is_per_image(node)
 
-    def _describe(self, edits: Edits | None, group: Group, reason: str):
+    def _describe(
+        self, edits: Edits | None, group: Group, reason: str
+    ) -> tuple[tuple[Fold, ...], str]:
         if edits is None:
             return (), reason
         try:
@@ -223,7 +247,7 @@ class _Explorer:
 
     # Sites.
 
-    def _site(self, group: Group, folds: tuple) -> Site:
+    def _site(self, group: Group, folds: tuple[Fold, ...]) -> Site:
         linears = tuple(self._trace.names[weight].removesuffix(".weight")
                         for weight in group.weights)
         per_image = self._is_group_per_image(group)
@@ -236,7 +260,9 @@ class _Explorer:
         nodes = [node for node in self._linears if behind_casts(node.args[1]) in group.weights]
         readers = [reader for node in nodes for reader in _next_linears(node)]
         embeds = all(self._is_per_image(reader.args[0]) for reader in readers)
-        return "embedder" if embeds and readers else "modulation"
+        if group.block is not None:
+            return "embedder" if embeds else "modulation"
+        return "modulation" if self._vectors & set(nodes) else "embedder"
 
 
 def joined(linears: tuple[str, ...]) -> str:
@@ -244,6 +270,14 @@ def joined(linears: tuple[str, ...]) -> str:
     place, _, first = linears[0].rpartition(".")
     ends = [first, *(name.removeprefix(f"{place}.") for name in linears[1:])]
     return f"{place}.{'+'.join(ends)}" if place else "+".join(ends)
+
+
+def _origin(marker: fx.Node) -> fx.Node:
+    """Find what made the argument that passes a marker, whatever moved it since."""
+    node = marker.args[0]
+    while is_rearranged(node) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
 
 
 def _next_linears(node: fx.Node) -> list[fx.Node]:
