@@ -4,6 +4,7 @@ No model is named here. Blocks are the repeated entries of the model's lists; li
 activation are a site; where a factor folds is proposed by a walk and proved by running the call.
 """
 import itertools
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,7 +38,9 @@ class Discovery:
 
     Attributes:
         blocks: their names, list by list.
-        sites: of all linears that the call ran, in forward order.
+        sites: of all linears that the call ran, in forward order. Their role is ``block``,
+            ``modulation``, ``vector`` (it reads a vector per image that no block's norm uses),
+            ``patches`` or ``outside``.
         reasons: why a site of a block divides its input itself, by its name.
     """
 
@@ -140,7 +143,21 @@ class _Explorer:
             sites.append(site)
             if site.is_balanced and not folds:
                 reasons[site.name] = reason
-        return Discovery(self._blocks, tuple(sites), reasons)
+        return Discovery(self._blocks, (*self._patches(), *sites), reasons)
+
+    def _patches(self) -> list[Site]:
+        """List convolutions outside the blocks whose windows do not overlap."""
+        names = self._trace.names
+        convolutions = [node for node in self._trace.graph.graph.nodes
+                        if name_of(node) == "conv2d" and behind_casts(node.args[1]) in names]
+        sites = []
+        for node in convolutions:
+            weight = behind_casts(node.args[1])
+            window, strides = self._trace.values[weight].shape[2:], node.args[3:4]
+            if self._block_of(weight) is None and strides and list(strides[0]) == list(window):
+                name = names[weight].removesuffix(".weight")
+                sites.append(Site(name, (name,), "patches"))
+        return sites
 
     # Groups.
 
@@ -261,15 +278,17 @@ class _Explorer:
         readers = [reader for node in nodes for reader in _next_linears(node)]
         embeds = all(self._is_per_image(reader.args[0]) for reader in readers)
         if group.block is not None:
-            return "embedder" if embeds else "modulation"
-        return "modulation" if self._vectors & set(nodes) else "embedder"
+            return "vector" if embeds else "modulation"
+        return "modulation" if self._vectors & set(nodes) else "vector"
 
 
 def joined(linears: tuple[str, ...]) -> str:
-    """Name a site after its linears: the first one's name, then what others end in."""
-    place, _, first = linears[0].rpartition(".")
-    ends = [first, *(name.removeprefix(f"{place}.") for name in linears[1:])]
-    return f"{place}.{'+'.join(ends)}" if place else "+".join(ends)
+    """Name a site after its linears: where they all are, then what each is called there."""
+    paths = [name.split(".") for name in linears]
+    shared = len(os.path.commonprefix([path[:-1] for path in paths]))
+    place = ".".join(paths[0][:shared])
+    ends = "+".join(".".join(path[shared:]) for path in paths)
+    return f"{place}.{ends}" if place else ends
 
 
 def _origin(marker: fx.Node) -> fx.Node:

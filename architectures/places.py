@@ -1,12 +1,34 @@
 """Edits of a recorded call as places of a model that divide an activation."""
+import itertools
+from dataclasses import dataclass
+
 from architectures.absorb import Edit, Edits
 from architectures.channels import UNTOUCHED, Demand, Obstacle, before_broadcast
 from architectures.sites import Entries, Fold, Modulation, Rows, SharedModulation
 from architectures.tracing import Trace
 
-# Chunks as wide as the activation, by their first element: those that are divided as they are,
-# and those that are the scale of 1 + scale.
-Chunks = tuple[list[int], list[int]]
+ORDER = "channels in another order"
+MOST_RUNS = 16  # that are worth to be written down
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring elements that neighbouring factors divide.
+
+    Attributes:
+        channel: the first one's factor.
+        is_scale: whether they are the scale of ``1 + scale``.
+    """
+
+    start: int
+    stop: int
+    channel: int
+    is_scale: bool
+
+    def is_chunk(self, width: int) -> bool:
+        """Tell whether it is one of the chunks that a vector is cut into."""
+        return (self.channel == 0 and self.stop - self.start == width
+                and self.start % width == 0)
 
 
 def folds_of(trace: Trace, edits: Edits, width: int) -> tuple[Fold, ...]:
@@ -37,15 +59,17 @@ def folds_of(trace: Trace, edits: Edits, width: int) -> tuple[Fold, ...]:
 
 def _of_rows(trace: Trace, edit: Edit, width: int) -> list[Fold]:
     linear = trace.names[edit.node].removesuffix(".weight")
-    plain, scales = chunks(edit.demand, width)
+    found = runs(edit.demand)
+    scales = [run for run in found if run.is_scale]
+    plain = [run for run in found if not run.is_scale]
     folds: list[Fold] = []
-    for start in scales:
-        shift = plain.pop(0) // width if plain else None
-        folds.append(Modulation(linear, shift=shift, scale=start // width))
+    for scale in scales:
+        shift = plain.pop(0) if plain else None
+        folds.append(Modulation(linear, _chunk(shift, width), _chunk(scale, width)))
     rows = len(edit.demand.factor)
-    for start in plain:
-        whole = start == 0 and rows == width
-        folds.append(Rows(linear) if whole else Rows(linear, start, start + width))
+    for run in plain:
+        whole = run.start == 0 and run.stop == rows
+        folds.append(Rows(linear) if whole else Rows(linear, run.start, run.stop, run.channel))
     return folds
 
 
@@ -56,48 +80,60 @@ def _of_argument(
     _, block, name = edit.node.args
     shape = trace.values[edit.node].shape
     demand = before_broadcast(edit.demand, (1, *shape[1:]), "images of several factors")
-    plain, scales = chunks(demand, width)
+    divided = runs(demand)
+    if shape[-1] == width and all(run.stop <= width < demand.factor.numel() for run in divided):
+        # It could be taken for the whole of every vector.
+        raise Obstacle("only the first of several vectors")
     for table in parameters:
-        shifts, table_scales = chunks(table.demand, width)
-        if not scales and sorted(shifts + table_scales) == plain:
-            shift, scale = _pair(shifts, table_scales, width)
+        entries = runs(table.demand)
+        places = [(run.start, run.stop, run.channel) for run in entries]
+        is_sum = not any(run.is_scale for run in divided)
+        if is_sum and places == [(run.start, run.stop, run.channel) for run in divided]:
+            shift, scale = _pair(entries, width)
             return SharedModulation(trace.names[table.node], shift, scale, block, name), table
-    shift, scale = _pair(plain, scales, width)
+    shift, scale = _pair(divided, width)
     return SharedModulation(None, shift, scale, block, name), None
 
 
-def _pair(shifts: list[int], scales: list[int], width: int) -> tuple[int | None, int]:
+def _pair(found: list[Run], width: int) -> tuple[int | None, int]:
+    scales = [run for run in found if run.is_scale]
+    shifts = [run for run in found if not run.is_scale]
     if len(scales) != 1 or len(shifts) > 1:
         raise Obstacle("a vector of several shifts")
-    return shifts[0] // width if shifts else None, scales[0] // width
+    return _chunk(shifts[0] if shifts else None, width), _chunk(scales[0], width)
+
+
+def _chunk(run: Run | None, width: int) -> int | None:
+    if run is None:
+        return None
+    if not run.is_chunk(width):
+        raise Obstacle(ORDER)
+    return run.start // width
 
 
 def _of_parameter(trace: Trace, edit: Edit, width: int) -> list[Fold]:
-    name = trace.names[edit.node]
-    plain, scales = chunks(edit.demand, width)
-    return [*(Entries(name, start, start + width) for start in plain),
-            *(Entries(name, start, start + width, is_scale=True) for start in scales)]
+    name, found = trace.names[edit.node], runs(edit.demand)
+    if any(run.channel != 0 or run.stop - run.start != width for run in found):
+        raise Obstacle(ORDER)
+    return [Entries(name, run.start, run.stop, run.is_scale) for run in found]
 
 
-def chunks(demand: Demand, width: int) -> Chunks:
-    """Find the chunks of a flattened demand.
+def runs(demand: Demand) -> list[Run]:
+    """Cut what a demand touches into runs, in the order of the flattened elements.
 
     Raises:
-        Obstacle: it does not consist of whole chunks in order.
+        Obstacle: it consists of too many, or an element is neither divided nor a scale.
     """
     factor, plus = demand.factor.flatten(), demand.plus.flatten()
-    touched = factor != UNTOUCHED
-    starts = (factor == 0).nonzero().flatten().tolist()
-    expected = 0
-    plain, scales = [], []
-    for start in starts:
-        chunk = slice(start, start + width)
-        in_order = factor[chunk].tolist() == list(range(width))
-        kind = float(plus[start])
-        if not in_order or kind not in (0.0, 1.0) or not (plus[chunk] == kind).all():
-            raise Obstacle("channels in another order")
-        (scales if kind else plain).append(start)
-        expected += width
-    if int(touched.sum()) != expected:
-        raise Obstacle("channels in another order")
-    return plain, scales
+    touched = (factor != UNTOUCHED).nonzero().flatten()
+    if not ((plus[touched] == 0) | (plus[touched] == 1)).all():
+        raise Obstacle("a scale beside another number than 1")
+    follows = (touched.diff() == 1) & (factor[touched].diff() == 1) & (plus[touched].diff() == 0)
+    edges = [0, *((~follows).nonzero().flatten() + 1).tolist(), len(touched)]
+    if len(edges) > MOST_RUNS:
+        raise Obstacle(ORDER)
+    found = []
+    for first, end in itertools.pairwise(edges):
+        start, stop = int(touched[first]), int(touched[end - 1]) + 1
+        found.append(Run(start, stop, int(factor[start]), bool(plus[start])))
+    return found

@@ -19,12 +19,14 @@ Call = dict[str, Any]
 class Rows:
     """A place that divides an activation: its channels are output channels of a linear.
 
-    They are those from ``start`` up to ``stop``, all of them by default.
+    They are those from ``start`` up to ``stop``, all of them by default. The first of them is the
+    activation's channel ``channel``.
     """
 
     linear: str
     start: int = 0
     stop: int | None = None
+    channel: int = 0
 
     @property
     def rows(self) -> slice:
