@@ -120,7 +120,7 @@ EXAMPLES = (
          "pooled_projections": POOLED}),
     Example(
         "SD3Transformer2DModel",
-        {**IMAGE, **HEADS, "out_channels": 4, "num_layers": 3, "joint_attention_dim": TEXT_WIDTH,
+        {**IMAGE, **HEADS, "out_channels": 4, "num_layers": 4, "joint_attention_dim": TEXT_WIDTH,
          "caption_projection_dim": 32, "pooled_projection_dim": 20, "pos_embed_max_size": 16,
          "dual_attention_layers": (0, 1), "qk_norm": "rms_norm"},
         {"hidden_states": LATENTS, "timestep": STEPS, "encoder_hidden_states": PROMPT,
@@ -227,6 +227,6 @@ EXAMPLES = (
 )
 
 
-def example_of(class_name: str) -> Example | None:
-    """Find the first example of a class; None: there is none."""
-    return next((example for example in EXAMPLES if example.class_name == class_name), None)
+def examples_of(class_name: str) -> list[Example]:
+    """List the examples of a class."""
+    return [example for example in EXAMPLES if example.class_name == class_name]
