@@ -96,6 +96,7 @@ PROMPT = Noise((IMAGES, TEXT, TEXT_WIDTH))
 POOLED = Noise((IMAGES, 20))
 STEPS = Numbers((700, 20), (IMAGES,), torch.int64)
 PARTS = Numbers((0.7, 0.02), (IMAGES,))  # timesteps between 0 and 1
+SIZES = Numbers((64,), (IMAGES, 2))  # of pictures, in pixels
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
 IMAGE = {"sample_size": 8, "patch_size": 2, "in_channels": 4}
 
@@ -224,6 +225,56 @@ EXAMPLES = (
          "text_embed_dim": TEXT_WIDTH, "time_embed_dim": 28, "max_sequence_length": TEXT},
         {"hidden_states": VIDEO, "timestep": STEPS, "encoder_hidden_states": PROMPT,
          "encoder_attention_mask": _ones(IMAGES, TEXT, dtype=torch.bool)}),
+    Example(
+        "BriaTransformer2DModel",
+        {**HEADS, "in_channels": 4, "num_layers": 2, "num_single_layers": 2,
+         "joint_attention_dim": TEXT_WIDTH, "axes_dims_rope": [4, 4, 8]},
+        {"hidden_states": TOKENS, "timestep": PARTS, "encoder_hidden_states": PROMPT,
+         "img_ids": Numbers((0, 1, 2, 3), (16, 3)), "txt_ids": Numbers((0,), (TEXT, 3))}),
+    Example(
+        "ChromaTransformer2DModel",
+        {**HEADS, "in_channels": 4, "num_layers": 2, "num_single_layers": 2,
+         "joint_attention_dim": TEXT_WIDTH, "axes_dims_rope": (4, 4, 8),
+         "approximator_hidden_dim": 32, "approximator_layers": 2},
+        {"hidden_states": TOKENS, "timestep": PARTS, "encoder_hidden_states": PROMPT,
+         "img_ids": Numbers((0, 1, 2, 3), (16, 3)), "txt_ids": Numbers((0,), (TEXT, 3))}),
+    Example(
+        "OvisImageTransformer2DModel",
+        {**HEADS, "in_channels": 4, "out_channels": 4, "num_layers": 2, "num_single_layers": 2,
+         "joint_attention_dim": TEXT_WIDTH, "axes_dims_rope": (4, 4, 8)},
+        {"hidden_states": TOKENS, "timestep": PARTS, "encoder_hidden_states": PROMPT,
+         "img_ids": Numbers((0, 1, 2, 3), (16, 3)), "txt_ids": Numbers((0,), (TEXT, 3))}),
+    Example(
+        "LongCatImageTransformer2DModel",
+        {**HEADS, "in_channels": 4, "num_layers": 2, "num_single_layers": 2,
+         "joint_attention_dim": TEXT_WIDTH, "axes_dims_rope": [4, 4, 8]},
+        {"hidden_states": TOKENS, "timestep": PARTS, "encoder_hidden_states": PROMPT,
+         "img_ids": Numbers((0, 1, 2, 3), (16, 3)), "txt_ids": Numbers((0,), (TEXT, 3))}),
+    Example(
+        "CogView3PlusTransformer2DModel",
+        {**IMAGE, **HEADS, "out_channels": 4, "num_layers": 2, "text_embed_dim": TEXT_WIDTH,
+         "time_embed_dim": 20, "condition_dim": 16, "pos_embed_max_size": 8},
+        {"hidden_states": LATENTS, "timestep": STEPS, "encoder_hidden_states": PROMPT,
+         "original_size": SIZES, "target_size": SIZES, "crop_coords": SIZES}),
+    Example(
+        "CogView4Transformer2DModel",
+        {**IMAGE, **HEADS, "out_channels": 4, "num_layers": 2, "text_embed_dim": TEXT_WIDTH,
+         "time_embed_dim": 20, "condition_dim": 16, "pos_embed_max_size": 8,
+         "rope_axes_dim": (16, 16)},
+        {"hidden_states": LATENTS, "timestep": STEPS, "encoder_hidden_states": PROMPT,
+         "original_size": SIZES, "target_size": SIZES, "crop_coords": SIZES}),
+    Example(
+        "HunyuanVideoTransformer3DModel",
+        {**HEADS, "in_channels": 4, "out_channels": 4, "num_layers": 2, "num_single_layers": 2,
+         "text_embed_dim": TEXT_WIDTH, "pooled_projection_dim": 20, "rope_axes_dim": (4, 4, 8)},
+        {"hidden_states": VIDEO, "timestep": STEPS, "encoder_hidden_states": PROMPT,
+         "encoder_attention_mask": _ones(IMAGES, TEXT), "pooled_projections": POOLED,
+         "guidance": Numbers((4.0,), (IMAGES,))}),
+    Example(
+        "SkyReelsV2Transformer3DModel",
+        {**HEADS, "in_channels": 4, "out_channels": 4, "text_dim": TEXT_WIDTH, "ffn_dim": 48,
+         "num_layers": 2, "rope_max_seq_len": 32},
+        {"hidden_states": VIDEO, "timestep": STEPS, "encoder_hidden_states": PROMPT}),
 )
 
 

@@ -23,6 +23,7 @@ class Row:
     Attributes:
         counts: of linears by where their factor goes: ``weights``, ``vector``, ``run time``.
         reasons: why linears divide at run time, with their number.
+        seconds: of processor time, on one thread.
         failure: why nothing was found; empty: something was.
     """
 
@@ -57,13 +58,13 @@ def place_of(site: Site) -> str:
 
 def survey(example: Example) -> Row:
     """Find what folds in one class."""
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         found = discover(build(example), draw_call(example))
     except ValueError as error:
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         return Row(example.name, 0, 0, Counter(), Counter(), seconds, str(error))
-    return row_of(example.name, found, time.perf_counter() - start)
+    return row_of(example.name, found, time.process_time() - start)
 
 
 def row_of(name: str, found: Discovery, seconds: float) -> Row:

@@ -114,6 +114,9 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _read_from_hub(name: str) -> dict[str, Any]:
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import logging
+    # Its retries are not what the person at the terminal has to read.
+    logging.set_verbosity_error()
     try:
         index = _read(Path(hf_hub_download(name, "model_index.json")))
         component = _component(index, name)
