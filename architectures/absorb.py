@@ -49,6 +49,8 @@ class Edit:
 
 
 Edits = tuple[Edit, ...]
+# Moves the elements of a tensor.
+Move = Callable[[Tensor], Tensor]
 
 
 def name_of(node: fx.Node) -> str:
@@ -144,7 +146,7 @@ class Walk:
             if name_of(parts) not in _PARTS:
                 raise Obstacle(name_of(parts))
             source, split = parts.args[0], self._mover(parts)
-            mover = lambda numbers: split(numbers)[number]  # noqa: E731
+            mover = _picked(split, number)
         return source, before(demand, mover, self._shape(source), f"{name} mixes channels")
 
     def _ways(self, node: fx.Node, demand: Demand) -> Iterator[Edits]:
@@ -181,16 +183,14 @@ class Walk:
         start, demands = 0, []
         for piece in pieces:
             size = self._shape(piece)[dim]
-            part = demand.moved(lambda tensor: tensor.narrow(dim, start, size))  # noqa: B023
-            demands.append((piece, part))
+            demands.append((piece, demand.narrow(dim, start, size)))
             start += size
         return self._touched(demands)
 
     def _stack(self, node: fx.Node, demand: Demand) -> Iterator[Edits]:
         pieces, dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
-        parts = [demand.moved(lambda tensor: tensor.select(dim, i))  # noqa: B023
-                 for i in range(len(pieces))]
-        return self._touched(list(zip(pieces, parts)))
+        return self._touched([(piece, demand.select(dim, number))
+                              for number, piece in enumerate(pieces)])
 
     def _touched(self, demands: list[tuple[fx.Node, Demand]]) -> Iterator[Edits]:
         """Meet those demands that ask for anything."""
@@ -199,6 +199,8 @@ class Walk:
 
     def _add(self, node: fx.Node, demand: Demand) -> Iterator[Edits]:
         one, other = node.args
+        if "alpha" in node.kwargs:
+            raise Obstacle("a weighted sum")
         if not isinstance(one, fx.Node) or not isinstance(other, fx.Node):
             tensor, number = (one, other) if isinstance(one, fx.Node) else (other, one)
             return self._ways(tensor, demand.add_to_plus(number))
@@ -213,8 +215,8 @@ class Walk:
 
     def _subtract(self, node: fx.Node, demand: Demand) -> Iterator[Edits]:
         one, other = node.args
-        if not isinstance(one, fx.Node):
-            raise Obstacle(_stop(node))
+        if not isinstance(one, fx.Node) or "alpha" in node.kwargs:
+            raise Obstacle("a weighted sum")
         if not isinstance(other, fx.Node):
             return self._ways(one, demand.add_to_plus(-other))
         return self.all_of([(one, self._broadcast(one, demand)),
@@ -225,7 +227,7 @@ class Walk:
         if not isinstance(one, fx.Node) or not isinstance(other, fx.Node):
             tensor, number = (one, other) if isinstance(one, fx.Node) else (other, one)
             if number == 0:
-                raise Obstacle(_stop(node))
+                raise Obstacle("a product with 0")
             return self._ways(tensor, demand.scale_plus(1 / number))
         _refuse_plus(node, demand)
         if one is other:
@@ -327,7 +329,7 @@ class Walk:
             node = node.args[0]
         return node in self._trace.names
 
-    def _mover(self, node: fx.Node) -> Callable[[Tensor], Tensor]:
+    def _mover(self, node: fx.Node) -> Move:
         """Return what a node does to its first argument."""
         values = self._trace.values
         args = fx.map_arg(node.args[1:], lambda operand: values[operand])
@@ -337,13 +339,14 @@ class Walk:
         return lambda numbers: node.target(numbers, *args, **kwargs)
 
 
+def _picked(split: Move, number: int) -> Move:
+    """Return what gives one of the parts that ``split`` cuts a tensor into."""
+    return lambda numbers: split(numbers)[number]
+
+
 def _refuse_plus(node: fx.Node, demand: Demand) -> None:
     if demand.has_plus:
         raise Obstacle(f"{name_of(node)} under a sum with 1")
-
-
-def _stop(node: fx.Node) -> str:
-    return f"{name_of(node)} mixes channels"
 
 
 _RULES: dict[str, Callable[[Walk, fx.Node, Demand], Iterator[Edits]]] = {

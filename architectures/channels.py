@@ -40,6 +40,12 @@ class Demand:
     def scale_plus(self, number: float) -> "Demand":
         return replace(self, plus=self.plus * number)
 
+    def narrow(self, dim: int, start: int, size: int) -> "Demand":
+        return self.moved(lambda tensor: tensor.narrow(dim, start, size))
+
+    def select(self, dim: int, number: int) -> "Demand":
+        return self.moved(lambda tensor: tensor.select(dim, number))
+
     def moved(self, move: Callable[[Tensor], Tensor]) -> "Demand":
         return Demand(move(self.factor), move(self.plus))
 
