@@ -68,7 +68,7 @@ def _of_rows(trace: Trace, edit: Edit, width: int) -> list[Fold]:
         folds.append(Modulation(linear, _chunk(shift, width), _chunk(scale, width)))
     rows = len(edit.demand.factor)
     for run in plain:
-        whole = run.start == 0 and run.stop == rows
+        whole = run.stop - run.start == rows == width
         folds.append(Rows(linear) if whole else Rows(linear, run.start, run.stop, run.channel))
     return folds
 

@@ -23,6 +23,9 @@ from quant.weights.low_rank import without_branch
 from quant.weights.rounding import quantize_weight
 
 BY_NAME = {example.name: example for example in EXAMPLES}
+# Those of the classes that the docs promise; the others are alike, and take another half minute.
+QUICK = list(BY_NAME)[:17]
+ALL = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in BY_NAME]
 FAMILIES = {
     "dit": random_model,
     "diffusers-dit": random_diffusers_dit,
@@ -98,7 +101,7 @@ def output(model: nn.Module, example: Example) -> Tensor:
     return torch.cat([value.flatten() for value in tensors_of(model(**draw_call(example)))])
 
 
-@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize("name", ALL)
 def test_folded_equals_divided_at_run_time(name):
     example, sites = BY_NAME[name], found_in(name).scope("blocks")
     assert any(site.folds for site in sites)
@@ -116,7 +119,7 @@ def test_folded_equals_divided_at_run_time(name):
 
 def test_three_quarters_fold():
     folding, linears = 0, 0
-    for name in BY_NAME:
+    for name in QUICK:
         for site in found_in(name).scope("blocks"):
             linears += len(site.linears)
             folding += len(site.linears) if site.folds else 0
@@ -136,6 +139,18 @@ def test_streams_that_meet_in_attention_share_a_factor():
         f"{block}.attn.to_v", f"{block}.attn.add_v_proj"}
     queries = sites[f"{block}.attn.to_q+to_k+to_v"]
     assert queries.folds == (Modulation(f"{block}.norm1.linear", shift=0, scale=1),)
+
+
+def test_channels_in_pieces_say_which_they_are():
+    """One linear reads attention and MLP side by side: each of them divides its own channels."""
+    sites = {site.name: site for site in found_in("Flux2Transformer2DModel").sites}
+    block = "single_transformer_blocks.0.attn"
+    width, hidden = 32, 96
+    places = {(place.channel, place.stop - place.start) for place in
+              sites[f"{block}.to_out"].folds}
+    assert {place.linear for place in sites[f"{block}.to_out"].folds} == {
+        f"{block}.to_qkv_mlp_proj"}
+    assert places == {(0, width), (width, hidden)}
 
 
 def test_a_vector_without_a_table_is_divided():
