@@ -8,6 +8,8 @@
     # any part of any recipe
     python QuantDiT.py --model DiT-Digits-Outliers \\
         --recipe rtn --balance tas --alpha grid --act-granularity token
+    # what is inside any transformer of diffusers; a config.json is enough
+    python QuantDiT.py --model FOLDER --inspect
 """
 from cli.threads import wait_gently
 
@@ -16,13 +18,17 @@ wait_gently()  # before torch loads, which reads it once
 import argparse
 
 from cli import quantize_flags
+from cli.inspect import inspect_settings, print_inspection
 from cli.parser import Parser, run
 from cli.quantize import quantize
 from cli.settings import quantize_settings
 
 
 def main(args: argparse.Namespace) -> None:
-    """Quantise what the command line says."""
+    """Quantise what the command line says, or print what is inside it."""
+    if args.inspect:
+        print_inspection(inspect_settings(args))
+        return
     settings = quantize_settings(args)
     # A mistake leaves its one line and no other, so this comes after the checks.
     quantize_flags.warn_of_ignored_flags(args)

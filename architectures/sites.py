@@ -19,12 +19,14 @@ Call = dict[str, Any]
 class Rows:
     """A place that divides an activation: its channels are output channels of a linear.
 
-    They are those from ``start`` up to ``stop``, all of them by default.
+    They are those from ``start`` up to ``stop``, all of them by default. The first of them is the
+    activation's channel ``channel``.
     """
 
     linear: str
     start: int = 0
     stop: int | None = None
+    channel: int = 0
 
     @property
     def rows(self) -> slice:
@@ -36,11 +38,11 @@ class Modulation:
     """A place that divides an activation ``norm(x) (1 + scale) + shift``.
 
     The output of ``linear`` consists of chunks as wide as the activation. ``shift`` and ``scale``
-    are the numbers of two of them.
+    are the numbers of two of them; ``shift`` is None where nothing is added.
     """
 
     linear: str
-    shift: int
+    shift: int | None
     scale: int
 
 
@@ -49,17 +51,32 @@ class SharedModulation:
     """A place that divides ``norm(x) (1 + scale) + shift`` where one linear serves all blocks.
 
     Every block adds its own ``table`` (chunks, D) to the shared vector (N, chunks D). The table is
-    divided; the vector is divided on its way into ``block``, as its keyword ``argument``.
+    divided; the vector is divided on its way into ``block``, as its ``argument``. ``table`` is None
+    where blocks have none: then ``(1 + scale) / s - 1`` is made of the vector itself.
     """
 
-    table: str
-    shift: int
+    table: str | None
+    shift: int | None
     scale: int
     block: str
     argument: str
 
 
-Fold = Rows | Modulation | SharedModulation
+@dataclass(frozen=True)
+class Entries:
+    """A place that divides an activation: entries of a parameter, such as a norm's weight.
+
+    They are those from ``start`` up to ``stop`` of the flattened ``parameter``. ``is_scale`` says
+    that they are the scale of ``1 + scale``.
+    """
+
+    parameter: str
+    start: int
+    stop: int
+    is_scale: bool = False
+
+
+Fold = Rows | Modulation | SharedModulation | Entries
 
 
 @dataclass(frozen=True)
@@ -90,8 +107,10 @@ class Site:
 
     @property
     def follows_norm(self) -> bool:
-        """Whether its activation comes from a modulated LayerNorm."""
-        return any(isinstance(place, Modulation | SharedModulation) for place in self.folds)
+        """Whether its activation comes from a modulated LayerNorm with a shift."""
+        modulations = [place for place in self.folds
+                       if isinstance(place, Modulation | SharedModulation)]
+        return bool(modulations) and all(place.shift is not None for place in modulations)
 
 
 @dataclass(frozen=True)

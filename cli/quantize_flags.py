@@ -72,6 +72,10 @@ def warn_of_ignored_flags(args: argparse.Namespace) -> None:
 def _add_output_flags(parser: Parser) -> None:
     """Add the flags that say what is written, and what group sizes are judged by."""
     parser.add_argument(
+        "--inspect", action="store_true",
+        help="with --model FOLDER of a diffusers transformer or pipeline: print what would be "
+             "quantised, where factors fold and how large it gets, then exit")
+    parser.add_argument(
         "--report", metavar="DIR",
         help="draw figures of what quantisation did into this folder, with a page report.html")
     parser.add_argument(

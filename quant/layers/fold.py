@@ -4,25 +4,38 @@ Dividing the input of a linear behind a modulated LayerNorm is dividing shift an
 what reads the values that attention averages is dividing V. Of a quantised weight only the scales
 of its output channels change, never a code. Where a factor goes is said by the site's ``folds``.
 """
+import inspect
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from architectures.registry import architecture_of
-from architectures.sites import Fold, Modulation, Rows, SharedModulation, Site
+from architectures.sites import (
+    Entries,
+    Fold,
+    Modulation,
+    Rows,
+    SharedModulation,
+    Site,
+)
 from quant.layers.quantised import QuantizedLayer
 from quant.numerics.smoothing import NO_SMOOTHING, Smoothing
 
 Layers = dict[str, QuantizedLayer]
 
 
-@torch.no_grad()
 def fold(model: nn.Module, layers: Layers) -> Layers:
+    """Divide each site's factors out where the model's architecture says (see ``fold_sites``)."""
+    return fold_sites(model, layers, architecture_of(model).sites(model, "blocks"))
+
+
+@torch.no_grad()
+def fold_sites(model: nn.Module, layers: Layers, sites: list[Site]) -> Layers:
     """Divide each site's factors out where its activation is made.
 
     Args:
-        model: with float linears where ``layers`` are not installed yet. Its biases, float
+        model: with float linears where ``layers`` are not installed yet. Its biases, norms, float
             modulation weights and tables change in place.
         layers: by name; stay as they are.
 
@@ -30,7 +43,7 @@ def fold(model: nn.Module, layers: Layers) -> Layers:
         The layers to install.
     """
     layers = dict(layers)
-    for site in architecture_of(model).sites(model, "blocks"):
+    for site in sites:
         smoothing = layers[site.linears[0]].smoothing
         if smoothing.is_none or not site.folds:
             continue
@@ -56,45 +69,72 @@ def _divide(model: nn.Module, layers: Layers, place: Fold, smoothing: Smoothing)
         divide_modulation(model, layers, place, smoothing)
     elif isinstance(place, SharedModulation):
         divide_shared_modulation(model, place, smoothing)
+    elif isinstance(place, Entries):
+        divide_entries(model, place, smoothing)
     else:
         divide_rows(model, layers, place, smoothing)
 
 
 def divide_rows(model: nn.Module, layers: Layers, place: Rows, smoothing: Smoothing) -> None:
     """Divide output channels of a linear by the factors (D,), bias included."""
-    _divide_weight_rows(model, layers, place.linear, place.rows, smoothing.factors)
+    factors = smoothing.factors
+    if place.stop is not None:
+        factors = factors[place.channel:place.channel + place.stop - place.start]
+    _divide_weight_rows(model, layers, place.linear, place.rows, factors)
     bias = model.get_submodule(place.linear).bias
     if bias is not None:
-        bias[place.rows] /= smoothing.factors
+        bias[place.rows] /= factors
+
+
+def divide_entries(model: nn.Module, place: Entries, smoothing: Smoothing) -> None:
+    """Divide entries of a parameter by the factors (D,)."""
+    entries = model.get_parameter(place.parameter).view(-1)[place.start:place.stop]
+    plus = int(place.is_scale)
+    entries.copy_((entries + plus) / smoothing.factors - plus)
 
 
 def divide_modulation(
     model: nn.Module, layers: Layers, place: Modulation, smoothing: Smoothing
 ) -> None:
     """Add the shift (D,) to ``x (1 + scale) + shift`` and divide by the factors (D,)."""
-    factors = smoothing.factors
-    shift, scale = _chunk(place.shift, len(factors)), _chunk(place.scale, len(factors))
-    for rows in (shift, scale):
-        _divide_weight_rows(model, layers, place.linear, rows, factors)
-    bias = model.get_submodule(place.linear).bias
+    factors, linear = smoothing.factors, model.get_submodule(place.linear)
+    scale = _chunk(place.scale, len(factors))
+    if linear.bias is None:
+        # What is missing in ``scale`` stands beside a 1, and needs a bias to go to.
+        linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features), False)
+    _divide_weight_rows(model, layers, place.linear, scale, factors)
+    linear.bias[scale] = (1 + linear.bias[scale]) / factors - 1
+    if place.shift is None:
+        return
+    shift = _chunk(place.shift, len(factors))
+    _divide_weight_rows(model, layers, place.linear, shift, factors)
     if smoothing.shift is not None:
-        bias[shift] += smoothing.shift
-    bias[shift] /= factors
-    bias[scale] = (1 + bias[scale]) / factors - 1
+        linear.bias[shift] += smoothing.shift
+    linear.bias[shift] /= factors
 
 
 def divide_shared_modulation(
     model: nn.Module, place: SharedModulation, smoothing: Smoothing
 ) -> None:
     """Do the same through a block's table, and divide what enters the block."""
-    factors, table = smoothing.factors, model.get_parameter(place.table)
-    if smoothing.shift is not None:
-        table[place.shift] += smoothing.shift
-    table[place.shift] /= factors
+    factors, width = smoothing.factors, len(smoothing.factors)
+    chunks = [chunk for chunk in (place.shift, place.scale) if chunk is not None]
+    vector = _argument_of(model.get_submodule(place.block), place.argument, factors.device)
+    vector.reach(width * (max(chunks) + 1))
+    for chunk in chunks:
+        vector.divisor[_chunk(chunk, width)] *= factors
+    if place.table is None:
+        scale = _chunk(place.scale, width)
+        vector.added[scale], vector.taken[scale] = 1, 1
+        if place.shift is not None and smoothing.shift is not None:
+            vector.added[_chunk(place.shift, width)] = smoothing.shift
+        return
+    table = model.get_parameter(place.table).view(-1, width)
+    if place.shift is not None:
+        if smoothing.shift is not None:
+            table[place.shift] += smoothing.shift
+        table[place.shift] /= factors
     table[place.scale] = (1 + table[place.scale]) / factors - 1
-    divisor = _divisor_of(model.get_submodule(place.block), place.argument, table)
-    for chunk in (place.shift, place.scale):
-        divisor[_chunk(chunk, len(factors))] *= factors
 
 
 def _chunk(number: int, width: int) -> slice:
@@ -108,28 +148,54 @@ def _divide_weight_rows(
     if name in layers:
         layers[name] = layers[name].divide_rows(rows, factors)
     else:
-        model.get_submodule(name).weight[rows] /= factors[:, None]
+        weight = model.get_submodule(name).weight
+        weight[rows] /= factors.view(-1, *(1,) * (weight.ndim - 1))
 
 
 class DividedArgument(nn.Module):
-    """What a block divides one of its arguments (N, chunks D) by; buffer ``divisor``."""
+    """Gives ``(x + added) / divisor - taken`` of the first chunks of a block's argument.
 
-    def __init__(self, argument: str, divisor: Tensor):
+    The argument has shape (…, chunks D) or (…, chunks, D). Buffers ``added``, ``divisor`` and
+    ``taken`` have an entry for every channel of those chunks.
+    """
+
+    def __init__(self, device: torch.device):
         super().__init__()
-        self.argument = argument
-        self.register_buffer("divisor", divisor)
+        self.register_buffer("divisor", torch.ones(0, device=device))
+        self.register_buffer("added", torch.zeros(0, device=device))
+        self.register_buffer("taken", torch.zeros(0, device=device))
+
+    def reach(self, count: int) -> None:
+        """Make room for ``count`` entries; those that are new change nothing."""
+        missing = max(0, count - len(self.divisor))
+        self.divisor = torch.cat([self.divisor, self.divisor.new_ones(missing)])
+        zeros = self.divisor.new_zeros(missing)
+        self.added, self.taken = torch.cat([self.added, zeros]), torch.cat([self.taken, zeros])
+
+    def forward(self, x: Tensor) -> Tensor:
+        count = len(self.divisor)
+        vectors = x if x.shape[-1] >= count else x.flatten(-2)  # (…, chunks D)
+        divided = (vectors[..., :count] + self.added) / self.divisor - self.taken
+        return torch.cat([divided, vectors[..., count:]], dim=-1).reshape(x.shape)
 
 
-def _divisor_of(block: nn.Module, argument: str, table: Tensor) -> Tensor:
-    """Return what a block divides an argument by, ones at first, to be changed in place."""
-    if not hasattr(block, "divided_argument"):
-        divisor = torch.ones(table.numel(), device=table.device)
-        block.divided_argument = DividedArgument(argument, divisor)
-        block.register_forward_pre_hook(_divide_argument, with_kwargs=True)
-    return block.divided_argument.divisor
+def _argument_of(block: nn.Module, name: str, device: torch.device) -> DividedArgument:
+    """Return what an argument of a block becomes, unchanged at first."""
+    if not hasattr(block, "divided_arguments"):
+        block.divided_arguments = nn.ModuleDict()
+        block.register_forward_pre_hook(_divide_arguments, with_kwargs=True)
+    if name not in block.divided_arguments:
+        block.divided_arguments[name] = DividedArgument(device)
+    return block.divided_arguments[name]
 
 
-def _divide_argument(block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    # It is reached through the block that it is called for: a copy of the model has its own.
-    name, divisor = block.divided_argument.argument, block.divided_argument.divisor
-    return args, {**kwargs, name: kwargs[name] / divisor}
+def _divide_arguments(block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    # They are reached through the block that is called: a copy of the model has its own.
+    divided = block.divided_arguments
+    names = inspect.signature(block.forward).parameters
+
+    def divide(name: str, value: object) -> object:
+        return divided[name](value) if name in divided else value
+
+    args = tuple(divide(name, value) for name, value in zip(names, args))
+    return args, {name: divide(name, value) for name, value in kwargs.items()}

@@ -1,0 +1,226 @@
+"""The story of ``QuantDiT.py --inspect``: what is inside a folder, without its weights."""
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import config
+from architectures.inspection import Inspection, inspect
+from architectures.sites import Site
+from cli.recipe_flags import build_recipe
+from cli.values import one_of, user_value
+from config import Recipe
+from errors import UserError
+from quant.checkpoint.size import FLOAT_BITS, quantised_bits
+from quant.numerics.uniform import ACT_BITS, WEIGHT_BITS, QuantSpec
+from quant.recipe import act_spec, adaln_spec, has_weight_only_adaln, weight_spec
+
+HEADER = ("site", "times", "weights", "folds into", "bits", "MB before", "MB after")
+# Roles of the sites that a scope quantises.
+SCOPE_ROLES = {
+    "blocks": ("block",),
+    "adaln": ("block", "modulation"),
+    "inner": ("block", "modulation", "vector", "outside"),
+    "all": ("block", "modulation", "vector", "outside", "patches"),
+}
+# The first of these that a pipeline has is looked at.
+COMPONENTS = ("transformer", "transformer_2", "prior")
+
+
+@dataclass(frozen=True)
+class InspectSettings:
+    """The checked command line of ``--inspect``."""
+
+    configuration: dict[str, Any]  # of the transformer
+    recipe: Recipe
+    weight_bits: int
+    act_bits: int
+
+
+@dataclass(frozen=True)
+class Line:
+    """What the table says of a site of one block, or of the same site of several."""
+
+    name: str
+    weights: str
+    place: str
+    bits: str
+    before: int  # bytes
+    after: int
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return self.name, self.weights, self.place, self.bits
+
+
+def inspect_settings(args: argparse.Namespace) -> InspectSettings:
+    """Check the command line, and read the transformer's configuration.
+
+    Raises:
+        UserError: there is no configuration of a transformer, or a flag is out of range.
+    """
+    if args.model is None:
+        raise UserError("--inspect looks into a model of diffusers: give a folder with --model")
+    weight_bits = config.weight_bit if args.weight_bit is None else args.weight_bit
+    act_bits = config.act_bit if args.act_bit is None else args.act_bit
+    return InspectSettings(
+        recipe=build_recipe(args),
+        weight_bits=one_of(weight_bits, WEIGHT_BITS, "--weight-bit"),
+        act_bits=one_of(act_bits, ACT_BITS, "--act-bit"),
+        configuration=read_configuration(args.model),
+    )
+
+
+def read_configuration(place: str) -> dict[str, Any]:
+    """Read the configuration of the transformer in a folder, or of one on the hub.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = Path(place)
+    if not folder.is_dir():
+        return _read_from_hub(place)
+    pipeline = folder / "model_index.json"
+    if pipeline.exists():
+        folder = folder / _component(_read(pipeline), place)
+    file = folder / "config.json"
+    if not file.exists():
+        raise UserError(f"'{place}' holds no model_index.json and no config.json: expected the "
+                        "folder of a diffusers pipeline or of its transformer")
+    return _read(file)
+
+
+def _component(index: dict[str, Any], place: str) -> str:
+    for name in COMPONENTS:
+        if name in index:
+            return name
+    kind = index.get("_class_name", "pipeline")
+    raise UserError(f"'{place}' is a {kind} without a transformer: expected a pipeline with one")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read '{file}': {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"'{file}' is no configuration: expected a JSON object")
+    return content
+
+
+def _read_from_hub(name: str) -> dict[str, Any]:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import logging
+    # Its retries are not what the person at the terminal has to read.
+    logging.set_verbosity_error()
+    try:
+        index = _read(Path(hf_hub_download(name, "model_index.json")))
+        component = _component(index, name)
+        return _read(Path(hf_hub_download(name, f"{component}/config.json")))
+    except UserError:
+        raise
+    except Exception as error:  # of the network, of the hub, of a name that is none
+        kind = type(error).__name__
+        raise UserError(f"'{name}' is no folder, and the hub did not give it ({kind}): "
+                        "download it, and give its folder with --model") from None
+
+
+def print_inspection(settings: InspectSettings) -> None:
+    """Print the table of a model's sites, and its sums.
+
+    Raises:
+        UserError: the configuration is of no transformer, or it has no repeated blocks.
+    """
+    found = user_value(inspect, settings.configuration)
+    lines = user_value(lambda: [line_of(site, found, settings) for site in found.sites])
+    if found.warning:
+        print(f"warning: {found.warning}")
+    print(f"{type(found.model).__name__}: {_of_lists(found.blocks)}")
+    for cells in _table(lines):
+        print(f"| {' | '.join(cells)} |")
+    before, after = sum(line.before for line in lines), sum(line.after for line in lines)
+    whole = sum(parameter.numel() for parameter in found.model.parameters()) * FLOAT_BITS // 8
+    print(f"{_sum_of_folds(found)}; {whole / 1e6:.1f} MB before, "
+          f"{(whole - before + after) / 1e6:.1f} MB after, at {FLOAT_BITS} bits elsewhere")
+
+
+def line_of(site: Site, found: Inspection, settings: InspectSettings) -> Line:
+    """Describe a site.
+
+    Raises:
+        ValueError: the recipe's groups do not fit its weights.
+    """
+    modules = [found.model.get_submodule(name) for name in site.linears]
+    before = sum(module.weight.numel() for module in modules) * FLOAT_BITS // 8
+    after, bits = before, "16"
+    specs = [weight_spec_of(site, module, settings) for module in modules]
+    if None not in specs:
+        after = sum(quantised_bits(module, spec) for module, spec in zip(modules, specs)) // 8
+        bits = f"W{specs[0].bits}A{_act_bits(site, settings)}"
+    return Line(_across_blocks(site), _shapes(modules), _place(site, found), bits, before, after)
+
+
+def weight_spec_of(site: Site, module: nn.Module, settings: InspectSettings) -> QuantSpec | None:
+    """Say how a site's weight is quantised; None: it is not."""
+    recipe = settings.recipe
+    if site.role in SCOPE_ROLES[recipe.scope]:
+        return weight_spec(recipe, settings.weight_bits)
+    if site.role == "modulation" and has_weight_only_adaln(recipe, settings.weight_bits):
+        return adaln_spec(recipe.adaln_bits, module.in_features)
+    return None
+
+
+def _act_bits(site: Site, settings: InspectSettings) -> int:
+    if site.role not in SCOPE_ROLES[settings.recipe.scope]:
+        return FLOAT_BITS
+    return act_spec(settings.recipe, settings.act_bits, site.per_image).bits
+
+
+def _across_blocks(site: Site) -> str:
+    """Name a site alike in all blocks of a list."""
+    if site.block is None:
+        return site.name
+    blocks = site.block.rpartition(".")[0]
+    return f"{blocks}.*.{site.name.removeprefix(f'{site.block}.')}"
+
+
+def _shapes(modules: list[nn.Module]) -> str:
+    shapes = ["x".join(map(str, module.weight.shape)) for module in modules]
+    unique = dict.fromkeys(shapes)
+    return ", ".join(f"{shapes.count(shape)} of {shape}" for shape in unique)
+
+
+def _place(site: Site, found: Inspection) -> str:
+    if site.role != "block":
+        return "-"
+    reason = found.reasons.get(site.name, "unknown")
+    return found.places.get(site.name, f"run time ({reason})")
+
+
+def _table(lines: list[Line]) -> Iterator[tuple[str, ...]]:
+    """Make rows of cells of lines that say the same of several blocks."""
+    yield HEADER
+    yield ("---",) * len(HEADER)
+    for key in dict.fromkeys(line.key for line in lines):
+        same = [line for line in lines if line.key == key]
+        name, weights, place, bits = key
+        before, after = sum(line.before for line in same), sum(line.after for line in same)
+        yield (name, str(len(same)), weights, place, bits,
+               f"{before / 1e6:.2f}", f"{after / 1e6:.2f}")
+
+
+def _of_lists(blocks: tuple[str, ...]) -> str:
+    lists = [block.rpartition(".")[0] for block in blocks]
+    counts = [f"{lists.count(name)} in {name}" for name in dict.fromkeys(lists)]
+    return f"{len(blocks)} blocks ({', '.join(counts)})"
+
+
+def _sum_of_folds(found: Inspection) -> str:
+    inside = [site for site in found.sites if site.role == "block"]
+    linears = sum(len(site.linears) for site in inside)
+    folding = sum(len(site.linears) for site in inside if site.name in found.places)
+    return f"{folding} of {linears} linears of the blocks fold"

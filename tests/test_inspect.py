@@ -1,0 +1,140 @@
+"""QuantDiT.py --inspect: a table from a configuration alone, and one line where there is none."""
+import json
+from pathlib import Path
+
+import pytest
+from conftest import call, error_line
+
+import QuantDiT
+from architectures import survey
+from architectures.examples import EXAMPLES, build
+from architectures.inspection import inspect
+
+SIZES = {example.name: example.sizes for example in EXAMPLES}
+FLUX = {"_class_name": "FluxTransformer2DModel", **SIZES["FluxTransformer2DModel"],
+        "num_layers": 3, "num_single_layers": 5, "attention_head_dim": 32,
+        "num_attention_heads": 4, "axes_dims_rope": (8, 8, 16)}
+
+
+@pytest.fixture(autouse=True)
+def _in_a_fresh_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def write(path: str, content: dict) -> None:
+    file = Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content))
+
+
+def table(capsys, *argv: str) -> tuple[list[list[str]], list[str]]:
+    """Print an inspection; return the cells of its table, and the other lines."""
+    capsys.readouterr()
+    call(QuantDiT, *argv, "--inspect")
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
+    return rows[2:], [line for line in lines if not line.startswith("|")]
+
+
+def test_a_pipeline_is_inspected_without_weights(capsys):
+    write("pipe/model_index.json", {"_class_name": "FluxPipeline", "transformer": ["diffusers"]})
+    write("pipe/transformer/config.json", FLUX)
+    rows, (first, last) = table(capsys, "--model", "pipe", "--recipe", "rtn")
+    assert first == ("FluxTransformer2DModel: 8 blocks (3 in transformer_blocks, "
+                     "5 in single_transformer_blocks)")
+    cells = {row[0]: row[1:] for row in rows}
+
+    # Width 128 and MLPs of 512: 16 bits before; codes of 4 bits and a scale a row after.
+    queries = cells["transformer_blocks.*.attn.to_q+to_k+to_v"]
+    assert queries[:4] == ["3", "3 of 128x128", "norm1.linear", "W4A8"]
+    assert float(queries[4]) == pytest.approx(3 * 3 * 128 * 128 * 2 / 1e6, abs=0.006)
+    assert cells["single_transformer_blocks.*.proj_out"][:3] == [
+        "5", "1 of 128x640", "run time (gelu)"]
+    assert cells["x_embedder"][3] == "16"
+    # Twelve linears of a double block and five of a single one; GELU stops two and one.
+    assert last.startswith("50 of 61 linears of the blocks fold")
+
+
+def test_only_a_transformers_folder_is_needed(capsys):
+    write("transformer/config.json", FLUX)
+    rows, _ = table(capsys, "--model", "transformer", "--weight-bit", "8")
+    bits = {row[4] for row in rows}
+    assert "W8A8" in bits
+
+
+def test_bytes_are_those_of_the_weights(capsys):
+    write("folder/config.json", FLUX)
+    rows, lines = table(capsys, "--model", "folder", "--weight-bit", "16", "--recipe", "rtn")
+    assert [row[5] for row in rows] == [row[6] for row in rows]
+    sizes = dict(FLUX)
+    del sizes["_class_name"]
+    model = build(next(example for example in EXAMPLES
+                       if example.class_name == "FluxTransformer2DModel"), **sizes)
+    megabytes = 2 * sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    assert f"{megabytes:.1f} MB before, {megabytes:.1f} MB after" in lines[-1]
+
+
+def test_blocks_that_differ_are_told_apart():
+    sizes = {**SIZES["SD3Transformer2DModel 3.5"], "num_layers": 6,
+             "dual_attention_layers": (0, 1, 2)}
+    found = inspect({"_class_name": "SD3Transformer2DModel", **sizes})
+    assert not found.warning
+    dual = [site.name for site in found.sites if site.name.endswith("attn2.to_q+to_k+to_v")]
+    assert len(dual) == 3
+    assert all(found.places[name] == "norm1.linear" for name in dual)
+
+
+def test_a_class_without_an_example_is_listed():
+    found = inspect({"_class_name": "PriorTransformer", "num_layers": 2, "embedding_dim": 32,
+                     "num_attention_heads": 2, "attention_head_dim": 16})
+    assert found.warning == "no call of PriorTransformer is known here, so that no fold could be " \
+                            "proved"
+    assert len(found.blocks) == 2
+    assert not found.places
+
+
+@pytest.mark.parametrize("files, message", [
+    ({"model_index.json": {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers"]}},
+     "'given' is a StableDiffusionPipeline without a transformer"),
+    ({"config.json": {"_class_name": "UNet2DConditionModel"}},
+     "a UNet2DConditionModel is no transformer"),
+    ({"config.json": {"_class_name": "BertModel"}}, "'BertModel' is no class of diffusers"),
+    ({"config.json": {"hidden_size": 7}}, "'None' is no class of diffusers"),
+    ({"config.json": []}, "is no configuration: expected a JSON object"),
+    ({"notes.json": {}}, "'given' holds no model_index.json and no config.json"),
+    ({"config.json": {**FLUX, "num_layers": 1, "num_single_layers": 1}},
+     "FluxTransformer2DModel has no repeated blocks"),
+    ({"config.json": {**FLUX, "num_layers": "many"}}, "this is no configuration of a Flux"),
+])
+def test_other_folders_are_refused(capsys, files, message):
+    for name, content in files.items():
+        write(f"given/{name}", content)
+    assert message in error_line(capsys, lambda: call(QuantDiT, "--model", "given", "--inspect"))
+
+
+def test_a_hub_id_without_network_is_refused(capsys, monkeypatch):
+    import huggingface_hub
+
+    def fail(*_args):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    line = error_line(capsys, lambda: call(QuantDiT, "--model", "some/model", "--inspect"))
+    assert "'some/model' is no folder, and the hub did not give it (ConnectionError)" in line
+
+
+@pytest.mark.parametrize("argv, message", [
+    ([], "--inspect looks into a model of diffusers: give a folder with --model"),
+    (["--model", ".", "--weight-bit", "1"], "--weight-bit 1 is not available"),
+])
+def test_wrong_flags_are_refused(capsys, argv, message):
+    assert message in error_line(capsys, lambda: call(QuantDiT, *argv, "--inspect"))
+
+
+def test_the_survey_prints_a_table(capsys):
+    survey.main(["DiTTransformer2DModel"])
+    printed = capsys.readouterr().out
+    row = next(line for line in printed.splitlines() if line.startswith("| DiTTransformer2DModel"))
+    # Two blocks: q, k and v are one site; ten of twelve linears fold into weights.
+    assert row.startswith("| DiTTransformer2DModel | 2 | 8 | 12 | 10 | 0 | 2 | gelu 2 |")
+    assert "10 of 12 linears of the blocks fold (83 %)" in printed
