@@ -74,7 +74,8 @@ def test_the_one_that_torchrun_sets_does_not_count(
 def test_under_a_real_torchrun(tmp_path, given, expected):
     program = tmp_path / "program.py"
     program.write_text("from cli.threads import user_threads\n"
-                       "print('threads', user_threads(), flush=True)\n")
+                       # One write: torchrun's processes are unbuffered and share a pipe.
+                       "print(f'threads {user_threads()}\\n', end='', flush=True)\n")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     if given is not None:
         environment["OMP_NUM_THREADS"] = given
