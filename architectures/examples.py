@@ -99,6 +99,16 @@ PARTS = Numbers((0.7, 0.02), (IMAGES,))  # timesteps between 0 and 1
 SIZES = Numbers((64,), (IMAGES, 2))  # of pictures, in pixels
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
 IMAGE = {"sample_size": 8, "patch_size": 2, "in_channels": 4}
+# What several classes share.
+FLUX_SIZES = {**HEADS, "in_channels": 4, "num_layers": 2, "num_single_layers": 2,
+              "joint_attention_dim": TEXT_WIDTH, "axes_dims_rope": (4, 4, 8)}
+FLUX_CALL = {"hidden_states": TOKENS, "timestep": PARTS, "encoder_hidden_states": PROMPT,
+             "img_ids": Numbers((0, 1, 2, 3), (16, 3)), "txt_ids": Numbers((0,), (TEXT, 3))}
+COG_VIEW_SIZES = {**IMAGE, **HEADS, "out_channels": 4, "num_layers": 2,
+                  "text_embed_dim": TEXT_WIDTH, "time_embed_dim": 20, "condition_dim": 16,
+                  "pos_embed_max_size": 8}
+COG_VIEW_CALL = {"hidden_states": LATENTS, "timestep": STEPS, "encoder_hidden_states": PROMPT,
+                 "original_size": SIZES, "target_size": SIZES, "crop_coords": SIZES}
 
 EXAMPLES = (
     Example(
@@ -129,12 +139,8 @@ EXAMPLES = (
         variant="3.5"),
     Example(
         "FluxTransformer2DModel",
-        {**HEADS, "in_channels": 4, "num_layers": 2, "num_single_layers": 2,
-         "joint_attention_dim": TEXT_WIDTH, "pooled_projection_dim": 20,
-         "axes_dims_rope": (4, 4, 8)},
-        {"hidden_states": TOKENS, "timestep": PARTS, "encoder_hidden_states": PROMPT,
-         "pooled_projections": POOLED, "img_ids": Numbers((0, 1, 2, 3), (16, 3)),
-         "txt_ids": Numbers((0,), (TEXT, 3))}),
+        {**FLUX_SIZES, "pooled_projection_dim": 20},
+        {**FLUX_CALL, "pooled_projections": POOLED}),
     Example(
         "Flux2Transformer2DModel",
         {**HEADS, "in_channels": 4, "num_layers": 2, "num_single_layers": 2,
@@ -227,42 +233,28 @@ EXAMPLES = (
          "encoder_attention_mask": _ones(IMAGES, TEXT, dtype=torch.bool)}),
     Example(
         "BriaTransformer2DModel",
-        {**HEADS, "in_channels": 4, "num_layers": 2, "num_single_layers": 2,
-         "joint_attention_dim": TEXT_WIDTH, "axes_dims_rope": [4, 4, 8]},
-        {"hidden_states": TOKENS, "timestep": PARTS, "encoder_hidden_states": PROMPT,
-         "img_ids": Numbers((0, 1, 2, 3), (16, 3)), "txt_ids": Numbers((0,), (TEXT, 3))}),
+        FLUX_SIZES,
+        FLUX_CALL),
     Example(
         "ChromaTransformer2DModel",
-        {**HEADS, "in_channels": 4, "num_layers": 2, "num_single_layers": 2,
-         "joint_attention_dim": TEXT_WIDTH, "axes_dims_rope": (4, 4, 8),
-         "approximator_hidden_dim": 32, "approximator_layers": 2},
-        {"hidden_states": TOKENS, "timestep": PARTS, "encoder_hidden_states": PROMPT,
-         "img_ids": Numbers((0, 1, 2, 3), (16, 3)), "txt_ids": Numbers((0,), (TEXT, 3))}),
+        {**FLUX_SIZES, "approximator_hidden_dim": 32, "approximator_layers": 2},
+        FLUX_CALL),
     Example(
         "OvisImageTransformer2DModel",
-        {**HEADS, "in_channels": 4, "out_channels": 4, "num_layers": 2, "num_single_layers": 2,
-         "joint_attention_dim": TEXT_WIDTH, "axes_dims_rope": (4, 4, 8)},
-        {"hidden_states": TOKENS, "timestep": PARTS, "encoder_hidden_states": PROMPT,
-         "img_ids": Numbers((0, 1, 2, 3), (16, 3)), "txt_ids": Numbers((0,), (TEXT, 3))}),
+        {**FLUX_SIZES, "out_channels": 4},
+        FLUX_CALL),
     Example(
         "LongCatImageTransformer2DModel",
-        {**HEADS, "in_channels": 4, "num_layers": 2, "num_single_layers": 2,
-         "joint_attention_dim": TEXT_WIDTH, "axes_dims_rope": [4, 4, 8]},
-        {"hidden_states": TOKENS, "timestep": PARTS, "encoder_hidden_states": PROMPT,
-         "img_ids": Numbers((0, 1, 2, 3), (16, 3)), "txt_ids": Numbers((0,), (TEXT, 3))}),
+        FLUX_SIZES,
+        FLUX_CALL),
     Example(
         "CogView3PlusTransformer2DModel",
-        {**IMAGE, **HEADS, "out_channels": 4, "num_layers": 2, "text_embed_dim": TEXT_WIDTH,
-         "time_embed_dim": 20, "condition_dim": 16, "pos_embed_max_size": 8},
-        {"hidden_states": LATENTS, "timestep": STEPS, "encoder_hidden_states": PROMPT,
-         "original_size": SIZES, "target_size": SIZES, "crop_coords": SIZES}),
+        COG_VIEW_SIZES,
+        COG_VIEW_CALL),
     Example(
         "CogView4Transformer2DModel",
-        {**IMAGE, **HEADS, "out_channels": 4, "num_layers": 2, "text_embed_dim": TEXT_WIDTH,
-         "time_embed_dim": 20, "condition_dim": 16, "pos_embed_max_size": 8,
-         "rope_axes_dim": (16, 16)},
-        {"hidden_states": LATENTS, "timestep": STEPS, "encoder_hidden_states": PROMPT,
-         "original_size": SIZES, "target_size": SIZES, "crop_coords": SIZES}),
+        {**COG_VIEW_SIZES, "rope_axes_dim": (16, 16)},
+        COG_VIEW_CALL),
     Example(
         "HunyuanVideoTransformer3DModel",
         {**HEADS, "in_channels": 4, "out_channels": 4, "num_layers": 2, "num_single_layers": 2,

@@ -21,17 +21,12 @@ def draw_factors(width: int, seed: int) -> Tensor:
 
 
 class Prover:
-    """Runs a recorded call with edited tensors.
-
-    Attributes:
-        runs: how often it ran.
-    """
+    """Runs a recorded call with edited tensors."""
 
     def __init__(self, trace: Trace):
         self._trace = trace
         self._expected = _outputs(trace)
         self._readers = _readers_of_weights(trace)
-        self.runs = 0
 
     @torch.no_grad()
     def proves(self, linears: list[fx.Node], edits: Edits, width: int) -> bool:
@@ -40,25 +35,20 @@ class Prover:
         Args:
             linears: weights whose columns (width) are multiplied.
         """
-        factors = draw_factors(width, seed=1)
-        parameters = dict(self._trace.parameters)
-        for node in linears:
-            name = self._trace.names[node]
-            parameters[name] = parameters[name] * factors
-        return self._error(parameters, edits, factors) <= TOLERANCE
+        return self._error(linears, edits, width) <= TOLERANCE
 
     @torch.no_grad()
     def has_effect(self, linears: list[fx.Node], width: int) -> bool:
         """Tell whether multiplied columns move the outputs at all."""
+        return self._error(linears, (), width) > LEAST_EFFECT
+
+    def _error(self, linears: list[fx.Node], edits: Edits, width: int) -> float:
+        """Compute how far outputs move when columns are multiplied and tensors edited."""
         factors = draw_factors(width, seed=1)
         parameters = dict(self._trace.parameters)
         for node in linears:
             name = self._trace.names[node]
             parameters[name] = parameters[name] * factors
-        return self._error(parameters, (), factors) > LEAST_EFFECT
-
-    def _error(self, parameters: dict[str, Tensor], edits: Edits, factors: Tensor) -> float:
-        self.runs += 1
         changed: dict[fx.Node, list[Demand]] = {}
         for edit in edits:
             nodes = self._readers[edit.node] if edit.rows else [edit.node]

@@ -15,6 +15,7 @@ from cli.recipe_flags import build_recipe
 from cli.values import one_of, user_value
 from config import Recipe
 from errors import UserError
+from models import DiT_models
 from quant.checkpoint.size import FLOAT_BITS, quantised_bits
 from quant.numerics.uniform import ACT_BITS, WEIGHT_BITS, QuantSpec
 from quant.recipe import act_spec, adaln_spec, has_weight_only_adaln, weight_spec
@@ -82,6 +83,9 @@ def read_configuration(place: str) -> dict[str, Any]:
         UserError: there is none.
     """
     folder = Path(place)
+    if place in DiT_models:
+        raise UserError(f"--inspect looks into models of diffusers, and {place} is one of this "
+                        "repository: expected a folder or an id of the hub")
     if not folder.is_dir():
         return _read_from_hub(place)
     pipeline = folder / "model_index.json"

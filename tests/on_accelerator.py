@@ -86,13 +86,15 @@ def sample(model: nn.Module) -> Tensor:
     return generate_latents(model, schedule, range(len(labels)), labels, 0, 1.5, ddpm_step)
 
 
-def least_sqnr_db(recipe: Recipe) -> int:
+def least_sqnr_db(recipe: Recipe, equal_codes: bool) -> int:
     """Say how near two files must be that were computed on different devices.
 
-    A code at a tie falls either way there: one in a thousand weights costs 60 dB, learned rounding
-    turns more of them. Four bits against float have some 20 dB.
+    A weight's code at a tie falls either way there: one in a thousand costs 60 dB, and learned
+    rounding turns more of them. Four bits against float have some 20 dB.
     """
-    return 30 if recipe.weight == "adaround" else 40
+    if recipe.weight == "adaround":
+        return 30
+    return 90 if equal_codes else 40
 
 
 # The tests.
@@ -165,25 +167,33 @@ def test_recipes_do_on_an_accelerator_what_they_do_on_a_cpu(name, device, tmp_pa
         assert {layer.weight.left.device for layer in result.layers.values()} == {place}
         paths[place] = tmp_path / f"{place.type}.safetensors"
         save(paths[place], model, result, recipe)
-    assert_same_files(paths[CPU], paths[device])
+    equal_codes = have_equal_codes(paths[CPU], paths[device])
 
     for folded in (False, True):
         expected = sample(load(paths[CPU], CPU, folded))
         # The CPU's file, then its own.
         model = load(paths[CPU], device, folded)
         assert {value.device for value in model.state_dict().values()} == {device}
-        assert sqnr_db(expected, sample(model).cpu()) >= 40
+        assert sqnr_db(expected, sample(model).cpu()) >= 90
         latents = sample(load(paths[device], device, folded))
         assert latents.device == device
-        assert sqnr_db(expected, latents.cpu()) >= least_sqnr_db(recipe)
+        assert sqnr_db(expected, latents.cpu()) >= least_sqnr_db(recipe, equal_codes)
 
 
-def assert_same_files(first: Path, second: Path) -> None:
-    """Check that codes are equal but for one in a hundred, floats but for rounding errors."""
+def have_equal_codes(first: Path, second: Path) -> bool:
+    """Check that codes are equal but for one in a hundred, floats but for rounding errors.
+
+    Returns:
+        Whether all codes are equal.
+    """
     expected, tensors = load_file(first), load_file(second)
+    equal = True
     assert expected.keys() == tensors.keys()
     for key, value in expected.items():
         if value.is_floating_point():
             assert torch.allclose(value.float(), tensors[key].float(), rtol=1e-4, atol=1e-6), key
         else:
-            assert (value != tensors[key]).float().mean() <= 0.01, key
+            turned = (value != tensors[key]).float().mean()
+            assert turned <= 0.01, key
+            equal = equal and turned == 0
+    return bool(equal)

@@ -125,6 +125,7 @@ def test_a_hub_id_without_network_is_refused(capsys, monkeypatch):
 
 @pytest.mark.parametrize("argv, message", [
     ([], "--inspect looks into a model of diffusers: give a folder with --model"),
+    (["--model", "DiT-XL/2"], "DiT-XL/2 is one of this repository"),
     (["--model", ".", "--weight-bit", "1"], "--weight-bit 1 is not available"),
 ])
 def test_wrong_flags_are_refused(capsys, argv, message):
