@@ -2,12 +2,17 @@
 import ctypes
 import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # Parameters of mallopt(3).
-MMAP_MAX = -4
 TRIM_THRESHOLD = -1
+MMAP_THRESHOLD = -3
+MMAP_MAX = -4
 
 KEPT_BYTES = 1 << 30
+OWN_BYTES = 1 << 20   # a block of so many lies in a mapping of its own
+MAPPINGS = 1 << 16    # how many there may be, glibc's default
 
 
 def keep_freed_memory() -> None:
@@ -22,6 +27,27 @@ def keep_freed_memory() -> None:
         # The threshold for mmap cannot be set above 32 MiB, which tensors of large batches exceed.
         mallopt(MMAP_MAX, 0)
         mallopt(TRIM_THRESHOLD, KEPT_BYTES)
+
+
+@contextmanager
+def large_blocks_apart() -> Iterator[None]:
+    """Let every large block that is made inside go back to the system when it is freed.
+
+    Loading a model makes and frees blocks of many sizes. Those that stay lie between gaps that the
+    next ones do not fit: loading a DiT-XL/2 took 6.6 GB for 2.8 GB of tensors, and takes 4.3.
+    Afterwards freed memory is kept as ``keep_freed_memory`` says. Does nothing with another C
+    library than glibc.
+    """
+    mallopt = _libc_function("mallopt")
+    if mallopt is None:
+        yield
+        return
+    mallopt(MMAP_THRESHOLD, OWN_BYTES)
+    mallopt(MMAP_MAX, MAPPINGS)
+    try:
+        yield
+    finally:
+        keep_freed_memory()
 
 
 def return_freed_memory() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import config
 from architectures.registry import architecture_of
 from architectures.sites import Site
-from cli.memory import return_freed_memory
+from cli.memory import large_blocks_apart, return_freed_memory
 from cli.settings import QuantizeSettings
 from cli.stages import stage
 from cli.values import one_of, user_value
@@ -91,7 +91,7 @@ def quantize(settings: QuantizeSettings) -> Quantized:
     # Quantise, and save what was found.
     with stage("quantise") as quantising:
         result = run_method(settings, model, decoder, schedule)
-    with stage("save"):
+    with stage("save"), large_blocks_apart():
         checkpoint.save(settings.output, model, result, header(settings, result))
     return_freed_memory()
     tell_of_groups(settings, model, result)
@@ -121,6 +121,7 @@ def quantize(settings: QuantizeSettings) -> Quantized:
     return Quantized(settings.output, quantising.seconds, search_seconds)
 
 
+@large_blocks_apart()
 def load_float(settings: QuantizeSettings, device: torch.device) -> nn.Module:
     """Load the float model in eval mode."""
     choice = settings.model
@@ -128,6 +129,7 @@ def load_float(settings: QuantizeSettings, device: torch.device) -> nn.Module:
                       choice.weights, device)
 
 
+@large_blocks_apart()
 def load_quantised(settings: QuantizeSettings, device: torch.device) -> nn.Module:
     """Load the model from the checkpoint that was just written, so that the picture proves it."""
     _, model = checkpoint.load(settings.output, device)

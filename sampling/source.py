@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from architectures.registry import architecture_of
+from cli.memory import large_blocks_apart
 from cli.settings import SampleSettings
 from download import Decoder, load_model
 from files.digests import sha256, weights_sha256
@@ -50,12 +51,14 @@ def load_checkpoint(
     settings: SampleSettings, folder: Path, run: Processes,
 ) -> tuple[nn.Module, str, str]:
     """Build the quantised model; returns it, its file's SHA-256 and its backend."""
-    stored = checkpoint.read(settings.path)
+    with large_blocks_apart():
+        stored = checkpoint.read(settings.path)
     backend = run.ranks.share(
         "backend", lambda: choose_backend(settings, stored, folder, run.device))
     dtype = getattr(torch, settings.dtype)
-    model = checkpoint.build(
-        stored, run.device, settings.fold, backend, dtype, settings.packed)
+    with large_blocks_apart():
+        model = checkpoint.build(
+            stored, run.device, settings.fold, backend, dtype, settings.packed)
     return model, sha256(settings.path), backend
 
 
@@ -64,8 +67,9 @@ def load_float(
 ) -> tuple[nn.Module, str, str]:
     """Load the float model; returns it, its weights' SHA-256 and ``float``."""
     choice = settings.model
-    model = load_model(choice.name, choice.card, choice.image_size, choice.num_classes,
-                       choice.weights, run.device)
+    with large_blocks_apart():
+        model = load_model(choice.name, choice.card, choice.image_size, choice.num_classes,
+                           choice.weights, run.device)
     digest = weights_sha256(model)
     return model.to(getattr(torch, settings.dtype)), digest, "float"
 

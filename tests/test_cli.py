@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import QuantDiT
 import sample_merge_TAS
-from cli.memory import keep_freed_memory, return_freed_memory
+from cli.memory import keep_freed_memory, large_blocks_apart, return_freed_memory
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {"quant": QuantDiT, "sample": sample_merge_TAS}
@@ -167,6 +167,25 @@ def test_memory_that_was_freed_below_what_is_kept_can_go_back():
     return_freed_memory()
     assert kept.sum() == 1024
     assert before - resident_bytes() > 0.9 * size
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_large_blocks_apart_leave_no_gaps():
+    keep_freed_memory()
+    return_freed_memory()
+    before = resident_bytes()
+    with large_blocks_apart():
+        # Each tensor that stays lies above one that goes, and is larger than its gap.
+        stay = []
+        for megabytes in range(8, 24):
+            gone = torch.ones(megabytes * 2 ** 18 - 1024)
+            stay.append(torch.ones(megabytes * 2 ** 18))
+            del gone
+    size = sum(tensor.nbytes for tensor in stay)
+    assert resident_bytes() - before < 1.1 * size
+    # Afterwards what is freed is kept again.
+    page_faults(1)
+    assert page_faults(1) < 12_000
 
 
 def test_flags_that_agree_with_the_checkpoint_are_fine(capsys, checkpoint_path):
