@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import config
 from architectures.registry import architecture_of
 from architectures.sites import Site
-from cli.memory import large_blocks_apart, return_freed_memory
+from cli.memory import large_blocks_apart
 from cli.settings import QuantizeSettings
 from cli.stages import stage
 from cli.values import one_of, user_value
@@ -46,6 +46,7 @@ from report.page import Section, write_page
 from report.quantisation import quantisation_figures
 
 PICTURE_IMAGES = 16
+PICTURE_BATCH = 8  # images at a time, for what activations take of memory
 PICTURE_COLUMNS = 4
 
 
@@ -93,25 +94,23 @@ def quantize(settings: QuantizeSettings) -> Quantized:
         result = run_method(settings, model, decoder, schedule)
     with stage("save"), large_blocks_apart():
         checkpoint.save(settings.output, model, result, header(settings, result))
-    return_freed_memory()
     tell_of_groups(settings, model, result)
     search_seconds = None if result.allocation is None else result.allocation.seconds
     size = settings.output.stat().st_size / 1e6
     print(f"wrote {settings.output} ({size:.1f} MB), quantised in {quantising.seconds:.1f} s")
 
-    # Let the float model do its part of the picture and of the report, then let go of it.
-    with stage("float samples"):
-        float_latents = draw_latents(settings, model, schedule)
+    # Let the float model do its part of the report and of the picture, then let go of it.
     shown = None
     if settings.report is not None:
         with stage("observe"):
             shown = look_at_layers(settings, model, result, schedule, shown_layers)
-    del model, result
-    return_freed_memory()
+    del result
+    with stage("float samples"):
+        float_latents = draw_latents(settings, model, schedule)
+    del model
 
     with stage("quantised samples"):
         latents = draw_latents(settings, load_quantised(settings, device), schedule)
-    return_freed_memory()
     with stage("decode"):
         pair = decode_pair(settings, decoder, float_latents, latents)
     save_picture(settings, pair)
@@ -245,8 +244,12 @@ def draw_latents(settings: QuantizeSettings, model: nn.Module, schedule: Schedul
     """Sample the picture's images as latents (N, C, H, W)."""
     indices = range(len(settings.labels))[:PICTURE_IMAGES]
     labels = torch.tensor(settings.labels[:PICTURE_IMAGES], device=device_of(model))
-    return generate_latents(
-        model, schedule, indices, labels, settings.seed, settings.cfg_scale, ddpm_step)
+    batches = [
+        generate_latents(
+            model, schedule, indices[start:start + PICTURE_BATCH],
+            labels[start:start + PICTURE_BATCH], settings.seed, settings.cfg_scale, ddpm_step)
+        for start in range(0, len(indices), PICTURE_BATCH)]
+    return torch.cat(batches)
 
 
 def look_at_layers(

@@ -34,6 +34,7 @@ def figure(images: np.ndarray, prompts: list[str]) -> Canvas:
     columns = min(COLUMNS, len(prompts))
     rows = -(-len(prompts) // columns)
     canvas = Canvas(figsize=(1.6 * columns, 2.2 * rows), layout="constrained")
+    canvas.get_layout_engine().set(h_pad=0.1)
     places = canvas.subplots(rows, columns, squeeze=False).ravel()
     for axes in places:
         axes.axis("off")

@@ -149,7 +149,7 @@ if __name__ == "__main__":
     parser.add_argument("--vae-batch", type=int, default=8)
     parser.add_argument("--dit-steps", type=int, default=15000)
     parser.add_argument("--dit-batch", type=int, default=64, help="of DiT and PixArt")
-    parser.add_argument("--pixart-steps", type=int, default=8000)
+    parser.add_argument("--pixart-steps", type=int, default=10000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--state", type=Path, default=STATES)
     parser.add_argument("--out", type=Path, default=HERE, help="of the VAE and the weights")
