@@ -182,7 +182,8 @@ def test_large_blocks_apart_leave_no_gaps():
             stay.append(torch.ones(megabytes * 2 ** 18))
             del gone
     size = sum(tensor.nbytes for tensor in stay)
-    assert resident_bytes() - before < 1.1 * size
+    # With gaps it is twice the size.
+    assert resident_bytes() - before < 1.5 * size
     # Afterwards what is freed is kept again.
     page_faults(1)
     assert page_faults(1) < 12_000
