@@ -2,14 +2,13 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from errors import UserError
 from examples.emoji import pixart
+from examples.emoji import prompts as sheet
 from examples.emoji.autoencoder import build_autoencoder
 from examples.emoji.data import drawn_emoji
-
-trained = pytest.mark.skipif(
-    not (pixart.FOLDER / "model_index.json").exists(), reason="PixArt-Emoji is not trained yet")
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +92,6 @@ def test_a_folder_that_is_no_pipeline_is_refused(tmp_path):
         pixart.load_pipeline(tmp_path)
 
 
-@trained
 def test_the_bundled_pipeline_draws_what_it_is_told():
     size = sum(path.stat().st_size for path in pixart.FOLDER.rglob("*.safetensors"))
     transformer = pixart.FOLDER / "transformer/diffusion_pytorch_model.safetensors"
@@ -102,3 +100,11 @@ def test_the_bundled_pipeline_draws_what_it_is_told():
     red, blue = pixart.draw_prompts(
         pipeline, ["heavy black heart", "blue heart"], steps=20)[:, 24:40, 24:40].mean((1, 2))
     assert red[0] > red[2] + 50 and blue[2] > blue[0] + 50
+
+
+def test_prompts_from_the_command_line_become_a_picture(tmp_path):
+    path = tmp_path / "new" / "picture.png"
+    parser = sheet.make_parser()
+    sheet.main(parser.parse_args(["red apple", "blue apple", "--steps", "2", "--out", str(path)]))
+    width, height = Image.open(path).size
+    assert width > height > 64

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cli.parser import make_script_parser, run
+from cli.parser import Parser, make_script_parser, run
 from examples.emoji.pixart import draw_prompts, load_pipeline
 from files.atomic import atomic
 from report.canvas import Canvas, png
@@ -54,11 +54,16 @@ def main(args: argparse.Namespace) -> None:
     print(f"wrote {path}")
 
 
-if __name__ == "__main__":
+def make_parser() -> Parser:
+    """Make the parser of the command line."""
     parser = make_script_parser(__doc__)
     parser.add_argument("prompts", nargs="*", help="what to draw; none: what the docs show")
     parser.add_argument("--seed", type=int, default=0, help="of the first image's noise")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance-scale", type=float, default=4.5)
     parser.add_argument("--out", type=Path)
-    run(main, parser)
+    return parser
+
+
+if __name__ == "__main__":
+    run(main, make_parser())
