@@ -49,9 +49,12 @@ class Discovery:
     reasons: dict[str, str]
 
     def scope(self, name: str) -> list[Site]:
-        """List the sites that a scope quantises: ``blocks``, ``adaln`` or ``all``."""
+        """List the sites that a scope quantises, one of ``sites.SCOPES``."""
         if name == "all":
             return list(self.sites)
+        if name == "inner":
+            # All but the first and the last that run.
+            return list(self.sites[1:-1])
         roles = ("block",) if name == "blocks" else ("block", "modulation")
         return [site for site in self.sites if site.role in roles]
 
@@ -112,19 +115,21 @@ def discover(model: nn.Module, call: Call, seed: int = 0) -> Discovery:
         ValueError: it has no repeated blocks, or the call cannot be traced.
     """
     blocks = find_blocks(model)
-    return _Explorer(trace(model, call, blocks, seed), tuple(blocks)).discovery()
+    weights = {f"{name}.weight" for name, module in model.named_modules()
+               if isinstance(module, nn.Linear)}
+    return _Explorer(trace(model, call, blocks, seed), tuple(blocks), weights).discovery()
 
 
 class _Explorer:
     """Reads a recorded call."""
 
-    def __init__(self, trace: Trace, blocks: tuple[str, ...]):
+    def __init__(self, trace: Trace, blocks: tuple[str, ...], weights: set[str]):
         self._trace = trace
         self._blocks = blocks
         self._prover = Prover(trace)
         self._linears = [node for node in trace.graph.graph.nodes
                          if name_of(node) == "linear"
-                         and behind_casts(node.args[1]) in trace.names]
+                         and trace.names.get(behind_casts(node.args[1])) in weights]
         markers = [node for node in trace.graph.graph.nodes if node.target is ARGUMENT]
         # What linears outside the blocks give to blocks as a vector per image.
         self._vectors = {_origin(marker) for marker in markers if self._is_vector(marker)}

@@ -106,6 +106,14 @@ class Site:
         return self.block is not None and not self.per_image
 
     @property
+    def pattern(self) -> str:
+        """Its name, alike in all blocks of a list."""
+        if self.block is None:
+            return self.name
+        blocks = self.block.rpartition(".")[0]
+        return f"{blocks}.*.{self.name.removeprefix(f'{self.block}.')}"
+
+    @property
     def follows_norm(self) -> bool:
         """Whether its activation comes from a modulated LayerNorm with a shift."""
         modulations = [place for place in self.folds

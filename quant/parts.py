@@ -38,6 +38,7 @@ from quant.calibration.observers import (
 )
 from quant.calibration.trajectory import Trajectory, joint_weight
 from quant.calibration.watch import Balance, Watch
+from quant.numerics.tokens import matrix
 from quant.numerics.uniform import QuantSpec
 from quant.recipe import BitWidths, act_spec, uses_moments, weight_spec
 from quant.refinement.sensitivity import NoSensitivity, Sensitivity
@@ -202,9 +203,10 @@ def _balance(task: Task, weights: WeightPart, first: FirstPass, samples_of: Samp
 
 def _new_search(task: Task, weights: WeightPart, name: str, factors: Tensor) -> AlphaSearch:
     linear = task.model.get_submodule(name)
+    bias = None if linear.bias is None else linear.bias.float()
     spec = act_spec(task.recipe, task.bits.activations)
     return AlphaSearch(
-        linear.weight, linear.bias, factors, weight_spec(task.recipe, task.bits.weights), spec,
+        matrix(linear), bias, factors, weight_spec(task.recipe, task.bits.weights), spec,
         weights.shared(name), fastest(linear.weight.device, spec))
 
 

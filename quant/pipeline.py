@@ -249,7 +249,7 @@ def weight_only_layers(model: nn.Module, recipe: Recipe) -> dict[str, QuantizedL
         for name in site.linears:
             linear = model.get_submodule(name)
             spec = adaln_spec(recipe.adaln_bits, linear.in_features)
-            weight = without_branch(quantize_weight(linear.weight, spec))
+            weight = without_branch(quantize_weight(matrix(linear), spec))
             layers[name] = QuantizedLayer(weight, act=None)
     return layers
 

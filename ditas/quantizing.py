@@ -1,0 +1,205 @@
+"""Quantise a module in place: record its calls, look into it, run the recipe, put layers in."""
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from architectures.explored import explore, unvisited
+from architectures.registry import architecture_of, describe, is_known
+from architectures.sites import Call
+from architectures.tracing import images_of
+from cli.values import user_value
+from ditas.judging import output_judge
+from ditas.outcome import Outcome, outcome_of
+from ditas.packing import remember
+from ditas.request import Request, read_request
+from ditas.undo import unchanged_on_failure
+from errors import UserError
+from quant.activations.attention import Operands
+from quant.backend import faster, resolve
+from quant.calibration.arguments import batched_arguments, clock_of
+from quant.calibration.calls import recorded_calls, stack
+from quant.install import (
+    device_of,
+    find_timestep_index,
+    make_modules,
+    put_modules,
+    unnumbered,
+)
+from quant.integer.weight import integer_obstacle
+from quant.layers.fold import fold
+from quant.layers.quantised import QuantizedLayer
+from quant.pipeline import Result, quantize_model
+from quant.recipe import act_spec, weight_spec
+from quant.refinement.allocation import GroupSearch
+
+# Whatever makes the module run.
+Drive = Callable[[], object]
+
+# Rows of the input on which backends are timed.
+TIMED_TOKENS = 256
+
+
+def quantize(
+    module: nn.Module, drive: Drive | None = None, recipe: str = "ditas", **flags
+) -> Outcome:
+    """Quantise a module with repeated blocks, in place; if that fails it stays as it was.
+
+    Args:
+        module: in float32 or bfloat16, on any device.
+        drive: called once; what it calls the module with, in whatever way, is the calibration
+            data: a pipeline's sampling, for one. None will do for recipes that look at no data.
+        recipe: a key of ``config.RECIPES``.
+        flags: those of QuantDiT.py as keywords: ``weight_bit=4``, ``act_bit=8``, ``lowrank=16``, …;
+            and ``backend``, as of sample_merge_TAS.py.
+
+    Returns:
+        What was done, site by site.
+
+    Raises:
+        UserError: a flag is wrong, or the module or its calls do not allow the recipe.
+    """
+    request = read_request(recipe, flags)
+    check_type(module)
+    with unchanged_on_failure(module), torch.no_grad():
+        module.eval()
+        calls = [] if drive is None else record_calls(module, drive)
+        user_value(look_into, module, calls)
+        result = user_value(run_recipe, module, request, calls)
+        return put_in(module, request, result)
+
+
+def check_type(module: nn.Module) -> None:
+    """Make sure that a module holds numbers which quantised layers can stand beside.
+
+    Raises:
+        UserError: it has no parameters, or they are of another type.
+    """
+    kinds = {parameter.dtype for parameter in module.parameters()}
+    if not kinds:
+        raise UserError(f"a {type(module).__name__} without parameters cannot be quantised")
+    if not kinds <= {torch.float32, torch.bfloat16}:
+        names = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+        raise UserError(f"the module's parameters are of type {names}: "
+                        "expected float32 or bfloat16; convert it with .to(torch.bfloat16)")
+
+
+def record_calls(module: nn.Module, drive: Drive) -> list[Call]:
+    """Let ``drive`` run, and keep every call of the module.
+
+    Raises:
+        UserError: there was none.
+    """
+    with recorded_calls(module) as calls:
+        drive()
+    if not calls:
+        raise UserError(f"drive() never called the {type(module).__name__}: "
+                        "expected it to sample with the pipeline that the module belongs to")
+    return calls
+
+
+def look_into(module: nn.Module, calls: list[Call]) -> None:
+    """Let a module carry what can be found out of its inside, if that is not known.
+
+    Raises:
+        ValueError: it has no repeated blocks, or its calls cannot be traced.
+    """
+    if is_known(module):
+        return
+    if not calls:
+        describe(module, unvisited(module))
+        return
+    call = calls[0]
+    batched = batched_arguments(module, call)
+    if images_of(call) == 1 and len(batched) > 1:
+        # A vector per image has to differ from one for all.
+        call = stack([call, call], batched)
+    describe(module, explore(module, call, batched, clock_of(calls)))
+
+
+def run_recipe(module: nn.Module, request: Request, calls: list[Call]) -> Result:
+    """Quantise the module, which is left as it was.
+
+    Raises:
+        ValueError: the recipe needs calls and there are none, or as ``quantize_model``.
+    """
+
+    def again(model: nn.Module) -> None:
+        if not calls:
+            raise ValueError(f"recipe {request.label} looks at the calls of the model: "
+                             "give drive, a function that samples once")
+        for call in tqdm(calls, desc="record", unit="step"):
+            model(**call)
+
+    search = None
+    if request.recipe.group_sizes:
+        search = GroupSearch(output_judge(module, calls))
+    return quantize_model(module, request.recipe, request.bits, again, request.svd, search)
+
+
+def put_in(module: nn.Module, request: Request, result: Result) -> Outcome:
+    """Fold the factors, and put the quantised layers where the linears were."""
+    outcome = outcome_of(module, request, result)
+    give_new_values(module, result)
+    layers = fold(module, result.layers)
+    operands = folded_operands(module, layers, result.operands)
+    index, device = find_timestep_index(layers, operands), unnumbered(device_of(module))
+    backend = choose_backend(module, request, layers)
+    modules = {}
+    for kind, names in names_by_type(module, layers).items():
+        same = {name: layers[name] for name in names}
+        modules |= make_modules(module, same, backend, kind, device, False, index)
+    for name in layers:
+        remember(modules[name], layers[name], module.get_submodule(name).bias)
+    put_modules(module, modules, operands, index, device)
+    return outcome
+
+
+def give_new_values(module: nn.Module, result: Result) -> None:
+    """Copy the parameters that folding may change (see ``unchanged_on_failure``)."""
+    for name, parameter in module.named_parameters():
+        if name.removesuffix(".weight") not in result.layers:
+            parameter.data = parameter.data.clone()
+
+
+def folded_operands(
+    module: nn.Module, layers: dict[str, QuantizedLayer], operands: dict[str, Operands]
+) -> dict[str, Operands]:
+    """Fold the quantisers of attentions whose values come divided now."""
+    architecture = architecture_of(module)
+    readers = {site.name: site.linears[0] for site in architecture.sites(module, "blocks")}
+    outputs = {attention.name: readers[attention.output]
+               for attention in architecture.attentions(module)}
+    return {name: quantisers.fold() if layers[outputs[name]].smoothing.is_none else quantisers
+            for name, quantisers in operands.items()}
+
+
+def names_by_type(
+    module: nn.Module, layers: dict[str, QuantizedLayer]
+) -> dict[torch.dtype, list[str]]:
+    """Sort the linears that become layers by the type of their numbers."""
+    kinds: dict[torch.dtype, list[str]] = {}
+    for name in layers:
+        kinds.setdefault(module.get_submodule(name).weight.dtype, []).append(name)
+    return kinds
+
+
+def choose_backend(
+    module: nn.Module, request: Request, layers: dict[str, QuantizedLayer]
+) -> str:
+    """Choose the arithmetic, as ``quant.backend.resolve`` does.
+
+    Raises:
+        UserError: the backend that was asked for does not go with the recipe.
+    """
+    recipe, bits = request.recipe, request.bits
+    obstacle = integer_obstacle(
+        recipe, weight_spec(recipe, bits.weights), act_spec(recipe, bits.activations))
+    block = architecture_of(module).blocks(module)[0]
+    timed = [name for name in layers if name.startswith(f"{block}.")]
+    device, kind = device_of(module), module.get_submodule(timed[0]).weight.dtype
+    measure = partial(
+        faster, [layers[name] for name in timed], TIMED_TOKENS, kind, device, packed=False)
+    return resolve(request.backend, obstacle, device, measure)
