@@ -68,12 +68,27 @@ def explore(
     blocks = find_blocks(model)
     order = order_of_calls(model, call)
     blocks = [block for block in order if block in set(blocks)]
-    short, twins = shortened(model, blocks)
-    found = discover(short, pytree.tree_map(_in_float32, call))
-    discovery = without_idle(extended(found, blocks, twins), set(order))
+    found = discover_shortened(model, pytree.tree_map(_in_float32, call), blocks)
+    discovery = without_idle(found, set(order))
     if not discovery.scope("blocks"):
         raise ValueError(f"no linear of a block of {type(model).__name__} reads tokens")
     return ExploredArchitecture(discovery, batched, clock)
+
+
+def discover_shortened(model: nn.Module, call: Call, blocks: list[str]) -> Discovery:
+    """Discover what is inside a model, in fewer blocks of it if it runs with these.
+
+    Raises:
+        ValueError: its call cannot be traced.
+    """
+    short, twins = shortened(model, blocks)
+    try:
+        return extended(discover(short, call), blocks, twins)
+    except ValueError:
+        if len(set(twins.values())) == len(blocks):
+            raise
+    # It counts its blocks, so that none may be missing.
+    return extended(discover(model, call), blocks, dict(zip(blocks, blocks)))
 
 
 def _in_float32(value: Any) -> Any:

@@ -42,6 +42,11 @@ def keep(module: nn.Module, tensors: Tensors) -> None:
     module.register_state_dict_post_hook(_save_packed)
 
 
+def is_packed(module: nn.Module) -> bool:
+    """Tell whether a module is saved as something else than it holds."""
+    return "packed" in vars(module)
+
+
 def _save_packed(
     module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]
 ) -> None:

@@ -1,45 +1,28 @@
 """Quantise a module in place: record its calls, look into it, run the recipe, put layers in."""
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from architectures.explored import explore, unvisited
-from architectures.registry import architecture_of, describe, is_known
+from architectures.registry import describe, is_known
 from architectures.sites import Call
 from architectures.tracing import images_of
 from cli.values import user_value
 from ditas.judging import output_judge
-from ditas.outcome import Outcome, outcome_of
-from ditas.packing import remember
+from ditas.outcome import Outcome
+from ditas.placing import check_not_quantised, put_in
 from ditas.request import Request, read_request
 from ditas.undo import unchanged_on_failure
 from errors import UserError
-from quant.activations.attention import Operands
-from quant.backend import faster, resolve
 from quant.calibration.arguments import batched_arguments, clock_of
 from quant.calibration.calls import recorded_calls, stack
-from quant.install import (
-    device_of,
-    find_timestep_index,
-    make_modules,
-    put_modules,
-    unnumbered,
-)
-from quant.integer.weight import integer_obstacle
-from quant.layers.fold import fold
-from quant.layers.quantised import QuantizedLayer
 from quant.pipeline import Result, quantize_model
-from quant.recipe import act_spec, weight_spec
 from quant.refinement.allocation import GroupSearch
 
 # Whatever makes the module run.
 Drive = Callable[[], object]
-
-# Rows of the input on which backends are timed.
-TIMED_TOKENS = 256
 
 
 def quantize(
@@ -63,6 +46,7 @@ def quantize(
     """
     request = read_request(recipe, flags)
     check_type(module)
+    check_not_quantised(module)
     with unchanged_on_failure(module), torch.no_grad():
         module.eval()
         calls = [] if drive is None else record_calls(module, drive)
@@ -137,69 +121,3 @@ def run_recipe(module: nn.Module, request: Request, calls: list[Call]) -> Result
     if request.recipe.group_sizes:
         search = GroupSearch(output_judge(module, calls))
     return quantize_model(module, request.recipe, request.bits, again, request.svd, search)
-
-
-def put_in(module: nn.Module, request: Request, result: Result) -> Outcome:
-    """Fold the factors, and put the quantised layers where the linears were."""
-    outcome = outcome_of(module, request, result)
-    give_new_values(module, result)
-    layers = fold(module, result.layers)
-    operands = folded_operands(module, layers, result.operands)
-    index, device = find_timestep_index(layers, operands), unnumbered(device_of(module))
-    backend = choose_backend(module, request, layers)
-    modules = {}
-    for kind, names in names_by_type(module, layers).items():
-        same = {name: layers[name] for name in names}
-        modules |= make_modules(module, same, backend, kind, device, False, index)
-    for name in layers:
-        remember(modules[name], layers[name], module.get_submodule(name).bias)
-    put_modules(module, modules, operands, index, device)
-    return outcome
-
-
-def give_new_values(module: nn.Module, result: Result) -> None:
-    """Copy the parameters that folding may change (see ``unchanged_on_failure``)."""
-    for name, parameter in module.named_parameters():
-        if name.removesuffix(".weight") not in result.layers:
-            parameter.data = parameter.data.clone()
-
-
-def folded_operands(
-    module: nn.Module, layers: dict[str, QuantizedLayer], operands: dict[str, Operands]
-) -> dict[str, Operands]:
-    """Fold the quantisers of attentions whose values come divided now."""
-    architecture = architecture_of(module)
-    readers = {site.name: site.linears[0] for site in architecture.sites(module, "blocks")}
-    outputs = {attention.name: readers[attention.output]
-               for attention in architecture.attentions(module)}
-    return {name: quantisers.fold() if layers[outputs[name]].smoothing.is_none else quantisers
-            for name, quantisers in operands.items()}
-
-
-def names_by_type(
-    module: nn.Module, layers: dict[str, QuantizedLayer]
-) -> dict[torch.dtype, list[str]]:
-    """Sort the linears that become layers by the type of their numbers."""
-    kinds: dict[torch.dtype, list[str]] = {}
-    for name in layers:
-        kinds.setdefault(module.get_submodule(name).weight.dtype, []).append(name)
-    return kinds
-
-
-def choose_backend(
-    module: nn.Module, request: Request, layers: dict[str, QuantizedLayer]
-) -> str:
-    """Choose the arithmetic, as ``quant.backend.resolve`` does.
-
-    Raises:
-        UserError: the backend that was asked for does not go with the recipe.
-    """
-    recipe, bits = request.recipe, request.bits
-    obstacle = integer_obstacle(
-        recipe, weight_spec(recipe, bits.weights), act_spec(recipe, bits.activations))
-    block = architecture_of(module).blocks(module)[0]
-    timed = [name for name in layers if name.startswith(f"{block}.")]
-    device, kind = device_of(module), module.get_submodule(timed[0]).weight.dtype
-    measure = partial(
-        faster, [layers[name] for name in timed], TIMED_TOKENS, kind, device, packed=False)
-    return resolve(request.backend, obstacle, device, measure)

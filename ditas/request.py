@@ -10,7 +10,7 @@ from config import Recipe
 from errors import UserError
 from quant.backend import BACKENDS
 from quant.numerics.uniform import ACT_BITS, WEIGHT_BITS
-from quant.recipe import BitWidths, check_recipe
+from quant.recipe import BitWidths, check_recipe, needs_trajectory
 from quant.weights.low_rank import SOLVERS
 
 # Keywords that are no part of a recipe, with what they are where they are not given.
@@ -28,16 +28,24 @@ class Request:
     """A recipe and its surroundings, checked.
 
     Attributes:
+        recipe_name, flags: as they were given.
         label: the recipe's name with the flags that were given.
         svd: the low-rank solver.
         backend: one of ``quant.backend.BACKENDS``.
     """
 
+    recipe_name: str
+    flags: dict[str, Any]
     recipe: Recipe
     label: str
     bits: BitWidths
     svd: str
     backend: str
+
+    @property
+    def needs_calls(self) -> bool:
+        """Whether the recipe has to see the model sample."""
+        return needs_trajectory(self.recipe, self.bits)
 
 
 def read_request(recipe_name: str, flags: dict[str, Any]) -> Request:
@@ -61,7 +69,7 @@ def read_request(recipe_name: str, flags: dict[str, Any]) -> Request:
         one_of(others["act_bit"], ACT_BITS, "act_bit"))
     user_value(check_recipe, recipe, bits.activations)
     return Request(
-        recipe, labelled(recipe_name, given), bits,
+        recipe_name, flags, recipe, labelled(recipe_name, given), bits,
         svd=one_of(others["svd"], SOLVERS, "svd"),
         backend=one_of(others["backend"], BACKENDS, "backend"))
 

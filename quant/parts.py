@@ -40,7 +40,15 @@ from quant.calibration.trajectory import Trajectory, joint_weight
 from quant.calibration.watch import Balance, Watch
 from quant.numerics.tokens import matrix
 from quant.numerics.uniform import QuantSpec
-from quant.recipe import BitWidths, act_spec, uses_moments, weight_spec
+from quant.recipe import (
+    BitWidths,
+    act_spec,
+    has_static_ranges,
+    needs_trajectory,
+    uses_moments,
+    weighs_layers,
+    weight_spec,
+)
 from quant.refinement.sensitivity import NoSensitivity, Sensitivity
 from quant.weights.floating import FloatWeights
 from quant.weights.parts import LowRankFirst, SmoothFirst
@@ -72,7 +80,7 @@ class Task:
 
     @property
     def has_static_ranges(self) -> bool:
-        return self.recipe.is_static and not self.bits.leave_activations
+        return has_static_ranges(self.recipe, self.bits)
 
     @property
     def quantizes_first(self) -> bool:
@@ -93,14 +101,12 @@ class Task:
     @property
     def weighs_layers(self) -> bool:
         """Whether group sizes are chosen by what each layer costs on its own."""
-        return bool(self.recipe.group_sizes) and self.recipe.allocate != "evolution"
+        return weighs_layers(self.recipe)
 
     @property
     def needs_trajectory(self) -> bool:
         """Whether any part has to see the model sample."""
-        recipe = self.recipe
-        return (recipe.balance != "none" or self.has_static_ranges or self.weighs_layers
-                or recipe.weight != "nearest" or recipe.metric == "output")
+        return needs_trajectory(self.recipe, self.bits)
 
     def act_spec(self, site: Site, group: int | None = None) -> QuantSpec:
         """Say how the input of a site is quantised."""

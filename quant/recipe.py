@@ -49,6 +49,22 @@ def adaln_spec(bits: int, columns: int) -> QuantSpec:
     return QuantSpec(bits, "group", columns, "two-level")
 
 
+def has_static_ranges(recipe: Recipe, bits: BitWidths) -> bool:
+    """Tell whether ranges of activations are found before sampling."""
+    return recipe.is_static and not bits.leave_activations
+
+
+def weighs_layers(recipe: Recipe) -> bool:
+    """Tell whether group sizes are chosen by what each layer costs on its own."""
+    return bool(recipe.group_sizes) and recipe.allocate != "evolution"
+
+
+def needs_trajectory(recipe: Recipe, bits: BitWidths) -> bool:
+    """Tell whether any part of a recipe has to see the model sample."""
+    return (recipe.balance != "none" or has_static_ranges(recipe, bits) or weighs_layers(recipe)
+            or recipe.weight != "nearest" or recipe.metric == "output")
+
+
 def act_spec(
     recipe: Recipe, bits: int, per_image: bool = False, group: int | None = None
 ) -> QuantSpec:
