@@ -97,7 +97,7 @@ def look_into(module: nn.Module, calls: list[Call]) -> None:
         return
     call = calls[0]
     batched = batched_arguments(module, call)
-    if images_of(call) == 1 and len(batched) > 1:
+    if images_of(call) == 1 and batched:
         # A vector per image has to differ from one for all.
         call = stack([call, call], batched)
     describe(module, explore(module, call, batched, clock_of(calls)))

@@ -17,27 +17,23 @@ TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 2e-2, torc
 def batched_arguments(model: nn.Module, call: Call) -> tuple[str, ...]:
     """Name the arguments with an entry per image: given twice, they make every output twice.
 
-    If those that look like it do not, there is only one: calls are then not made together.
+    If those that look like it do not, there are none: calls are then not made together.
 
     Args:
         model: in eval mode.
         call: arguments of its ``forward``.
-
-    Raises:
-        ValueError: no argument holds an entry per image.
     """
     images = images_of(call)
     names = tuple(name for name, value in call.items() if _has_entries(value, images))
-    if not names:
-        raise ValueError("no argument of the model's calls holds a tensor with an entry per image")
-    if can_stack([call, call], names) and _gives_twice(model, call, names):
-        return names
-    return names[:1]
+    stacks = can_stack([call, call], names) and _gives_twice(model, call, names)
+    return names if stacks else ()
 
 
 def _has_entries(value: Any, images: int) -> bool:
     if isinstance(value, dict):
         return any(_has_entries(item, images) for item in value.values())
+    if isinstance(value, list):
+        return len(value) == images and all(isinstance(entry, Tensor) for entry in value)
     return isinstance(value, Tensor) and value.dim() > 0 and len(value) == images
 
 
@@ -46,19 +42,24 @@ def _gives_twice(model: nn.Module, call: Call, names: tuple[str, ...]) -> bool:
     expected = tensors_of(model(**call))
     try:
         outputs = tensors_of(model(**stack([call, call], names)))
-    except (RuntimeError, ValueError, IndexError):
-        # An argument is of another shape than others now.
+    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):
+        # One argument too many was given twice, or one too few.
         return False
-    return len(outputs) == len(expected) and all(
-        _is_twice(output, half) for output, half in zip(outputs, expected))
+    if len(outputs) == len(expected):
+        return all(map(_is_twice, outputs, expected))
+    # They are lists with an entry per image.
+    return len(outputs) == 2 * len(expected) and all(map(_is_near, outputs, 2 * expected))
 
 
 def _is_twice(output: Tensor, half: Tensor) -> bool:
-    if half.dim() == 0 or len(output) != 2 * len(half):
+    return half.dim() > 0 and _is_near(output, torch.cat([half, half]))
+
+
+def _is_near(output: Tensor, expected: Tensor) -> bool:
+    if output.shape != expected.shape:
         return False
-    wanted = torch.cat([half, half])
-    error = (output - wanted).norm() / wanted.norm()
-    return bool(error <= TOLERANCE.get(half.dtype, 0.0))
+    error = (output - expected).norm() / expected.norm()
+    return bool(error <= TOLERANCE.get(expected.dtype, 0.0))
 
 
 def clock_of(calls: Sequence[Call]) -> str:
