@@ -157,9 +157,7 @@ def unvisited(model: nn.Module) -> ExploredArchitecture:
         ValueError: it has no repeated blocks.
     """
     blocks = tuple(find_blocks(model))
-    configuration = dict(getattr(model, "config", {}))
-    if "_class_name" in configuration:
-        sites = inspect(configuration).sites
-    else:
-        sites = tuple(plain_sites(model, blocks))
+    sites = tuple(plain_sites(model, blocks))
+    if hasattr(model, "register_to_config"):
+        sites = inspect({**model.config, "_class_name": type(model).__name__}).sites
     return ExploredArchitecture(Discovery(blocks, sites, {}), (), "")

@@ -98,10 +98,16 @@ def random_parameters(model: nn.Module, seed: int) -> dict[str, Tensor]:
 
 
 def images_of(call: Call) -> int:
-    """Count the images of a call: as many as its timesteps, the shortest list of numbers."""
-    lists = [value for value in pytree.tree_leaves(call) if isinstance(value, Tensor)]
-    vectors = [len(value) for value in lists if value.ndim == 1]
-    return min(vectors) if vectors else len(lists[0])
+    """Count the images of a call: as many as its timesteps, the shortest list of numbers.
+
+    Without such a list, it is as many as its first argument with several entries has.
+    """
+    tensors = [value for value in pytree.tree_leaves(call) if isinstance(value, Tensor)]
+    vectors = [len(value) for value in tensors if value.ndim == 1]
+    if vectors:
+        return min(vectors)
+    entries = [value for value in call.values() if isinstance(value, list | Tensor)]
+    return len(entries[0])
 
 
 def tensors_of(output: Any) -> list[Tensor]:

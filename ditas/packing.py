@@ -38,13 +38,13 @@ def remember(module: nn.Module, layer: QuantizedLayer, bias: Tensor | None) -> N
 
 def keep(module: nn.Module, tensors: Tensors) -> None:
     """Let a module be saved as these tensors."""
-    module.packed = tensors
+    module.in_file = tensors
     module.register_state_dict_post_hook(_save_packed)
 
 
 def is_packed(module: nn.Module) -> bool:
     """Tell whether a module is saved as something else than it holds."""
-    return "packed" in vars(module)
+    return "in_file" in vars(module)
 
 
 def _save_packed(
@@ -53,4 +53,4 @@ def _save_packed(
     """Put what a file needs in the place of what computes."""
     for name in [name for name in state if name.startswith(prefix)]:
         del state[name]
-    state.update({f"{prefix}{name}": value for name, value in module.packed.items()})
+    state.update({f"{prefix}{name}": value for name, value in module.in_file.items()})

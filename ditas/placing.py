@@ -67,7 +67,7 @@ def stored_form(
     module: nn.Module, layers: dict[str, QuantizedLayer], added_biases: list[str]
 ) -> Data:
     """Describe a quantised module, so that a file of its tensors can be read."""
-    layouts = {name: layout_of(layer, module.get_submodule(name).packed)
+    layouts = {name: layout_of(layer, module.get_submodule(name).in_file)
                for name, layer in layers.items()}
     return {
         "layouts": as_data(layouts),

@@ -1,5 +1,5 @@
 """Calls of a model: its arguments by name, recorded while it runs and put together again."""
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,7 +56,16 @@ def recorded_calls(module: nn.Module) -> Iterator[list[Call]]:
 
 def batch_size(call: Call, batched: Sequence[str]) -> int:
     """Count the images of a call; it is one where no argument is known to hold several."""
-    return next((len(call[name]) for name in batched if isinstance(call.get(name), Tensor)), 1)
+    return next(_counts(call.get(name) for name in batched), 1)
+
+
+def _counts(values: Iterable[Any]) -> Iterator[int]:
+    """Count the entries of tensors and lists, on their own or in dicts of them."""
+    for value in values:
+        if isinstance(value, dict):
+            yield from _counts(value.values())
+        elif isinstance(value, Tensor | list):
+            yield len(value)
 
 
 def can_stack(calls: Sequence[Call], batched: Sequence[str]) -> bool:
@@ -130,7 +139,8 @@ def take(calls: Sequence[Call], picks: Tensor, batched: Sequence[str]) -> Call:
         ValueError: the calls have other shapes or other arguments than one another.
     """
     if not can_stack(calls, batched):
-        raise ValueError("block reconstruction needs calls that differ in their images only")
+        raise ValueError("this recipe draws images from all calls of the model: "
+                         "expected calls that differ in their images only")
     chosen = picks.tolist()
 
     def pick_images(values: list[Entries]) -> Entries:
