@@ -8,7 +8,7 @@ from ditas.packing import keep
 from ditas.request import Request
 from errors import UserError
 from quant.checkpoint.tensors import read_layer
-from quant.install import make_linear
+from quant.install import make_linear, with_stand_in
 from quant.layers.fold import DividedArgument, argument_of
 from quant.layers.linear import PatchLinear
 from quant.layers.quantised import QuantizedLayer
@@ -105,4 +105,5 @@ def build_linears(model: nn.Module, request: Request) -> None:
         if module.window is not None:
             linear = PatchLinear(linear, module.window)
         keep(linear, dict(module._buffers))
-        model.set_submodule(name, linear.to(module.device))
+        linear = with_stand_in(linear.to(module.device), module.kind, module.device)
+        model.set_submodule(name, linear)

@@ -45,7 +45,7 @@ def quantize(
         UserError: a flag is wrong, or the module or its calls do not allow the recipe.
     """
     request = read_request(recipe, flags)
-    check_type(module)
+    check_type(module, request)
     check_not_quantised(module)
     with unchanged_on_failure(module), torch.no_grad():
         module.eval()
@@ -55,8 +55,8 @@ def quantize(
         return put_in(module, request, result)
 
 
-def check_type(module: nn.Module) -> None:
-    """Make sure that a module holds numbers which quantised layers can stand beside.
+def check_type(module: nn.Module, request: Request) -> None:
+    """Make sure that a module holds numbers which the recipe can work with.
 
     Raises:
         UserError: it has no parameters, or they are of another type.
@@ -68,6 +68,9 @@ def check_type(module: nn.Module) -> None:
         names = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
         raise UserError(f"the module's parameters are of type {names}: "
                         "expected float32 or bfloat16; convert it with .to(torch.bfloat16)")
+    if request.runs_copies and kinds != {torch.float32}:
+        raise UserError(f"recipe {request.label} runs copies of the module in float32, and this "
+                        f"{type(module).__name__} is of bfloat16: convert it with .float() first")
 
 
 def record_calls(module: nn.Module, drive: Drive) -> list[Call]:

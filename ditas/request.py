@@ -10,7 +10,13 @@ from config import Recipe
 from errors import UserError
 from quant.backend import BACKENDS
 from quant.numerics.uniform import ACT_BITS, WEIGHT_BITS
-from quant.recipe import BitWidths, check_recipe, needs_trajectory
+from quant.recipe import (
+    BitWidths,
+    check_recipe,
+    learns_rounding,
+    needs_trajectory,
+    runs_quantised_so_far,
+)
 from quant.weights.low_rank import SOLVERS
 
 # Keywords that are no part of a recipe, with what they are where they are not given.
@@ -46,6 +52,12 @@ class Request:
     def needs_calls(self) -> bool:
         """Whether the recipe has to see the model sample."""
         return needs_trajectory(self.recipe, self.bits)
+
+    @property
+    def runs_copies(self) -> bool:
+        """Whether the recipe looks at what a quantised copy of the model computes."""
+        return (runs_quantised_so_far(self.recipe, self.bits) or bool(self.recipe.group_sizes)
+                or learns_rounding(self.recipe, self.bits))
 
 
 def read_request(recipe_name: str, flags: dict[str, Any]) -> Request:

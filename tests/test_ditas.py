@@ -25,6 +25,7 @@ from quant.recipe import BitWidths
 
 # The classes that the docs promise; DiT and PixArt are known by hand.
 BY_NAME = {example.name: example for example in EXAMPLES[:17]}
+FLUX = "FluxTransformer2DModel"
 # One group a row, whatever its length.
 WHOLE_ROWS = 1024
 
@@ -314,6 +315,40 @@ def test_what_a_model_does_not_allow_is_refused(make, recipe, message):
     model, drive = make()
     with pytest.raises(ditas.UserError, match=message):
         ditas.quantize(model, drive, recipe)
+
+
+@pytest.mark.parametrize("name, recipe, least_sqnr_db", [
+    (FLUX, "ptq4dit", 25),
+    (FLUX, "repq-vit", 25),
+    # Its code asks the linears of its embedder for the type of their parameters.
+    ("WanTransformer3DModel", "ptq4dit", 20),
+])
+def test_units_and_attentions_of_any_model_are_found(name, recipe, least_sqnr_db):
+    model = explored_example(name)
+    expected = output(model, name)
+    flags = {"iterations": 2} if recipe == "ptq4dit" else {}
+    ditas.quantize(model, run_on(model, BY_NAME[name]), recipe, weight_bit=8, **flags)
+    assert sqnr_db(expected, output(model, name)) > least_sqnr_db
+    attentions = architecture(name).attentions(model)
+    assert attentions
+    assert all(hasattr(model.get_submodule(site.name), "operands") for site in attentions)
+
+
+@pytest.mark.parametrize("name, recipe, message", [
+    (FLUX, "tfmq-dm", "what the timestep decides in a FluxTransformer2DModel cannot be run"),
+    # Frames stand beside images.
+    ("LatteTransformer3DModel", "ptq4dit", "does not give an output for every image"),
+])
+def test_recipes_that_a_model_does_not_allow_are_refused(name, recipe, message):
+    model = explored_example(name)
+    with pytest.raises(ditas.UserError, match=message):
+        ditas.quantize(model, run_on(model, BY_NAME[name]), recipe, iterations=1)
+
+
+def test_recipes_that_run_copies_want_float32():
+    model = explored_example(FLUX).bfloat16()
+    with pytest.raises(ditas.UserError, match=r"is of bfloat16: convert it with \.float\(\) first"):
+        ditas.quantize(model, lambda: None, "ptq4dit")
 
 
 def test_calls_that_differ_are_refused_where_images_are_drawn_from_all():
