@@ -12,6 +12,7 @@ from architectures.inspection import inspect, plain_sites
 from architectures.sites import AttentionSite, Call, Site, Unit
 from architectures.twins import moved, renamed, shortened
 from architectures.units import single_layers
+from architectures.watched import watch
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def explore(
     """Find out what is inside a model; it stays as it is.
 
     What folds is proved on a copy with two blocks of every kind, in float32, whose parameters are
-    random.
+    random. If its call cannot be traced, nothing folds.
 
     Args:
         model: in eval mode.
@@ -66,12 +67,17 @@ def explore(
         batched, clock: as in ``ExploredArchitecture``.
 
     Raises:
-        ValueError: it has no repeated blocks, its call cannot be traced, or no block reads tokens.
+        ValueError: it has no repeated blocks, or none that reads tokens.
     """
     blocks = find_blocks(model)
     order = order_of_calls(model, call)
     blocks = [block for block in order if block in set(blocks)]
-    found = discover_shortened(model, pytree.tree_map(_in_float32_on_the_cpu, call), blocks)
+    try:
+        traced = pytree.tree_map(_in_float32_on_the_cpu, call)
+        found = discover_shortened(model, traced, blocks)
+    except ValueError:
+        # Its code looks at numbers, or does what no graph holds.
+        found = watch(model, call, blocks)
     discovery = without_idle(found, set(order))
     if not discovery.scope("blocks"):
         raise ValueError(f"no linear of a block of {type(model).__name__} reads tokens")

@@ -91,7 +91,7 @@ def look_into(module: nn.Module, calls: list[Call]) -> None:
     """Let a module carry what can be found out of its inside, if that is not known.
 
     Raises:
-        ValueError: it has no repeated blocks, or its calls cannot be traced.
+        ValueError: it has no repeated blocks, or none that reads tokens.
     """
     if is_known(module):
         return

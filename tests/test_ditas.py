@@ -11,9 +11,10 @@ from architectures.discover import discover, find_blocks
 from architectures.examples import EXAMPLES, Example, build, draw_call
 from architectures.explored import ExploredArchitecture, discover_shortened, explore
 from architectures.registry import architecture_of, describe
-from architectures.sites import Call
+from architectures.sites import Call, linears_of
 from architectures.tracing import random_parameters, tensors_of
 from architectures.twins import shortened
+from architectures.watched import watch
 from config import RECIPES
 from ditas import placing
 from evaluation.metrics import sqnr_db
@@ -370,6 +371,36 @@ def test_nan_is_refused_with_its_place():
         model.layers[1].before.weight[0, 0] = float("nan")
     with pytest.raises(ditas.UserError, match="the input of layers.1.after is not finite"):
         ditas.quantize(model, drive, "smoothquant")
+
+
+def test_what_is_watched_is_what_is_traced():
+    """Linears that read one tensor are a site without a graph, too."""
+    for name in (FLUX, "WanTransformer3DModel", "Lumina2Transformer2DModel"):
+        example = BY_NAME[name]
+        found = watch(random_example(example), draw_call(example), find_blocks(build(example)))
+        known = architecture(name).discovery
+        # A factor that streams share because of attention is only seen in a graph.
+        together = {linear: set(site.linears) for site in known.sites for linear in site.linears}
+        for site in found.scope("blocks"):
+            assert set(site.linears) <= together[site.linears[0]]
+            assert (site.folds, found.reasons[site.name]) == ((), "not traced")
+        assert set(linears_of(found.scope("blocks"))) == set(linears_of(known.scope("blocks")))
+        # One modulation for all blocks is only known by a graph.
+        assert set(linears_of(found.scope("adaln"))) <= set(linears_of(known.scope("adaln")))
+
+
+def test_a_call_that_cannot_be_traced_is_divided_at_run_time():
+    class Curious(Stack):
+        def forward(self, images: list[Tensor]) -> Tensor:
+            factor = 2 if images[0].sum().item() > 0 else 1
+            return super().forward([image / factor for image in images], {"offset": 0})
+
+    torch.manual_seed(0)
+    model, images = Curious(), [torch.randn(5, 16), torch.randn(5, 16)]
+    expected = model(images)
+    done = ditas.quantize(model, lambda: model(images), "smoothquant", weight_bit=8)
+    assert sqnr_db(expected, model(images)) > 25
+    assert {row.factors for row in done.sites} == {"at run time (not traced)"}
 
 
 def test_timesteps_are_found():
