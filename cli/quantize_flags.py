@@ -63,6 +63,11 @@ def _add_pipeline_flags(parser: Parser) -> None:
         "--component", default="transformer",
         help="what is quantised (default: transformer)")
     group.add_argument(
+        "--include", metavar="REGEX", help="linears that are quantised whatever the scope")
+    group.add_argument(
+        "--exclude", metavar="REGEX",
+        help="linears that are not, nor those that share an input with them")
+    group.add_argument(
         "--pipeline-args", metavar="JSON",
         help="more arguments of the pipeline's call, such as '{\"guidance_scale\": 3.5}'")
 

@@ -170,11 +170,11 @@ def choose_model(args: argparse.Namespace) -> ModelChoice:
 
 
 def _refuse_flags_of_pipelines(args: argparse.Namespace, model: ModelChoice) -> None:
-    for name in ("prompts", "pipeline_args"):
+    for name in ("prompts", "include", "exclude", "pipeline_args"):
         if getattr(args, name) is not None:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} is for the folder of a diffusers pipeline, and {model.name} "
-                            "reads no text: drop it")
+                            "is a model of this repository: drop it")
 
 
 def _check_video_judge(recipe: Recipe, model: ModelChoice) -> None:

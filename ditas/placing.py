@@ -88,7 +88,7 @@ def folded_operands(
 ) -> dict[str, Operands]:
     """Fold the quantisers of attentions whose values come divided now."""
     architecture = architecture_of(module)
-    readers = {site.name: site.linears[0] for site in architecture.sites(module, "blocks")}
+    readers = {site.name: site.linears[0] for site in architecture.sites(module, "all")}
     outputs = {attention.name: readers[attention.output]
                for attention in architecture.attentions(module)}
     return {name: quantisers.fold() if layers[outputs[name]].smoothing.is_none else quantisers

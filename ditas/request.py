@@ -1,4 +1,5 @@
 """What a caller of ``ditas.quantize`` asks for: the flags of QuantDiT.py as keywords."""
+import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -25,6 +26,8 @@ DEFAULTS = {
     "act_bit": config.act_bit,
     "svd": "fast",
     "backend": "auto",
+    "include": "",
+    "exclude": "",
 }
 RECIPE_FLAGS = {flag.name.replace("-", "_"): flag for flag in FLAGS}
 
@@ -38,6 +41,7 @@ class Request:
         label: the recipe's name with the flags that were given.
         svd: the low-rank solver.
         backend: one of ``quant.backend.BACKENDS``.
+        include, exclude: as of ``architectures.selected``.
     """
 
     recipe_name: str
@@ -47,6 +51,8 @@ class Request:
     bits: BitWidths
     svd: str
     backend: str
+    include: str
+    exclude: str
 
     @property
     def needs_calls(self) -> bool:
@@ -83,7 +89,17 @@ def read_request(recipe_name: str, flags: dict[str, Any]) -> Request:
     return Request(
         recipe_name, flags, recipe, labelled(recipe_name, given), bits,
         svd=one_of(others["svd"], SOLVERS, "svd"),
-        backend=one_of(others["backend"], BACKENDS, "backend"))
+        backend=one_of(others["backend"], BACKENDS, "backend"),
+        include=_expression(others["include"], "include"),
+        exclude=_expression(others["exclude"], "exclude"))
+
+
+def _expression(text: str, name: str) -> str:
+    try:
+        re.compile(text)
+    except (re.error, TypeError) as error:
+        raise UserError(f"{name} '{text}' is no regular expression: {error}") from None
+    return text
 
 
 def _as_text(value: Any) -> str:

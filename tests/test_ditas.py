@@ -261,6 +261,24 @@ def test_the_outcome_is_readable():
     assert all(0 <= row.alpha <= 1 for row in done.sites)
 
 
+@pytest.mark.parametrize("recipe", ["rtn", "smoothquant"])
+def test_linears_can_be_chosen(recipe):
+    name = "SD3Transformer2DModel"
+    model = explored_example(name)
+    expected = output(model, name)
+    done = ditas.quantize(
+        model, run_on(model, BY_NAME[name]), recipe, weight_bit=8, backend="fake",
+        include=r"^context_embedder$", exclude=r"blocks\.0\.attn\.to_q|ff_context")
+    linears = {linear for row in done.sites for linear in row.site.linears}
+    assert "context_embedder" in linears
+    assert "transformer_blocks.1.attn.to_k" in linears
+    # It reads what the query reads.
+    assert "transformer_blocks.0.attn.to_k" not in linears
+    assert not any("ff_context" in linear for linear in linears)
+    assert isinstance(model.transformer_blocks[0].ff_context.net[2], nn.Linear)
+    assert sqnr_db(expected, output(model, name)) > 30
+
+
 def test_rtn_needs_no_calls():
     model = explored_example("WanTransformer3DModel")
     del model.ditas_architecture
@@ -279,6 +297,8 @@ def test_rtn_needs_no_calls():
     ({"iterations": 5}, "iterations has no effect on this recipe: it is for --weight adaround"),
     ({"weight": "gptq", "weight_scales": "two-level"}, "these parts do not go together"),
     ({"backend": "gpu"}, "backend gpu is not available"),
+    ({"exclude": "("}, "exclude '(' is no regular expression"),
+    ({"exclude": "."}, "no linear of this Stack is left to be quantised"),
     ({"recipe": "ditas", "group_size": 7}, "group size 7 does not divide a row of 16 values"),
 ])
 def test_flags_are_checked_as_on_the_command_line(flags, message):
