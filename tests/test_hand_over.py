@@ -237,6 +237,57 @@ def test_a_pipeline_comes_back_and_draws_the_same(tmp_path):
     assert np.array_equal(np.load(tmp_path / "images.npy"), images)
 
 
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+ENCODERS = ("vae", "text_encoder", "tokenizer")
+# Pipelines whose text was encoded before: what they lack, and what they are called with.
+PIPELINES = {
+    "FluxPipeline": (
+        FLUX, (*ENCODERS, "text_encoder_2", "tokenizer_2"),
+        {"prompt_embeds": draw(1, 5, 24), "pooled_prompt_embeds": draw(1, 20)}),
+    # Guided, in calls of twice as many images.
+    "StableDiffusion3Pipeline": (
+        "SD3Transformer2DModel",
+        (*ENCODERS, "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"),
+        {"prompt_embeds": draw(1, 5, 24), "negative_prompt_embeds": draw(1, 5, 24) / 2,
+         "pooled_prompt_embeds": draw(1, 20), "negative_pooled_prompt_embeds": draw(1, 20) / 2}),
+    # Guided, in two calls a step of a single video.
+    "WanPipeline": (
+        "WanTransformer3DModel", ENCODERS,
+        {"prompt_embeds": draw(1, 5, 24), "negative_prompt_embeds": draw(1, 5, 24) / 2,
+         "num_frames": 5}),
+}
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_other_pipelines_are_quantised_through_their_own_sampling(kind, tmp_path):
+    import diffusers
+    name, lacking, arguments = PIPELINES[kind]
+    absent = dict.fromkeys(lacking)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    model = random_example(BY_NAME[name])
+    pipeline = getattr(diffusers, kind)(scheduler=scheduler, transformer=model, **absent)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def sample(sampled) -> torch.Tensor:
+        return sampled(
+            height=64, width=64, num_inference_steps=3, output_type="latent",
+            generator=torch.Generator().manual_seed(0), **arguments)[0]
+
+    before = sample(pipeline)
+    done = ditas.quantize(
+        model, lambda: sample(pipeline), "smoothquant", weight_bit=8, backend="fake")
+    assert any(row.factors.startswith("at run time") for row in done.sites)
+    after = sample(pipeline)
+    assert 0 < relative(after, before) < 0.05
+    pipeline.save_pretrained(tmp_path)
+    loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path, **absent)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(sample(loaded), after)
+
+
 def test_without_the_import_diffusers_does_not_know_it(tmp_path):
     quantised_example(FLUX).save_pretrained(tmp_path)
     code = LOAD_MODEL.replace("import ditas\n", "")
