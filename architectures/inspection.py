@@ -14,6 +14,7 @@ from torch import nn
 from architectures.discover import Discovery, discover, find_blocks
 from architectures.examples import Example, build, draw_call, examples_of
 from architectures.sites import Entries, Fold, SharedModulation, Site, single
+from architectures.twins import moved
 
 # The folder of diffusers that holds transformers.
 TRANSFORMERS = "diffusers.models.transformers"
@@ -57,7 +58,7 @@ def inspect(configuration: dict[str, Any]) -> Inspection:
         except (ValueError, TypeError, RuntimeError) as error:
             first_line = str(error).partition("\n")[0]
             warning = f"no fold could be proved: {first_line}"
-    return Inspection(model, blocks, tuple(_plain_sites(model, blocks)), {}, {}, warning)
+    return Inspection(model, blocks, tuple(plain_sites(model, blocks)), {}, {}, warning)
 
 
 def _class_and_fields(configuration: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -110,13 +111,13 @@ def _enlarged(found: Discovery, model: nn.Module, blocks: tuple[str, ...]) -> In
         for site in found.sites:
             if site.block != twin:
                 continue
-            moved = _moved(site, block)
-            sites.append(moved)
+            same = replace(moved(site, block), folds=())
+            sites.append(same)
             if site.folds:
-                places[moved.name] = ", ".join(dict.fromkeys(
+                places[same.name] = ", ".join(dict.fromkeys(
                     _place(fold, twin) for fold in site.folds))
             if site.name in found.reasons:
-                reasons[moved.name] = found.reasons[site.name]
+                reasons[same.name] = found.reasons[site.name]
     return Inspection(model, blocks, tuple(sites), places, reasons)
 
 
@@ -133,15 +134,6 @@ def _twin(block: str, model: nn.Module, found: Discovery) -> str:
     raise ValueError(f"{block} is like no block of the small copy")
 
 
-def _moved(site: Site, block: str) -> Site:
-    """Rename the block of a site."""
-    def rename(name: str) -> str:
-        return f"{block}.{name.removeprefix(f'{site.block}.')}"
-
-    linears = tuple(rename(name) for name in site.linears)
-    return replace(site, name=rename(site.name), linears=linears, block=block, folds=())
-
-
 def _place(fold: Fold, block: str) -> str:
     """Name what a fold changes, from the block on."""
     if isinstance(fold, SharedModulation):
@@ -150,7 +142,7 @@ def _place(fold: Fold, block: str) -> str:
     return name.removeprefix(f"{block}.")
 
 
-def _plain_sites(model: nn.Module, blocks: tuple[str, ...]) -> Iterator[Site]:
+def plain_sites(model: nn.Module, blocks: tuple[str, ...]) -> Iterator[Site]:
     """Make a site of every linear."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):

@@ -19,13 +19,28 @@ _BY_CLASS: dict[str, Architecture] = {
 }
 _BY_NAME = {architecture.name: architecture for architecture in _BY_CLASS.values()}
 
+# The attribute of a model that holds what was found in it.
+_FOUND = "ditas_architecture"
+
+
+def describe(model: nn.Module, architecture: Architecture) -> None:
+    """Let a model carry its architecture, whatever its class; its copies will, too."""
+    setattr(model, _FOUND, architecture)
+
+
+def is_known(model: nn.Module) -> bool:
+    """Tell whether the architecture of a model can be found."""
+    return _FOUND in vars(model) or type(model).__name__ in _BY_CLASS
+
 
 def architecture_of(model: nn.Module) -> Architecture:
-    """Find the architecture of a model.
+    """Find the architecture of a model: the one that it carries, or that of its class.
 
     Raises:
-        ValueError: the class of the model is not known.
+        ValueError: it carries none, and its class is not known.
     """
+    if _FOUND in vars(model):
+        return vars(model)[_FOUND]
     kind = type(model).__name__
     if kind not in _BY_CLASS:
         raise ValueError(f"a model of class {kind} is unknown here: "

@@ -165,7 +165,7 @@ def line_of(site: Site, found: Inspection, settings: InspectSettings) -> Line:
     if None not in specs:
         after = sum(quantised_bits(module, spec) for module, spec in zip(modules, specs)) // 8
         bits = f"W{specs[0].bits}A{_act_bits(site, settings)}"
-    return Line(_across_blocks(site), _shapes(modules), _place(site, found), bits, before, after)
+    return Line(site.pattern, _shapes(modules), _place(site, found), bits, before, after)
 
 
 def weight_spec_of(site: Site, module: nn.Module, settings: InspectSettings) -> QuantSpec | None:
@@ -182,14 +182,6 @@ def _act_bits(site: Site, settings: InspectSettings) -> int:
     if site.role not in SCOPE_ROLES[settings.recipe.scope]:
         return FLOAT_BITS
     return act_spec(settings.recipe, settings.act_bits, site.per_image).bits
-
-
-def _across_blocks(site: Site) -> str:
-    """Name a site alike in all blocks of a list."""
-    if site.block is None:
-        return site.name
-    blocks = site.block.rpartition(".")[0]
-    return f"{blocks}.*.{site.name.removeprefix(f'{site.block}.')}"
 
 
 def _shapes(modules: list[nn.Module]) -> str:

@@ -241,13 +241,27 @@ def build_recipe(args: argparse.Namespace) -> Recipe:
         UserError: an unknown recipe or value, or a flag that has no effect on what the recipe is
             now.
     """
-    recipe = RECIPES[one_of(args.recipe, RECIPES, "--recipe")]
-    given = _given(args)
-    values = {flag.field: flag.read(text, f"--{flag.name}") for flag, text in given.items()}
+    return recipe_with(args.recipe, given_flags(args), lambda name: f"--{name}")
+
+
+def recipe_with(
+    recipe_name: str, given: dict[Flag, str], spelled: Callable[[str], str]
+) -> Recipe:
+    """Put flags on top of a row of ``config.RECIPES``.
+
+    Args:
+        given: the texts of the flags.
+        spelled: writes the name of a flag as the user does, for messages.
+
+    Raises:
+        UserError: as ``build_recipe``.
+    """
+    recipe = RECIPES[one_of(recipe_name, RECIPES, spelled("recipe"))]
+    values = {flag.field: flag.read(text, spelled(flag.name)) for flag, text in given.items()}
     recipe = replace(recipe, **values)
     for flag in given:
         if not flag.needs.applies(recipe):
-            raise UserError(f"--{flag.name} has no effect on this recipe: "
+            raise UserError(f"{spelled(flag.name)} has no effect on this recipe: "
                             f"it is for {flag.needs.requires}")
     return recipe
 
@@ -257,10 +271,16 @@ def recipe_label(args: argparse.Namespace) -> str:
 
     compare.py takes recipes in this form.
     """
-    overrides = ",".join(f"{flag.name}={text}" for flag, text in _given(args).items())
-    return f"{args.recipe}:{overrides}" if overrides else args.recipe
+    return labelled(args.recipe, given_flags(args))
 
 
-def _given(args: argparse.Namespace) -> dict[Flag, str]:
+def labelled(recipe_name: str, given: dict[Flag, str]) -> str:
+    """Name a recipe with flags, as ``recipe_label`` does."""
+    overrides = ",".join(f"{flag.name}={text}" for flag, text in given.items())
+    return f"{recipe_name}:{overrides}" if overrides else recipe_name
+
+
+def given_flags(args: argparse.Namespace) -> dict[Flag, str]:
+    """Find the flags of a recipe that were given, with their texts."""
     texts = {flag: getattr(args, f"part_{flag.field}") for flag in FLAGS}
     return {flag: text for flag, text in texts.items() if text is not None}

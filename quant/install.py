@@ -35,6 +35,24 @@ def install(
     device = unnumbered(device_of(model) if device is None else torch.device(device))
     operands = operands or {}
     timestep_index = find_timestep_index(layers, operands)
+    modules = make_modules(model, layers, backend, dtype, device, packed, timestep_index)
+    # The float weights go before anything is moved or converted.
+    for name in layers:
+        model.set_submodule(name, nn.Identity())
+    put_modules(model.to(device, dtype), modules, operands, timestep_index, device)
+    return model.eval()
+
+
+def make_modules(
+    model: nn.Module,
+    layers: dict[str, QuantizedLayer],
+    backend: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    packed: bool,
+    timestep_index: TimestepIndex | None,
+) -> dict[str, nn.Module]:
+    """Make what the named linears of a model become; the model stays as it is."""
     modules = {}
     for name, layer in layers.items():
         old = model.get_submodule(name)
@@ -42,21 +60,32 @@ def install(
         module = make_linear(layer, bias, backend, dtype, device, packed, timestep_index)
         if isinstance(old, nn.Conv2d):
             module = PatchLinear(module, old.kernel_size)
-        modules[name] = module
+        modules[name] = with_stand_in(module.to(device), dtype, device)
+    return modules
 
-    # The float weights go before anything is moved or converted.
-    for name in layers:
-        model.set_submodule(name, nn.Identity())
-    model = model.to(device, dtype)
+
+def with_stand_in(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Give a module an empty parameter: a model's code may ask it for its type and device."""
+    stand_in = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
+    module.register_parameter("stand_in", stand_in)
+    return module
+
+
+def put_modules(
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    operands: dict[str, Operands],
+    timestep_index: TimestepIndex | None,
+    device: torch.device,
+) -> None:
+    """Put modules where linears were, and quantisers into attentions, in place."""
     for name, module in modules.items():
-        model.set_submodule(name, module.to(device))
-
+        model.set_submodule(name, module)
     for name, quantisers in operands.items():
         quantize_operands(model.get_submodule(name), quantisers, timestep_index)
         model.get_submodule(name).operands.to(device)
     if timestep_index is not None:
         watch_timesteps(model, timestep_index.to(device))
-    return model.eval()
 
 
 def device_of(model: nn.Module) -> torch.device:

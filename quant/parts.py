@@ -38,8 +38,18 @@ from quant.calibration.observers import (
 )
 from quant.calibration.trajectory import Trajectory, joint_weight
 from quant.calibration.watch import Balance, Watch
+from quant.numerics.tokens import matrix
 from quant.numerics.uniform import QuantSpec
-from quant.recipe import BitWidths, act_spec, uses_moments, weight_spec
+from quant.recipe import (
+    BitWidths,
+    act_spec,
+    has_static_ranges,
+    learns_rounding,
+    needs_trajectory,
+    runs_quantised_so_far,
+    weighs_layers,
+    weight_spec,
+)
 from quant.refinement.sensitivity import NoSensitivity, Sensitivity
 from quant.weights.floating import FloatWeights
 from quant.weights.parts import LowRankFirst, SmoothFirst
@@ -71,7 +81,7 @@ class Task:
 
     @property
     def has_static_ranges(self) -> bool:
-        return self.recipe.is_static and not self.bits.leave_activations
+        return has_static_ranges(self.recipe, self.bits)
 
     @property
     def quantizes_first(self) -> bool:
@@ -81,25 +91,22 @@ class Task:
     @property
     def has_sequential_moments(self) -> bool:
         """Whether weights are quantised by what the layers before, quantised, give."""
-        sequential = uses_moments(self.recipe) and self.recipe.hessian == "sequential"
-        return sequential and not self.bits.leave_weights
+        return runs_quantised_so_far(self.recipe, self.bits)
 
     @property
     def learns_rounding(self) -> bool:
         """Whether blocks are reconstructed by AdaRound."""
-        return self.recipe.weight == "adaround" and not self.bits.leave_weights
+        return learns_rounding(self.recipe, self.bits)
 
     @property
     def weighs_layers(self) -> bool:
         """Whether group sizes are chosen by what each layer costs on its own."""
-        return bool(self.recipe.group_sizes) and self.recipe.allocate != "evolution"
+        return weighs_layers(self.recipe)
 
     @property
     def needs_trajectory(self) -> bool:
         """Whether any part has to see the model sample."""
-        recipe = self.recipe
-        return (recipe.balance != "none" or self.has_static_ranges or self.weighs_layers
-                or recipe.weight != "nearest" or recipe.metric == "output")
+        return needs_trajectory(self.recipe, self.bits)
 
     def act_spec(self, site: Site, group: int | None = None) -> QuantSpec:
         """Say how the input of a site is quantised."""
@@ -202,9 +209,10 @@ def _balance(task: Task, weights: WeightPart, first: FirstPass, samples_of: Samp
 
 def _new_search(task: Task, weights: WeightPart, name: str, factors: Tensor) -> AlphaSearch:
     linear = task.model.get_submodule(name)
+    bias = None if linear.bias is None else linear.bias.float()
     spec = act_spec(task.recipe, task.bits.activations)
     return AlphaSearch(
-        linear.weight, linear.bias, factors, weight_spec(task.recipe, task.bits.weights), spec,
+        matrix(linear), bias, factors, weight_spec(task.recipe, task.bits.weights), spec,
         weights.shared(name), fastest(linear.weight.device, spec))
 
 

@@ -49,6 +49,33 @@ def adaln_spec(bits: int, columns: int) -> QuantSpec:
     return QuantSpec(bits, "group", columns, "two-level")
 
 
+def has_static_ranges(recipe: Recipe, bits: BitWidths) -> bool:
+    """Tell whether ranges of activations are found before sampling."""
+    return recipe.is_static and not bits.leave_activations
+
+
+def weighs_layers(recipe: Recipe) -> bool:
+    """Tell whether group sizes are chosen by what each layer costs on its own."""
+    return bool(recipe.group_sizes) and recipe.allocate != "evolution"
+
+
+def learns_rounding(recipe: Recipe, bits: BitWidths) -> bool:
+    """Tell whether units are reconstructed by AdaRound."""
+    return recipe.weight == "adaround" and not bits.leave_weights
+
+
+def runs_quantised_so_far(recipe: Recipe, bits: BitWidths) -> bool:
+    """Tell whether weights are quantised by what the layers before, quantised, give."""
+    sequential = uses_moments(recipe) and recipe.hessian == "sequential"
+    return sequential and not bits.leave_weights
+
+
+def needs_trajectory(recipe: Recipe, bits: BitWidths) -> bool:
+    """Tell whether any part of a recipe has to see the model sample."""
+    return (recipe.balance != "none" or has_static_ranges(recipe, bits) or weighs_layers(recipe)
+            or recipe.weight != "nearest" or recipe.metric == "output")
+
+
 def act_spec(
     recipe: Recipe, bits: int, per_image: bool = False, group: int | None = None
 ) -> QuantSpec:

@@ -1,5 +1,5 @@
 """Calls of a model: its arguments by name, recorded while it runs and put together again."""
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -7,6 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from architectures.sites import Call, call_of
+
+# What has an entry for every image.
+Entries = Tensor | list
 
 
 class CallRecorder:
@@ -35,7 +38,9 @@ class CallRecorder:
     def _copy_tensor(self, path: str, value: Tensor) -> Tensor:
         original, copy = self._last.get(path, (None, None))
         if original is not value or not torch.equal(copy, value):
-            copy = value.detach().clone()
+            # What is learned on the calls needs tensors that gradients can pass.
+            with torch.inference_mode(False):
+                copy = value.detach().clone()
             self._last[path] = value, copy
         return copy
 
@@ -52,14 +57,23 @@ def recorded_calls(module: nn.Module) -> Iterator[list[Call]]:
 
 
 def batch_size(call: Call, batched: Sequence[str]) -> int:
-    """Count the images of a call."""
-    return next(len(call[name]) for name in batched if isinstance(call.get(name), Tensor))
+    """Count the images of a call; it is one where no argument is known to hold several."""
+    return next(_counts(call.get(name) for name in batched), 1)
+
+
+def _counts(values: Iterable[Any]) -> Iterator[int]:
+    """Count the entries of tensors and lists, on their own or in dicts of them."""
+    for value in values:
+        if isinstance(value, dict):
+            yield from _counts(value.values())
+        elif isinstance(value, Tensor | list):
+            yield len(value)
 
 
 def can_stack(calls: Sequence[Call], batched: Sequence[str]) -> bool:
     """Tell whether calls differ in arguments with an entry per image alone, and these in values."""
     first, images = calls[0], batch_size(calls[0], batched)
-    return all(call.keys() == first.keys() for call in calls) and all(
+    return bool(batched) and all(call.keys() == first.keys() for call in calls) and all(
         _stacks([call[name] for call in calls], name in batched, images) for name in first)
 
 
@@ -69,6 +83,8 @@ def _stacks(values: list[Any], is_batched: bool, images: int) -> bool:
         if not all(isinstance(value, dict) and value.keys() == first.keys() for value in values):
             return False
         return all(_stacks([value[key] for value in values], True, images) for key in first)
+    if is_batched and isinstance(first, list):
+        return all(isinstance(value, list) and len(value) == images for value in values)
     if is_batched and isinstance(first, Tensor):
         return first.dim() > 0 and all(
             isinstance(value, Tensor) and len(value) == images and value.shape == first.shape
@@ -87,11 +103,18 @@ def _same(a: Any, b: Any) -> bool:
 
 def stack(calls: Sequence[Call], batched: Sequence[str]) -> Call:
     """Make one call of several (see ``can_stack``), image after image."""
-    return _combined(calls, batched, torch.cat)
+    return _combined(calls, batched, _joined)
+
+
+def _joined(values: list[Entries]) -> Entries:
+    """Join tensors, or lists, along their entries."""
+    if isinstance(values[0], Tensor):
+        return torch.cat(values)
+    return [entry for value in values for entry in value]
 
 
 def _combined(
-    calls: Sequence[Call], batched: Sequence[str], combine: Callable[[list[Tensor]], Tensor]
+    calls: Sequence[Call], batched: Sequence[str], combine: Callable[[list[Entries]], Entries]
 ) -> Call:
     """Combine what the calls have for each image; the rest is that of the first call."""
     combined = dict(calls[0])
@@ -101,10 +124,10 @@ def _combined(
     return combined
 
 
-def _combine(values: list[Any], combine: Callable[[list[Tensor]], Tensor]) -> Any:
-    """Combine tensors, on their own or in dicts of them; other values are all the same."""
+def _combine(values: list[Any], combine: Callable[[list[Entries]], Entries]) -> Any:
+    """Combine tensors and lists, on their own or in dicts; other values are all the same."""
     first = values[0]
-    if isinstance(first, Tensor):
+    if isinstance(first, Tensor | list):
         return combine(values)
     if isinstance(first, dict):
         return {key: _combine([value[key] for value in values], combine) for key in first}
@@ -118,10 +141,12 @@ def take(calls: Sequence[Call], picks: Tensor, batched: Sequence[str]) -> Call:
         ValueError: the calls have other shapes or other arguments than one another.
     """
     if not can_stack(calls, batched):
-        raise ValueError("block reconstruction needs calls that differ in their images only")
+        raise ValueError("this recipe draws images from all calls of the model: "
+                         "expected calls that differ in their images only")
     chosen = picks.tolist()
 
-    def pick_images(tensors: list[Tensor]) -> Tensor:
-        return torch.stack([tensors[call][image] for call, image in chosen])
+    def pick_images(values: list[Entries]) -> Entries:
+        entries = [values[call][image] for call, image in chosen]
+        return torch.stack(entries) if isinstance(values[0], Tensor) else entries
 
     return _combined(calls, batched, pick_images)

@@ -21,7 +21,7 @@ from quant.activations.attention import intercepted_attention
 from quant.calibration.calls import batch_size, can_stack, recorded_calls, stack, take
 from quant.calibration.step_maxima import StepMaxima
 from quant.calibration.watch import Watch
-from quant.numerics.tokens import as_tokens, matrix
+from quant.numerics.tokens import as_tokens, matrix, output_tokens
 
 # Lets a model sample once.
 Drive = Callable[[nn.Module], None]
@@ -167,7 +167,7 @@ class _Show:
         self._shown.add(name)
         module = self._model.get_submodule(name)
         inputs = as_tokens(module, inputs).unflatten(0, (self._steps, -1))
-        output = _output_tokens(module, output).unflatten(0, (self._steps, -1))
+        output = output_tokens(module, output).unflatten(0, (self._steps, -1))
         for observer in self._watch.of(name):
             observer(inputs, output)
 
@@ -175,13 +175,6 @@ class _Show:
         operands = [operand.unflatten(0, (self._steps, -1)) for operand in operands]
         for observer in self._watch.of(name):
             observer(*operands)
-
-
-def _output_tokens(module: nn.Module, output: Tensor) -> Tensor:
-    """View the output of a linear or patch convolution as (N, T, O)."""
-    if output.dim() == 4 and isinstance(module, nn.Conv2d):
-        return output.flatten(2).transpose(1, 2)
-    return output if output.dim() == 3 else output.unsqueeze(1)
 
 
 def joint_weight(model: nn.Module, site: Site) -> Tensor:

@@ -150,6 +150,16 @@ def read_offset(tensors: Tensors, name: str, rows: int) -> Tensor | None:
     return taker(tensors, name)("offset", (rows,)) if f"{name}.offset" in tensors else None
 
 
+def write_rows(rows: Tensor | None) -> Tensors:
+    """Write ``rows``, the output scales of a layer into which factors were folded, if there are."""
+    return {} if rows is None else {"rows": rows}
+
+
+def read_rows(tensors: Tensors, name: str, rows: int) -> Tensor | None:
+    """Read the output scales (O,); None for ones."""
+    return taker(tensors, name)("rows", (rows,)) if f"{name}.rows" in tensors else None
+
+
 def write_act(act: Activation | None) -> Tensors:
     """Write a static range, ``act``: scale above zero point, one each or one per timestep."""
     if act is None or not act.is_static:
@@ -175,6 +185,7 @@ def write_layer(name: str, layer: QuantizedLayer) -> Tensors:
         **write_act(layer.act),
         **write_smoothing(layer.smoothing),
         **write_offset(layer.offset),
+        **write_rows(layer.rows),
     }
     return {f"{name}.{key}": value for key, value in tensors.items()}
 
@@ -193,7 +204,8 @@ def read_layer(
     smoothing = read_smoothing(tensors, name, columns)
     act = read_act(tensors, name, act)
     offset = read_offset(tensors, name, rows)
-    return QuantizedLayer(LowRankWeight(base, left, right), act, smoothing, offset=offset)
+    scales = read_rows(tensors, name, rows)
+    return QuantizedLayer(LowRankWeight(base, left, right), act, smoothing, scales, offset)
 
 
 def write_operands(operands: Operands) -> Tensor:

@@ -119,7 +119,7 @@ def divide_shared_modulation(
     """Do the same through a block's table, and divide what enters the block."""
     factors, width = smoothing.factors, len(smoothing.factors)
     chunks = [chunk for chunk in (place.shift, place.scale) if chunk is not None]
-    vector = _argument_of(model.get_submodule(place.block), place.argument, factors.device)
+    vector = argument_of(model.get_submodule(place.block), place.argument, factors.device)
     vector.reach(width * (max(chunks) + 1))
     for chunk in chunks:
         vector.divisor[_chunk(chunk, width)] *= factors
@@ -176,10 +176,10 @@ class DividedArgument(nn.Module):
         count = len(self.divisor)
         vectors = x if x.shape[-1] >= count else x.flatten(-2)  # (…, chunks D)
         divided = (vectors[..., :count] + self.added) / self.divisor - self.taken
-        return torch.cat([divided, vectors[..., count:]], dim=-1).reshape(x.shape)
+        return torch.cat([divided.to(x.dtype), vectors[..., count:]], dim=-1).reshape(x.shape)
 
 
-def _argument_of(block: nn.Module, name: str, device: torch.device) -> DividedArgument:
+def argument_of(block: nn.Module, name: str, device: torch.device) -> DividedArgument:
     """Return what an argument of a block becomes, unchanged at first."""
     if not hasattr(block, "divided_arguments"):
         block.divided_arguments = nn.ModuleDict()

@@ -15,13 +15,13 @@ class QuantLinear(nn.Module):
     far as the weight's layout has them, and scales come after it. Sums below 2^24 are exact in
     float32, so that integer arithmetic gives the same up to the last bits.
 
-    Input (..., T, I) and output (..., T, O) are of type ``dtype``; ranges, codes and what follows
-    the product are float32 work.
+    Input (..., T, I) and output (..., T, O) are of one floating type; ranges, codes and what
+    follows the product are float32 work.
 
     Args:
         layer: what quantisation found.
         bias: (O,), or None.
-        dtype: of input, product and output, float32 or bfloat16.
+        dtype: of the product, float32 or bfloat16.
         timestep_index: the sampling step, for activation ranges that depend on it.
     """
 
@@ -48,7 +48,7 @@ class QuantLinear(nn.Module):
         if self.smooth is not None:
             values = values / self.smooth
         values, scale = self.act(values)
-        products = F.linear(values.to(x.dtype), self.weight)   # (..., T, O + r)
+        products = F.linear(values.to(self.weight.dtype), self.weight)  # (..., T, O + r)
         sums, low = split_branch(products, self.left)
         return rescale(sums, low, self.step, self.left, scale, self.bias).to(x.dtype)
 

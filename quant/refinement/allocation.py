@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 import config
@@ -187,8 +188,9 @@ def _digest(task: Task, trajectory: Trajectory | None) -> str:
     """Tell models and calibration data apart."""
     seen = [joint_weight(task.model, site) for site in task.sites]
     if trajectory is not None:
-        main = trajectory.batched[0]
-        seen += [call[main] for call in trajectory.calls]
+        for call in trajectory.calls:
+            main = call[trajectory.batched[0]] if trajectory.batched else call
+            seen += [value for value in pytree.tree_leaves(main) if isinstance(value, Tensor)]
     sums = torch.stack([_sums(values.double()) for values in seen])
     digest = hashlib.sha256(sums.cpu().numpy().tobytes()).hexdigest()[:16]
     return f"weights and trajectory {digest}"

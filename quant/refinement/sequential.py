@@ -127,4 +127,4 @@ def _images(value, here: slice):
     """Cut images out of an argument that has an entry for each."""
     if isinstance(value, dict):
         return {key: _images(item, here) for key, item in value.items()}
-    return value[here] if isinstance(value, Tensor) else value
+    return value[here] if isinstance(value, Tensor | list) else value

@@ -1,0 +1,120 @@
+"""From a file's tensors to quantised linears, while diffusers loads a model."""
+import torch
+from torch import Tensor, nn
+
+from ditas.backends import choose_backend
+from ditas.layouts import Data, Layout, add_bias, from_data
+from ditas.packing import keep
+from ditas.request import Request
+from errors import UserError
+from quant.checkpoint.tensors import read_layer
+from quant.install import make_linear, with_stand_in
+from quant.layers.fold import DividedArgument, argument_of
+from quant.layers.linear import PatchLinear
+from quant.layers.quantised import QuantizedLayer
+from quant.numerics.tokens import matrix
+
+
+class AwaitedLinear(nn.Module):
+    """Stands where a quantised linear will be; its buffers are the tensors of the file.
+
+    Attributes:
+        shape: (O, I).
+        window: of a patch convolution; None for a linear.
+        kind: the type of the float weight.
+        device: where the linear will be.
+    """
+
+    def __init__(self, old: nn.Module, layout: Layout):
+        super().__init__()
+        self.shape = matrix(old).shape
+        self.window = old.kernel_size if isinstance(old, nn.Conv2d) else None
+        self.kind = old.weight.dtype
+        self.device = torch.device("cpu")
+        self.layout = layout
+        for name in layout.tensors:
+            self.register_buffer(name, torch.empty(0, device="meta"))
+
+    def layer(self) -> tuple[QuantizedLayer, Tensor | None]:
+        """Read the layer and the linear's bias.
+
+        Raises:
+            ValueError, KeyError: a tensor is missing or of another shape.
+        """
+        tensors = {f".{name}": value for name, value in self._buffers.items()}
+        bias = tensors.pop(".bias", None)
+        layout = self.layout
+        return read_layer(tensors, "", self.shape, layout.weight, layout.activation()), bias
+
+
+def put_awaited(model: nn.Module, stored: Data) -> None:
+    """Make room in a skeleton for all that a file holds.
+
+    Raises:
+        UserError: the file is of another model.
+    """
+    try:
+        for name, layout in from_data(stored["layouts"]).items():
+            model.set_submodule(name, AwaitedLinear(model.get_submodule(name), layout))
+        for name in stored["added_biases"]:
+            add_bias(model.get_submodule(name), "meta")
+        for block, arguments in stored["divided_arguments"].items():
+            for argument, count in arguments.items():
+                argument_of(model.get_submodule(block), argument, "meta").reach(count)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the quantization_config is damaged, or not that of a "
+                        f"{type(model).__name__} ({error}): save the model again") from None
+
+
+def owner_of(model: nn.Module, tensor_name: str) -> nn.Module | None:
+    """Find the module whose tensor stays as the file has it; None: it is an ordinary one."""
+    name = tensor_name.rpartition(".")[0]
+    owner = model.get_submodule(name)
+    return owner if isinstance(owner, AwaitedLinear | DividedArgument) else None
+
+
+def take(model: nn.Module, tensor_name: str, value: Tensor, device: torch.device) -> None:
+    """Give a tensor of the file to its owner."""
+    owner, name = owner_of(model, tensor_name), tensor_name.rpartition(".")[2]
+    if isinstance(owner, AwaitedLinear):
+        # Codes are unpacked on the CPU, and stay there.
+        owner.device, device = torch.device(device), "cpu"
+    owner.register_buffer(name, value.to(device))
+
+
+def build_linears(model: nn.Module, request: Request) -> None:
+    """Put quantised linears where they are awaited.
+
+    Raises:
+        UserError: tensors are missing or of another shape, or the backend does not go with them.
+    """
+    awaited = {name: module for name, module in model.named_modules()
+               if isinstance(module, AwaitedLinear)}
+    try:
+        layers = {name: module.layer() for name, module in awaited.items()}
+    except (KeyError, ValueError, RuntimeError, TypeError) as error:
+        raise UserError(f"the tensors of this {type(model).__name__} do not fit its "
+                        f"quantization_config ({error}): save the model again") from None
+    first = next(iter(awaited.values()))
+    backend = choose_backend(
+        request, [layer for layer, _ in layers.values()], first.kind, first.device)
+    for name, module in awaited.items():
+        layer, bias = layers.pop(name)
+        linear = make_linear(
+            layer, layer.bias(bias), backend, module.kind, module.device, False, None)
+        if module.window is not None:
+            linear = PatchLinear(linear, module.window)
+        keep(linear, {key: value.clone() for key, value in module._buffers.items()})
+        linear = with_stand_in(linear.to(module.device), module.kind, module.device)
+        model.set_submodule(name, linear)
+    own_values(model)
+
+
+def own_values(model: nn.Module) -> None:
+    """Copy the parameters and buffers that are views of a file.
+
+    A view would keep the whole file in memory. And it lies wherever the file has it: products with
+    it are rounded differently where that is no multiple of a register's width.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
