@@ -4,9 +4,9 @@ from torch import nn
 
 from architectures.registry import architecture_of
 from ditas.backends import choose_backend
-from ditas.layouts import Data, as_data, divided_arguments, layout_of
+from ditas.layouts import Data, as_data, divided_arguments, layout_of, linears_with_row_scales
 from ditas.outcome import Outcome, outcome_of
-from ditas.packing import is_packed, remember
+from ditas.packing import PackedLinear, packed, welcome_adapters
 from ditas.request import Request
 from errors import UserError
 from quant.activations.attention import Operands
@@ -19,6 +19,7 @@ from quant.install import (
 )
 from quant.layers.fold import fold
 from quant.layers.quantised import QuantizedLayer
+from quant.numerics.tokens import matrix
 from quant.pipeline import Result
 
 
@@ -28,7 +29,7 @@ def check_not_quantised(module: nn.Module) -> None:
     Raises:
         UserError: it does.
     """
-    if any(map(is_packed, module.modules())):
+    if any(isinstance(part, PackedLinear) for part in module.modules()):
         raise UserError(f"this {type(module).__name__} is quantised already: load it anew first")
 
 
@@ -51,10 +52,13 @@ def put_in(module: nn.Module, request: Request, result: Result) -> Outcome:
     modules = {}
     for kind, names in kinds.items():
         same = {name: layers[name] for name in names}
-        modules |= make_modules(module, same, backend, kind, device, False, index)
-    for name in layers:
-        remember(modules[name], layers[name], module.get_submodule(name).bias)
+        for name, computing in make_modules(
+                module, same, backend, kind, device, False, index).items():
+            old = module.get_submodule(name)
+            modules[name] = PackedLinear(
+                computing, packed(layers[name], old.bias), matrix(old).shape, kind, device)
     put_modules(module, modules, operands, index, device)
+    welcome_adapters()
 
     if hasattr(module, "register_to_config"):
         # It is diffusers' own, which is thus installed.
@@ -73,6 +77,7 @@ def stored_form(
         "layouts": as_data(layouts),
         "added_biases": added_biases,
         "divided_arguments": divided_arguments(module),
+        "row_scales": linears_with_row_scales(module),
     }
 
 
