@@ -8,6 +8,8 @@
     # any part of any recipe
     python QuantDiT.py --model DiT-Digits-Outliers \\
         --recipe rtn --balance tas --alpha grid --act-granularity token
+    # the transformer of a diffusers pipeline, in a folder; writes a folder that diffusers loads
+    python QuantDiT.py --model FOLDER --prompts prompts.txt --output my-model
     # what is inside any transformer of diffusers; a config.json is enough
     python QuantDiT.py --model FOLDER --inspect
 """
@@ -20,6 +22,7 @@ import argparse
 from cli import quantize_flags
 from cli.inspect import inspect_settings, print_inspection
 from cli.parser import Parser, run
+from cli.pipelines import is_pipeline, pipeline_settings, quantize_pipeline
 from cli.quantize import quantize
 from cli.settings import quantize_settings
 
@@ -28,6 +31,9 @@ def main(args: argparse.Namespace) -> None:
     """Quantise what the command line says, or print what is inside it."""
     if args.inspect:
         print_inspection(inspect_settings(args))
+        return
+    if is_pipeline(args):
+        quantize_pipeline(pipeline_settings(args))
         return
     settings = quantize_settings(args)
     # A mistake leaves its one line and no other, so this comes after the checks.

@@ -71,6 +71,21 @@ def is_rearranged(node: fx.Node) -> bool:
     return name_of(node) in _MOVES | _SAME - _POSITIVE | {"getitem"} | _PARTS
 
 
+def next_linears(node: fx.Node) -> list[fx.Node]:
+    """List the linears that a node's output reaches without passing another one."""
+    seen, waiting, reached = {node}, list(node.users), []
+    while waiting:
+        user = waiting.pop()
+        if user in seen:
+            continue
+        seen.add(user)
+        if name_of(user) == "linear":
+            reached.append(user)
+        else:
+            waiting.extend(user.users)
+    return reached
+
+
 def combined(edits: Edits) -> Edits | None:
     """Make one edit of those of every node; None: an element would need two factors."""
     by_node: dict[fx.Node, Edit] = {}

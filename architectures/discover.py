@@ -7,7 +7,7 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
@@ -18,11 +18,13 @@ from architectures.absorb import (
     combined,
     is_rearranged,
     name_of,
+    next_linears,
 )
+from architectures.attentions import find_attentions
 from architectures.channels import Obstacle, is_last_channels, last_channels
 from architectures.places import folds_of
 from architectures.proving import Prover
-from architectures.sites import Call, Fold, Site
+from architectures.sites import AttentionSite, Call, Fold, Site
 from architectures.tracing import ARGUMENT, Trace, trace
 
 LEAST_LINEARS = 2  # of a block
@@ -42,11 +44,13 @@ class Discovery:
             ``modulation``, ``vector`` (it reads a vector per image that no block's norm uses),
             ``patches`` or ``outside``.
         reasons: why a site of a block divides its input itself, by its name.
+        attentions: of the blocks, whose operands can be quantised.
     """
 
     blocks: tuple[str, ...]
     sites: tuple[Site, ...]
     reasons: dict[str, str]
+    attentions: tuple[AttentionSite, ...] = ()
 
     def scope(self, name: str) -> list[Site]:
         """List the sites that a scope quantises, one of ``sites.SCOPES``."""
@@ -117,7 +121,9 @@ def discover(model: nn.Module, call: Call, seed: int = 0) -> Discovery:
     blocks = find_blocks(model)
     weights = {f"{name}.weight" for name, module in model.named_modules()
                if isinstance(module, nn.Linear)}
-    return _Explorer(trace(model, call, blocks, seed), tuple(blocks), weights).discovery()
+    recorded = trace(model, call, blocks, seed)
+    found = _Explorer(recorded, tuple(blocks), weights).discovery()
+    return replace(found, attentions=find_attentions(recorded, found.sites))
 
 
 class _Explorer:
@@ -280,7 +286,7 @@ class _Explorer:
         if not per_image:
             return "outside" if group.block is None else "block"
         nodes = [node for node in self._linears if behind_casts(node.args[1]) in group.weights]
-        readers = [reader for node in nodes for reader in _next_linears(node)]
+        readers = [reader for node in nodes for reader in next_linears(node)]
         embeds = all(self._is_per_image(reader.args[0]) for reader in readers)
         if group.block is not None:
             return "vector" if embeds else "modulation"
@@ -302,21 +308,6 @@ def _origin(marker: fx.Node) -> fx.Node:
     while is_rearranged(node) and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
-
-
-def _next_linears(node: fx.Node) -> list[fx.Node]:
-    """List the linears that a node's output reaches without passing another one."""
-    seen, waiting, reached = {node}, list(node.users), []
-    while waiting:
-        user = waiting.pop()
-        if user in seen:
-            continue
-        seen.add(user)
-        if name_of(user) == "linear":
-            reached.append(user)
-        else:
-            waiting.extend(user.users)
-    return reached
 
 
 def _unique(nodes: list[fx.Node]) -> tuple[fx.Node, ...]:

@@ -10,8 +10,9 @@ from torch.utils import _pytree as pytree
 from architectures.discover import Discovery, discover, find_blocks
 from architectures.inspection import inspect, plain_sites
 from architectures.sites import AttentionSite, Call, Site, Unit
-from architectures.twins import moved, shortened
+from architectures.twins import moved, renamed, shortened
 from architectures.units import single_layers
+from architectures.watched import watch
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class ExploredArchitecture:
     clock: str
 
     name = "explored"
+    # What enters a block is recorded, and what the timestep decides cannot be run on its own.
+    advance = None
+    run_temporal = None
 
     def sites(self, model: nn.Module, scope: str) -> list[Site]:
         return self.discovery.scope(scope)
@@ -41,7 +45,7 @@ class ExploredArchitecture:
         return torch.as_tensor(call.get(self.clock, 0)).reshape(-1)
 
     def attentions(self, model: nn.Module) -> list[AttentionSite]:
-        return []
+        return list(self.discovery.attentions)
 
     def output_units(self, model: nn.Module) -> list[Unit]:
         sites = self.discovery.sites
@@ -55,7 +59,7 @@ def explore(
     """Find out what is inside a model; it stays as it is.
 
     What folds is proved on a copy with two blocks of every kind, in float32, whose parameters are
-    random.
+    random. If its call cannot be traced, nothing folds.
 
     Args:
         model: in eval mode.
@@ -63,12 +67,17 @@ def explore(
         batched, clock: as in ``ExploredArchitecture``.
 
     Raises:
-        ValueError: it has no repeated blocks, its call cannot be traced, or no block reads tokens.
+        ValueError: it has no repeated blocks, or none that reads tokens.
     """
     blocks = find_blocks(model)
     order = order_of_calls(model, call)
     blocks = [block for block in order if block in set(blocks)]
-    found = discover_shortened(model, pytree.tree_map(_in_float32, call), blocks)
+    try:
+        traced = pytree.tree_map(_in_float32_on_the_cpu, call)
+        found = discover_shortened(model, traced, blocks)
+    except ValueError:
+        # Its code looks at numbers, or does what no graph holds.
+        found = watch(model, call, blocks)
     discovery = without_idle(found, set(order))
     if not discovery.scope("blocks"):
         raise ValueError(f"no linear of a block of {type(model).__name__} reads tokens")
@@ -91,9 +100,10 @@ def discover_shortened(model: nn.Module, call: Call, blocks: list[str]) -> Disco
     return extended(discover(model, call), blocks, dict(zip(blocks, blocks)))
 
 
-def _in_float32(value: Any) -> Any:
-    is_floating = isinstance(value, Tensor) and value.is_floating_point()
-    return value.float() if is_floating else value
+def _in_float32_on_the_cpu(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.cpu().float() if value.is_floating_point() else value.cpu()
 
 
 @torch.no_grad()
@@ -137,7 +147,11 @@ def extended(found: Discovery, blocks: list[str], twins: dict[str, str]) -> Disc
                 sites.append(same)
                 if site.name in found.reasons:
                     reasons[same.name] = found.reasons[site.name]
-    return Discovery(tuple(blocks), (*sites, *behind), reasons)
+    attentions = tuple(
+        AttentionSite(renamed(attention.name, twin, block), renamed(attention.output, twin, block))
+        for block, twin in twins.items() for attention in found.attentions
+        if attention.name.startswith(f"{twin}."))
+    return Discovery(tuple(blocks), (*sites, *behind), reasons, attentions)
 
 
 def _parts(sites: Sequence[Site]) -> tuple[list[Site], list[Site], list[Site]]:

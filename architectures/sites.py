@@ -184,7 +184,10 @@ class Architecture(Protocol):
         """Name the transformer blocks in forward order."""
 
     def advance(self, call: Call, output: Tensor) -> Call:
-        """Return the next block's call, given a block's call and what it returned."""
+        """Return the next block's call, given a block's call and what it returned.
+
+        None in the place of this method: the next block's call has to be recorded.
+        """
 
     def attentions(self, model: nn.Module) -> list[AttentionSite]:
         """List the attentions of all blocks in forward order."""
@@ -193,7 +196,10 @@ class Architecture(Protocol):
         """Return the timestep (N,) of every image of a call of the model."""
 
     def run_temporal(self, model: nn.Module, call: Call) -> tuple[Tensor, ...]:
-        """Compute all that timestep and condition alone decide, (N, ...) each."""
+        """Compute all that timestep and condition alone decide, (N, ...) each.
+
+        None in the place of this method: it cannot be computed on its own.
+        """
 
     def output_units(self, model: nn.Module) -> list[Unit]:
         """List the units behind the blocks."""

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from architectures.sites import Call, call_of
@@ -40,6 +42,7 @@ class Trace:
         names: of the parameters, by the node that holds them.
         values: what every node computed.
         images: of the call.
+        attentions: the modules that called ``scaled_dot_product_attention``, call by call.
     """
 
     graph: fx.GraphModule
@@ -47,6 +50,7 @@ class Trace:
     names: dict[fx.Node, str]
     values: dict[fx.Node, Any]
     images: int
+    attentions: tuple[str, ...]
 
 
 @torch.no_grad()
@@ -54,21 +58,23 @@ def trace(model: nn.Module, call: Call, blocks: list[str], seed: int = 0) -> Tra
     """Record a call of a model with random parameters; the model stays as it is.
 
     Args:
-        model: in eval mode, of few blocks and small widths.
-        call: arguments of its ``forward``.
+        model: in eval mode, of few blocks, on any device.
+        call: arguments of its ``forward``, in float32 on the CPU, where all is computed.
         blocks: names of the modules whose arguments are marked.
 
     Raises:
         ValueError: the call fails, cannot be recorded, or the record computes something else.
     """
     parameters = random_parameters(model, seed)
+    buffers = {name: _on_the_cpu(buffer) for name, buffer in model.named_buffers()}
 
     def compute(parameters: dict[str, Tensor]) -> list[Tensor]:
-        return tensors_of(functional_call(model, parameters, (), call))
+        return tensors_of(functional_call(model, {**parameters, **buffers}, (), call))
 
     with marked(model, blocks):
         try:
-            expected = compute(parameters)
+            with noted_attentions(model) as attentions:
+                expected = compute(parameters)
             graph = make_fx(compute, pre_dispatch=True, tracing_mode="real")(parameters)
         except Exception as error:  # whatever a model's own code raises
             raise ValueError(f"the call cannot be traced: {type(error).__name__}: "
@@ -79,7 +85,11 @@ def trace(model: nn.Module, call: Call, blocks: list[str], seed: int = 0) -> Tra
         raise ValueError("the call cannot be traced: the graph computes something else")
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     names = dict(zip(placeholders, parameters))
-    return Trace(graph, parameters, names, recorder.values, images_of(call))
+    return Trace(graph, parameters, names, recorder.values, images_of(call), tuple(attentions))
+
+
+def _on_the_cpu(buffer: Tensor) -> Tensor:
+    return buffer.float().cpu() if buffer.is_floating_point() else buffer.cpu()
 
 
 def random_parameters(model: nn.Module, seed: int) -> dict[str, Tensor]:
@@ -144,6 +154,42 @@ def marked(model: nn.Module, blocks: list[str]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Noted(TorchFunctionMode):
+    """Notes which module runs whenever attention multiplies."""
+
+    def __init__(self, running: list[str], noted: list[str]):
+        super().__init__()
+        self._running, self._noted = running, noted
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is scaled_dot_product_attention:
+            self._noted.append(self._running[-1])
+        return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def noted_attentions(model: nn.Module) -> Iterator[list[str]]:
+    """List the modules that call ``scaled_dot_product_attention`` while open, call by call."""
+    running, noted, handles = [], [], []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(partial(_enter, running, name)))
+        handles.append(module.register_forward_hook(partial(_leave, running), always_call=True))
+    try:
+        with _Noted(running, noted):
+            yield noted
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _enter(running: list[str], name: str, module: nn.Module, args: tuple) -> None:
+    running.append(name)
+
+
+def _leave(running: list[str], module: nn.Module, args: tuple, output: Any) -> None:
+    running.pop()
 
 
 def _mark(block: str, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

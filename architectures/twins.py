@@ -78,22 +78,22 @@ def _replace(model: nn.Module, place: str, entries: nn.ModuleList) -> None:
 
 def moved(site: Site, block: str) -> Site:
     """Describe the same site of another block."""
-    linears = tuple(_renamed(name, site.block, block) for name in site.linears)
+    linears = tuple(renamed(name, site.block, block) for name in site.linears)
     folds = tuple(_moved_fold(fold, site.block, block) for fold in site.folds)
-    name = _renamed(site.name, site.block, block)
+    name = renamed(site.name, site.block, block)
     return replace(site, name=name, linears=linears, block=block, folds=folds)
 
 
 def _moved_fold(fold: Fold, old: str, new: str) -> Fold:
     if isinstance(fold, Rows | Modulation):
-        return replace(fold, linear=_renamed(fold.linear, old, new))
+        return replace(fold, linear=renamed(fold.linear, old, new))
     if isinstance(fold, Entries):
-        return replace(fold, parameter=_renamed(fold.parameter, old, new))
-    table = None if fold.table is None else _renamed(fold.table, old, new)
+        return replace(fold, parameter=renamed(fold.parameter, old, new))
+    table = None if fold.table is None else renamed(fold.table, old, new)
     return replace(fold, table=table, block=new)
 
 
-def _renamed(name: str, old: str, new: str) -> str:
+def renamed(name: str, old: str, new: str) -> str:
     """Put a name of one block into another; a name outside stays."""
     inside = name.startswith(f"{old}.")
     return f"{new}.{name.removeprefix(f'{old}.')}" if inside else name

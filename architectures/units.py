@@ -4,6 +4,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from architectures.sites import MODEL, Architecture, Call, Site, Unit, linears_of
+from architectures.tracing import tensors_of
 
 # Which units there are.
 #     blocks: the transformer blocks.
@@ -55,4 +56,4 @@ def _blocks(architecture: Architecture, model: nn.Module, sites: list[Site]) -> 
 
 
 def _run_module(name: str, model: nn.Module, call: Call) -> tuple[Tensor, ...]:
-    return (model.get_submodule(name)(**call),)
+    return tuple(tensors_of(model.get_submodule(name)(**call)))

@@ -45,10 +45,31 @@ def make_parser(description: str = "") -> Parser:
         "--svd", choices=tuple(SOLVERS), default="fast",
         help="how the low-rank branch is found (default: fast)")
     _add_output_flags(parser)
+    _add_pipeline_flags(parser)
     add_threads_flag(parser)
     add_recipe_flags(parser)
     _add_ignored_flags(parser)
     return parser
+
+
+def _add_pipeline_flags(parser: Parser) -> None:
+    """Add the flags for a folder of a diffusers pipeline."""
+    group = parser.add_argument_group(
+        "with --model FOLDER of a text-to-image pipeline of diffusers")
+    group.add_argument(
+        "--prompts", metavar="FILE",
+        help="prompts to calibrate on, one a line (default: 32 of our own)")
+    group.add_argument(
+        "--component", default="transformer",
+        help="what is quantised (default: transformer)")
+    group.add_argument(
+        "--include", metavar="REGEX", help="linears that are quantised whatever the scope")
+    group.add_argument(
+        "--exclude", metavar="REGEX",
+        help="linears that are not, nor those that share an input with them")
+    group.add_argument(
+        "--pipeline-args", metavar="JSON",
+        help="more arguments of the pipeline's call, such as '{\"guidance_scale\": 3.5}'")
 
 
 def _add_ignored_flags(parser: Parser) -> None:

@@ -241,7 +241,7 @@ def build_recipe(args: argparse.Namespace) -> Recipe:
         UserError: an unknown recipe or value, or a flag that has no effect on what the recipe is
             now.
     """
-    return recipe_with(args.recipe, _given(args), lambda name: f"--{name}")
+    return recipe_with(args.recipe, given_flags(args), lambda name: f"--{name}")
 
 
 def recipe_with(
@@ -271,7 +271,7 @@ def recipe_label(args: argparse.Namespace) -> str:
 
     compare.py takes recipes in this form.
     """
-    return labelled(args.recipe, _given(args))
+    return labelled(args.recipe, given_flags(args))
 
 
 def labelled(recipe_name: str, given: dict[Flag, str]) -> str:
@@ -280,6 +280,7 @@ def labelled(recipe_name: str, given: dict[Flag, str]) -> str:
     return f"{recipe_name}:{overrides}" if overrides else recipe_name
 
 
-def _given(args: argparse.Namespace) -> dict[Flag, str]:
+def given_flags(args: argparse.Namespace) -> dict[Flag, str]:
+    """Find the flags of a recipe that were given, with their texts."""
     texts = {flag: getattr(args, f"part_{flag.field}") for flag in FLAGS}
     return {flag: text for flag, text in texts.items() if text is not None}

@@ -106,6 +106,7 @@ def quantize_settings(args: argparse.Namespace) -> QuantizeSettings:
         UserError: a flag is unknown, out of range, or contradicts another.
     """
     model = choose_model(args)
+    _refuse_flags_of_pipelines(args, model)
     weight_bits = config.weight_bit if args.weight_bit is None else args.weight_bit
     act_bits = config.act_bit if args.act_bit is None else args.act_bit
     one_of(weight_bits, WEIGHT_BITS, "--weight-bit")
@@ -166,6 +167,14 @@ def choose_model(args: argparse.Namespace) -> ModelChoice:
         weights=args.ckpt,
         vae=args.vae,
     )
+
+
+def _refuse_flags_of_pipelines(args: argparse.Namespace, model: ModelChoice) -> None:
+    for name in ("prompts", "include", "exclude", "pipeline_args"):
+        if getattr(args, name) is not None:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} is for the folder of a diffusers pipeline, and {model.name} "
+                            "is a model of this repository: drop it")
 
 
 def _check_video_judge(recipe: Recipe, model: ModelChoice) -> None:

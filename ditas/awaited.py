@@ -7,7 +7,7 @@ from ditas.layouts import Data, Layout, add_bias, from_data
 from ditas.packing import PackedLinear, unpacked, welcome_adapters
 from ditas.request import Request
 from errors import UserError
-from quant.install import make_linear
+from quant.install import make_linear, with_stand_in
 from quant.layers.fold import ROW_SCALES, DividedArgument, argument_of
 from quant.layers.linear import PatchLinear
 from quant.layers.quantised import QuantizedLayer
@@ -105,8 +105,6 @@ def build_linears(model: nn.Module, request: Request) -> None:
             layer, layer.bias(bias), backend, module.kind, module.device, False, None)
         if module.window is not None:
             linear = PatchLinear(linear, module.window)
-        linear = PackedLinear(
-            linear.to(module.device), dict(module._buffers), module.shape, module.kind,
-            module.device)
-        model.set_submodule(name, linear)
+        linear = with_stand_in(linear.to(module.device), module.kind, module.device)
+        model.set_submodule(name, PackedLinear(linear, dict(module._buffers), module.shape))
     welcome_adapters()

@@ -6,7 +6,8 @@ from torch import nn
 
 from architectures.explored import ExploredArchitecture
 from architectures.registry import architecture_of
-from architectures.sites import Entries, Fold, SharedModulation, Site, modulations
+from architectures.selected import SelectedArchitecture
+from architectures.sites import Architecture, Entries, Fold, SharedModulation, Site, modulations
 from ditas.packing import packed_bytes
 from ditas.request import Request
 from quant.layers.quantised import QuantizedLayer
@@ -75,15 +76,21 @@ class Outcome:
 def outcome_of(module: nn.Module, request: Request, result: Result) -> Outcome:
     """Describe what becomes of a module that is still float."""
     architecture = architecture_of(module)
-    reasons = {}
-    if isinstance(architecture, ExploredArchitecture):
-        reasons = architecture.discovery.reasons
+    reasons = reasons_of(architecture)
     sites = list(architecture.sites(module, request.recipe.scope))
     others = modulations(architecture.sites(module, "adaln"))
     sites += [site for site in others if site not in sites and site.linears[0] in result.layers]
     outcomes = tuple(_of_site(module, site, result, reasons) for site in sites)
     whole = sum(parameter.nbytes for parameter in module.parameters())
     return Outcome(request.label, outcomes, whole - sum(outcome.before for outcome in outcomes))
+
+
+def reasons_of(architecture: Architecture) -> dict[str, str]:
+    """Find out why sites do not fold, by name; of an architecture known by hand nothing is."""
+    if isinstance(architecture, SelectedArchitecture):
+        architecture = architecture.base
+    is_explored = isinstance(architecture, ExploredArchitecture)
+    return architecture.discovery.reasons if is_explored else {}
 
 
 def _of_site(

@@ -58,30 +58,21 @@ class PackedLinear(nn.Module):
     """A quantised linear in a model: it computes with one module, and is saved as other tensors.
 
     Args:
-        computing: the module that computes it.
+        computing: the module that computes it, with a stand-in (``quant.install``).
         in_file: the tensors that it is saved as, on the CPU.
         shape: (O, I).
-        dtype, device: what a float linear would have in its place.
     """
 
-    def __init__(
-        self,
-        computing: nn.Module,
-        in_file: Tensors,
-        shape: torch.Size,
-        dtype: torch.dtype,
-        device: torch.device,
-    ):
+    def __init__(self, computing: nn.Module, in_file: Tensors, shape: torch.Size):
         super().__init__()
         self.computing = computing
         self.in_file = in_file
         self.out_features, self.in_features = shape
-        self.register_buffer("like", torch.zeros(1, dtype=dtype, device=device), persistent=False)
 
     @property
     def weight(self) -> Tensor:
         """Stand for a float weight: of its shape, type and device, but without its values."""
-        return self.like.expand(self.out_features, self.in_features)
+        return self.computing.stand_in.new_empty(1).expand(self.out_features, self.in_features)
 
     @property
     def is_patches(self) -> bool:
@@ -99,6 +90,13 @@ class PackedLinear(nn.Module):
         destination = {} if destination is None else destination
         destination.update({f"{prefix}{name}": value for name, value in self.in_file.items()})
         return destination
+
+
+def packed_linear(
+    computing: nn.Module, layer: QuantizedLayer, old: nn.Linear | nn.Conv2d
+) -> PackedLinear:
+    """Make what a linear or patch convolution becomes."""
+    return PackedLinear(computing, packed(layer, old.bias), old.weight.flatten(1).shape)
 
 
 def welcome_adapters() -> None:

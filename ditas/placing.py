@@ -6,7 +6,7 @@ from architectures.registry import architecture_of
 from ditas.backends import choose_backend
 from ditas.layouts import Data, as_data, divided_arguments, layout_of, linears_with_row_scales
 from ditas.outcome import Outcome, outcome_of
-from ditas.packing import PackedLinear, packed, welcome_adapters
+from ditas.packing import PackedLinear, packed_linear, welcome_adapters
 from ditas.request import Request
 from errors import UserError
 from quant.activations.attention import Operands
@@ -19,7 +19,6 @@ from quant.install import (
 )
 from quant.layers.fold import fold
 from quant.layers.quantised import QuantizedLayer
-from quant.numerics.tokens import matrix
 from quant.pipeline import Result
 
 
@@ -49,14 +48,12 @@ def put_in(module: nn.Module, request: Request, result: Result) -> Outcome:
     index, device = find_timestep_index(layers, operands), unnumbered(device_of(module))
     kinds = names_by_type(module, layers)
     backend = choose_backend(request, list(layers.values()), next(iter(kinds)), device)
-    modules = {}
+    computing = {}
     for kind, names in kinds.items():
         same = {name: layers[name] for name in names}
-        for name, computing in make_modules(
-                module, same, backend, kind, device, False, index).items():
-            old = module.get_submodule(name)
-            modules[name] = PackedLinear(
-                computing, packed(layers[name], old.bias), matrix(old).shape, kind, device)
+        computing |= make_modules(module, same, backend, kind, device, False, index)
+    modules = {name: packed_linear(computing[name], layer, module.get_submodule(name))
+               for name, layer in layers.items()}
     put_modules(module, modules, operands, index, device)
     welcome_adapters()
 
@@ -93,7 +90,7 @@ def folded_operands(
 ) -> dict[str, Operands]:
     """Fold the quantisers of attentions whose values come divided now."""
     architecture = architecture_of(module)
-    readers = {site.name: site.linears[0] for site in architecture.sites(module, "blocks")}
+    readers = {site.name: site.linears[0] for site in architecture.sites(module, "all")}
     outputs = {attention.name: readers[attention.output]
                for attention in architecture.attentions(module)}
     return {name: quantisers.fold() if layers[outputs[name]].smoothing.is_none else quantisers

@@ -6,7 +6,8 @@ from torch import nn
 from tqdm import tqdm
 
 from architectures.explored import explore, unvisited
-from architectures.registry import describe, is_known
+from architectures.registry import architecture_of, describe, is_known
+from architectures.selected import SelectedArchitecture
 from architectures.sites import Call
 from architectures.tracing import images_of
 from cli.values import user_value
@@ -36,7 +37,8 @@ def quantize(
             data: a pipeline's sampling, for one. None will do for recipes that look at no data.
         recipe: a key of ``config.RECIPES``.
         flags: those of QuantDiT.py as keywords: ``weight_bit=4``, ``act_bit=8``, ``lowrank=16``, …;
-            and ``backend``, as of sample_merge_TAS.py.
+            ``backend``, as of sample_merge_TAS.py; ``include`` and ``exclude``, regular expressions
+            of linears that are quantised whatever the scope, and of those that are not.
 
     Returns:
         What was done, site by site.
@@ -45,18 +47,19 @@ def quantize(
         UserError: a flag is wrong, or the module or its calls do not allow the recipe.
     """
     request = read_request(recipe, flags)
-    check_type(module)
+    check_type(module, request)
     check_not_quantised(module)
     with unchanged_on_failure(module), torch.no_grad():
         module.eval()
         calls = [] if drive is None else record_calls(module, drive)
         user_value(look_into, module, calls)
+        select(module, request)
         result = user_value(run_recipe, module, request, calls)
         return put_in(module, request, result)
 
 
-def check_type(module: nn.Module) -> None:
-    """Make sure that a module holds numbers which quantised layers can stand beside.
+def check_type(module: nn.Module, request: Request) -> None:
+    """Make sure that a module holds numbers which the recipe can work with.
 
     Raises:
         UserError: it has no parameters, or they are of another type.
@@ -68,6 +71,9 @@ def check_type(module: nn.Module) -> None:
         names = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
         raise UserError(f"the module's parameters are of type {names}: "
                         "expected float32 or bfloat16; convert it with .to(torch.bfloat16)")
+    if request.runs_copies and kinds != {torch.float32}:
+        raise UserError(f"recipe {request.label} runs copies of the module in float32, and this "
+                        f"{type(module).__name__} is of bfloat16: convert it with .float() first")
 
 
 def record_calls(module: nn.Module, drive: Drive) -> list[Call]:
@@ -88,7 +94,7 @@ def look_into(module: nn.Module, calls: list[Call]) -> None:
     """Let a module carry what can be found out of its inside, if that is not known.
 
     Raises:
-        ValueError: it has no repeated blocks, or its calls cannot be traced.
+        ValueError: it has no repeated blocks, or none that reads tokens.
     """
     if is_known(module):
         return
@@ -101,6 +107,20 @@ def look_into(module: nn.Module, calls: list[Call]) -> None:
         # A vector per image has to differ from one for all.
         call = stack([call, call], batched)
     describe(module, explore(module, call, batched, clock_of(calls)))
+
+
+def select(module: nn.Module, request: Request) -> None:
+    """Let a module carry what the user chose of it.
+
+    Raises:
+        UserError: nothing is left of the recipe's scope.
+    """
+    if request.include or request.exclude:
+        found = architecture_of(module)
+        describe(module, SelectedArchitecture(found, request.include, request.exclude))
+    if not architecture_of(module).sites(module, request.recipe.scope):
+        raise UserError(f"no linear of this {type(module).__name__} is left to be quantised: "
+                        "give another exclude")
 
 
 def run_recipe(module: nn.Module, request: Request, calls: list[Call]) -> Result:

@@ -1,4 +1,5 @@
 """What a caller of ``ditas.quantize`` asks for: the flags of QuantDiT.py as keywords."""
+import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -10,7 +11,13 @@ from config import Recipe
 from errors import UserError
 from quant.backend import BACKENDS
 from quant.numerics.uniform import ACT_BITS, WEIGHT_BITS
-from quant.recipe import BitWidths, check_recipe, needs_trajectory
+from quant.recipe import (
+    BitWidths,
+    check_recipe,
+    learns_rounding,
+    needs_trajectory,
+    runs_quantised_so_far,
+)
 from quant.weights.low_rank import SOLVERS
 
 # Keywords that are no part of a recipe, with what they are where they are not given.
@@ -19,6 +26,8 @@ DEFAULTS = {
     "act_bit": config.act_bit,
     "svd": "fast",
     "backend": "auto",
+    "include": "",
+    "exclude": "",
 }
 RECIPE_FLAGS = {flag.name.replace("-", "_"): flag for flag in FLAGS}
 
@@ -32,6 +41,7 @@ class Request:
         label: the recipe's name with the flags that were given.
         svd: the low-rank solver.
         backend: one of ``quant.backend.BACKENDS``.
+        include, exclude: as of ``architectures.selected``.
     """
 
     recipe_name: str
@@ -41,11 +51,19 @@ class Request:
     bits: BitWidths
     svd: str
     backend: str
+    include: str
+    exclude: str
 
     @property
     def needs_calls(self) -> bool:
         """Whether the recipe has to see the model sample."""
         return needs_trajectory(self.recipe, self.bits)
+
+    @property
+    def runs_copies(self) -> bool:
+        """Whether the recipe looks at what a quantised copy of the model computes."""
+        return (runs_quantised_so_far(self.recipe, self.bits) or bool(self.recipe.group_sizes)
+                or learns_rounding(self.recipe, self.bits))
 
 
 def read_request(recipe_name: str, flags: dict[str, Any]) -> Request:
@@ -71,7 +89,17 @@ def read_request(recipe_name: str, flags: dict[str, Any]) -> Request:
     return Request(
         recipe_name, flags, recipe, labelled(recipe_name, given), bits,
         svd=one_of(others["svd"], SOLVERS, "svd"),
-        backend=one_of(others["backend"], BACKENDS, "backend"))
+        backend=one_of(others["backend"], BACKENDS, "backend"),
+        include=_expression(others["include"], "include"),
+        exclude=_expression(others["exclude"], "exclude"))
+
+
+def _expression(text: str, name: str) -> str:
+    try:
+        re.compile(text)
+    except (re.error, TypeError) as error:
+        raise UserError(f"{name} '{text}' is no regular expression: {error}") from None
+    return text
 
 
 def _as_text(value: Any) -> str:

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, in folders that can be written."""
 import os
 import re
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -33,6 +34,21 @@ def atomic(path: Path, durable: bool = False) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside ``folder``; rename it if the block succeeds, else remove it.
+
+    ``folder`` is empty or not there.
+    """
+    temporary = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir()
+        yield temporary
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def writable_folder(folder: Path) -> Path:

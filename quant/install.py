@@ -60,8 +60,15 @@ def make_modules(
         module = make_linear(layer, bias, backend, dtype, device, packed, timestep_index)
         if isinstance(old, nn.Conv2d):
             module = PatchLinear(module, old.kernel_size)
-        modules[name] = module.to(device)
+        modules[name] = with_stand_in(module.to(device), dtype, device)
     return modules
+
+
+def with_stand_in(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Give a module an empty parameter: a model's code may ask it for its type and device."""
+    stand_in = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
+    module.register_parameter("stand_in", stand_in)
+    return module
 
 
 def put_modules(

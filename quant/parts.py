@@ -44,8 +44,9 @@ from quant.recipe import (
     BitWidths,
     act_spec,
     has_static_ranges,
+    learns_rounding,
     needs_trajectory,
-    uses_moments,
+    runs_quantised_so_far,
     weighs_layers,
     weight_spec,
 )
@@ -90,13 +91,12 @@ class Task:
     @property
     def has_sequential_moments(self) -> bool:
         """Whether weights are quantised by what the layers before, quantised, give."""
-        sequential = uses_moments(self.recipe) and self.recipe.hessian == "sequential"
-        return sequential and not self.bits.leave_weights
+        return runs_quantised_so_far(self.recipe, self.bits)
 
     @property
     def learns_rounding(self) -> bool:
         """Whether blocks are reconstructed by AdaRound."""
-        return self.recipe.weight == "adaround" and not self.bits.leave_weights
+        return learns_rounding(self.recipe, self.bits)
 
     @property
     def weighs_layers(self) -> bool:

@@ -109,6 +109,7 @@ def quantize_model(
     sites = architecture_of(model).sites(model, recipe.scope)
     task = Task(model, sites, recipe, bits, svd)
     check_groups(task, search)
+    check_units(task)
     # First pass: sample, and keep the model's calls and every input's maxima.
     bases = quantize_first(task) if task.quantizes_first else None
     trajectory, maxima = None, {}
@@ -157,6 +158,19 @@ def check_groups(task: Task, search: GroupSearch | None) -> None:
     for site in task.sites:
         for name in site.linears:
             grouped(matrix(task.model.get_submodule(name)), spec)
+
+
+def check_units(task: Task) -> None:
+    """Make sure that the model can be run in the units whose rounding is learned.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    is_temporal = task.learns_rounding and task.recipe.units == "temporal"
+    if is_temporal and architecture_of(task.model).run_temporal is None:
+        raise ValueError(
+            f"what the timestep decides in a {type(task.model).__name__} cannot be run on its own, "
+            "which this recipe learns first: give --units blocks or whole")
 
 
 def _look(

@@ -59,6 +59,17 @@ def weighs_layers(recipe: Recipe) -> bool:
     return bool(recipe.group_sizes) and recipe.allocate != "evolution"
 
 
+def learns_rounding(recipe: Recipe, bits: BitWidths) -> bool:
+    """Tell whether units are reconstructed by AdaRound."""
+    return recipe.weight == "adaround" and not bits.leave_weights
+
+
+def runs_quantised_so_far(recipe: Recipe, bits: BitWidths) -> bool:
+    """Tell whether weights are quantised by what the layers before, quantised, give."""
+    sequential = uses_moments(recipe) and recipe.hessian == "sequential"
+    return sequential and not bits.leave_weights
+
+
 def needs_trajectory(recipe: Recipe, bits: BitWidths) -> bool:
     """Tell whether any part of a recipe has to see the model sample."""
     return (recipe.balance != "none" or has_static_ranges(recipe, bits) or weighs_layers(recipe)

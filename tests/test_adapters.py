@@ -12,6 +12,7 @@ import ditas
 from ditas.adapters import AdaptedLinear
 from ditas.packing import PackedLinear, welcome_adapters
 from evaluation.metrics import sqnr_db
+from quant.install import with_stand_in
 
 RANK = 4
 FLUX = "FluxTransformer2DModel"
@@ -102,8 +103,8 @@ def test_an_adapter_gets_the_input_before_it_was_folded():
     x, factors, shift = torch.randn(3, 5, 16), torch.rand(16) + 0.5, torch.randn(16)
     scales = torch.rand(12) + 0.5
     tensors = {"folded_smooth": factors, "folded_shift": shift, "rows": scales}
-    model = nn.Sequential(PackedLinear(
-        linear, tensors, linear.weight.shape, torch.float32, torch.device("cpu")))
+    computing = with_stand_in(linear, torch.float32, torch.device("cpu"))
+    model = nn.Sequential(PackedLinear(computing, tensors, linear.weight.shape))
     put_beside(model, adapter)
     arriving = (x + shift) / factors
     down, up = adapter["0.lora_A.weight"], adapter["0.lora_B.weight"]

@@ -64,6 +64,8 @@ def test_what_is_known_of_a_family_is_found(family):
     assert list(found.blocks) == architecture.blocks(model)
     expected = [(site.linears, site.folds) for site in architecture.sites(model, "blocks")]
     assert [(site.linears, site.folds) for site in found.scope("blocks")] == expected
+    assert [attention.name for attention in found.attentions] == [
+        attention.name for attention in architecture.attentions(model)]
     for scope in ("adaln", "all"):
         known = {name for site in architecture.sites(model, scope) for name in site.linears}
         assert {name for site in found.scope(scope) for name in site.linears} == known

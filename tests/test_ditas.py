@@ -11,9 +11,10 @@ from architectures.discover import discover, find_blocks
 from architectures.examples import EXAMPLES, Example, build, draw_call
 from architectures.explored import ExploredArchitecture, discover_shortened, explore
 from architectures.registry import architecture_of, describe
-from architectures.sites import Call
+from architectures.sites import Call, linears_of
 from architectures.tracing import random_parameters, tensors_of
 from architectures.twins import shortened
+from architectures.watched import watch
 from config import RECIPES
 from ditas import placing
 from evaluation.metrics import sqnr_db
@@ -25,6 +26,7 @@ from quant.recipe import BitWidths
 
 # The classes that the docs promise; DiT and PixArt are known by hand.
 BY_NAME = {example.name: example for example in EXAMPLES[:17]}
+FLUX = "FluxTransformer2DModel"
 # One group a row, whatever its length.
 WHOLE_ROWS = 1024
 
@@ -259,6 +261,24 @@ def test_the_outcome_is_readable():
     assert all(0 <= row.alpha <= 1 for row in done.sites)
 
 
+@pytest.mark.parametrize("recipe", ["rtn", "smoothquant"])
+def test_linears_can_be_chosen(recipe):
+    name = "SD3Transformer2DModel"
+    model = explored_example(name)
+    expected = output(model, name)
+    done = ditas.quantize(
+        model, run_on(model, BY_NAME[name]), recipe, weight_bit=8, backend="fake",
+        include=r"^context_embedder$", exclude=r"blocks\.0\.attn\.to_q|ff_context")
+    linears = {linear for row in done.sites for linear in row.site.linears}
+    assert "context_embedder" in linears
+    assert "transformer_blocks.1.attn.to_k" in linears
+    # It reads what the query reads.
+    assert "transformer_blocks.0.attn.to_k" not in linears
+    assert not any("ff_context" in linear for linear in linears)
+    assert isinstance(model.transformer_blocks[0].ff_context.net[2], nn.Linear)
+    assert sqnr_db(expected, output(model, name)) > 30
+
+
 def test_rtn_needs_no_calls():
     model = explored_example("WanTransformer3DModel")
     del model.ditas_architecture
@@ -277,6 +297,8 @@ def test_rtn_needs_no_calls():
     ({"iterations": 5}, "iterations has no effect on this recipe: it is for --weight adaround"),
     ({"weight": "gptq", "weight_scales": "two-level"}, "these parts do not go together"),
     ({"backend": "gpu"}, "backend gpu is not available"),
+    ({"exclude": "("}, "exclude '(' is no regular expression"),
+    ({"exclude": "."}, "no linear of this Stack is left to be quantised"),
     ({"recipe": "ditas", "group_size": 7}, "group size 7 does not divide a row of 16 values"),
 ])
 def test_flags_are_checked_as_on_the_command_line(flags, message):
@@ -316,6 +338,40 @@ def test_what_a_model_does_not_allow_is_refused(make, recipe, message):
         ditas.quantize(model, drive, recipe)
 
 
+@pytest.mark.parametrize("name, recipe, least_sqnr_db", [
+    (FLUX, "ptq4dit", 25),
+    (FLUX, "repq-vit", 25),
+    # Its code asks the linears of its embedder for the type of their parameters.
+    ("WanTransformer3DModel", "ptq4dit", 20),
+])
+def test_units_and_attentions_of_any_model_are_found(name, recipe, least_sqnr_db):
+    model = explored_example(name)
+    expected = output(model, name)
+    flags = {"iterations": 2} if recipe == "ptq4dit" else {}
+    ditas.quantize(model, run_on(model, BY_NAME[name]), recipe, weight_bit=8, **flags)
+    assert sqnr_db(expected, output(model, name)) > least_sqnr_db
+    attentions = architecture(name).attentions(model)
+    assert attentions
+    assert all(hasattr(model.get_submodule(site.name), "operands") for site in attentions)
+
+
+@pytest.mark.parametrize("name, recipe, message", [
+    (FLUX, "tfmq-dm", "what the timestep decides in a FluxTransformer2DModel cannot be run"),
+    # Frames stand beside images.
+    ("LatteTransformer3DModel", "ptq4dit", "does not give an output for every image"),
+])
+def test_recipes_that_a_model_does_not_allow_are_refused(name, recipe, message):
+    model = explored_example(name)
+    with pytest.raises(ditas.UserError, match=message):
+        ditas.quantize(model, run_on(model, BY_NAME[name]), recipe, iterations=1)
+
+
+def test_recipes_that_run_copies_want_float32():
+    model = explored_example(FLUX).bfloat16()
+    with pytest.raises(ditas.UserError, match=r"is of bfloat16: convert it with \.float\(\) first"):
+        ditas.quantize(model, lambda: None, "ptq4dit")
+
+
 def test_calls_that_differ_are_refused_where_images_are_drawn_from_all():
     model, _, drive = stack_and_drive()
     with pytest.raises(ditas.UserError, match="calls that differ in their images only"):
@@ -335,6 +391,36 @@ def test_nan_is_refused_with_its_place():
         model.layers[1].before.weight[0, 0] = float("nan")
     with pytest.raises(ditas.UserError, match="the input of layers.1.after is not finite"):
         ditas.quantize(model, drive, "smoothquant")
+
+
+def test_what_is_watched_is_what_is_traced():
+    """Linears that read one tensor are a site without a graph, too."""
+    for name in (FLUX, "WanTransformer3DModel", "Lumina2Transformer2DModel"):
+        example = BY_NAME[name]
+        found = watch(random_example(example), draw_call(example), find_blocks(build(example)))
+        known = architecture(name).discovery
+        # A factor that streams share because of attention is only seen in a graph.
+        together = {linear: set(site.linears) for site in known.sites for linear in site.linears}
+        for site in found.scope("blocks"):
+            assert set(site.linears) <= together[site.linears[0]]
+            assert (site.folds, found.reasons[site.name]) == ((), "not traced")
+        assert set(linears_of(found.scope("blocks"))) == set(linears_of(known.scope("blocks")))
+        # One modulation for all blocks is only known by a graph.
+        assert set(linears_of(found.scope("adaln"))) <= set(linears_of(known.scope("adaln")))
+
+
+def test_a_call_that_cannot_be_traced_is_divided_at_run_time():
+    class Curious(Stack):
+        def forward(self, images: list[Tensor]) -> Tensor:
+            factor = 2 if images[0].sum().item() > 0 else 1
+            return super().forward([image / factor for image in images], {"offset": 0})
+
+    torch.manual_seed(0)
+    model, images = Curious(), [torch.randn(5, 16), torch.randn(5, 16)]
+    expected = model(images)
+    done = ditas.quantize(model, lambda: model(images), "smoothquant", weight_bit=8)
+    assert sqnr_db(expected, model(images)) > 25
+    assert {row.factors for row in done.sites} == {"at run time (not traced)"}
 
 
 def test_timesteps_are_found():

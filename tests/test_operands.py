@@ -9,6 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from config import RECIPES
 from errors import UserError
 from models import DiT
+from quant.activations.attention import attention_probabilities
 from quant.activations.quantisers import Activation
 from quant.install import install
 from quant.pipeline import Result, quantize_model
@@ -79,6 +80,20 @@ def test_an_error_inside_an_attention_stays_what_it_was(recwarn):
     assert not [warning for warning in recwarn if "silenced" in str(warning.message)]
     # Nothing stands in for the function any more.
     assert torch.equal(scaled_dot_product_attention(query, query, query), before)
+
+
+@pytest.mark.parametrize("mask", [
+    None,
+    torch.randn(1, 1, 5, 5),
+    torch.rand(2, 1, 5, 5) > 0.3,
+], ids=["none", "added", "of truth values"])
+def test_probabilities_are_those_of_pytorch(mask):
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 4, 5, 8)
+    if mask is not None and mask.dtype == torch.bool:
+        mask = mask | torch.eye(5, dtype=torch.bool)
+    expected = scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    assert torch.allclose(attention_probabilities(query, key, mask) @ value, expected, atol=1e-5)
 
 
 def test_it_is_accepted_where_operands_stay_float():

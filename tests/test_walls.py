@@ -11,6 +11,7 @@ ROOMS = (
     "cli",
     "comparison",
     "diffusion",
+    "ditas",
     "evaluation",
     "files",
     "quant",
@@ -23,6 +24,7 @@ FORBIDDEN = {
     # The method knows neither the command line nor any model, and fetches and judges nothing.
     "quant": {
         "cli",
+        "ditas",
         "download",
         "models",
         "evaluation",
@@ -39,7 +41,9 @@ FORBIDDEN = {
     # Judging knows no quantisation.
     "evaluation": {"quant", "cli", "comparison", "report"},
     # Data about transformers, nothing that computes with it.
-    "architectures": {"quant", "cli", "diffusion", "evaluation", "download", "sampling"},
+    "architectures": {"quant", "cli", "ditas", "diffusion", "evaluation", "download", "sampling"},
+    # The Python door to the method, beside the command line: it knows calls, and no schedule.
+    "ditas": {"comparison", "diffusion", "download", "examples", "models", "report", "sampling"},
     # Bytes on a disk.
     "files": {
         "quant",
@@ -108,7 +112,8 @@ def names_a_module(line: str) -> bool:
     return DIT_NAMES.search(line) is not None and not harmless
 
 
-@pytest.mark.parametrize("room", ["quant", "report", "sampling", "diffusion", "cli", "comparison"])
+@pytest.mark.parametrize("room", [
+    "quant", "report", "sampling", "diffusion", "cli", "comparison", "ditas"])
 def test_only_architectures_names_a_models_modules(room):
     named = []
     for path in sources(room):

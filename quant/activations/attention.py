@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -70,10 +71,17 @@ def by_head(tokens: Tensor, heads: int) -> Tensor:
 def attention_probabilities(
     query: Tensor, key: Tensor, mask: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
-    """Compute ``softmax(q k^T scale + mask)`` from queries and keys (N, heads, T, D / heads)."""
+    """Compute ``softmax(q k^T scale + mask)`` from queries and keys (N, heads, T, D / heads).
+
+    A mask of truth values lets a key through where it is true.
+    """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     logits = query * scale @ key.transpose(-2, -1)  # (N, heads, T, T)
-    return (logits if mask is None else logits + mask).softmax(-1)
+    if mask is not None and mask.dtype == torch.bool:
+        logits = logits.masked_fill(~mask, float("-inf"))
+    elif mask is not None:
+        logits = logits + mask
+    return logits.softmax(-1)
 
 
 class QuantOperands(nn.Module):
@@ -101,15 +109,17 @@ class QuantOperands(nn.Module):
         query: Tensor,                   # (N, heads, T, D / heads)
         key: Tensor,
         value: Tensor,
-        attn_mask: Tensor | None = None, # added to the logits
+        attn_mask: Tensor | None = None, # added to the logits, or false where there is none
         dropout_p: float = 0.0,          # of training, which does not happen here
         is_causal: bool = False,         # not met in diffusion transformers
         scale: float | None = None,
+        **sharing: bool,                 # enable_gqa, which shapes tell
     ) -> Tensor:
         """Compute attention as ``scaled_dot_product_attention`` does, (N, heads, T, D / heads)."""
         self._has_computed = True
-        if is_causal:
-            raise ValueError("causal attention cannot have quantised operands")
+        if is_causal or query.shape[1] != key.shape[1]:
+            raise ValueError("causal attention, and one whose heads share keys, "
+                             "cannot have quantised operands")
         heads = query.shape[1]
         query = by_head(self._seen(self.query, by_token(query)), heads)
         key = by_head(self._seen(self.key, by_token(key)), heads)

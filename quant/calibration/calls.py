@@ -38,7 +38,9 @@ class CallRecorder:
     def _copy_tensor(self, path: str, value: Tensor) -> Tensor:
         original, copy = self._last.get(path, (None, None))
         if original is not value or not torch.equal(copy, value):
-            copy = value.detach().clone()
+            # What is learned on the calls needs tensors that gradients can pass.
+            with torch.inference_mode(False):
+                copy = value.detach().clone()
             self._last[path] = value, copy
         return copy
 

@@ -1,11 +1,13 @@
 """The layers of a unit while their rounding is learned: in the place of the quantised ones."""
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from architectures.sites import Unit
 from quant.activations.attention import Operands, quantize_operands
 from quant.activations.quantisers import Activation, TimestepIndex
+from quant.install import device_of, with_stand_in
 from quant.layers.linear import PatchLinear, QuantLinear
 from quant.layers.quantised import QuantizedLayer
 from quant.numerics.tokens import matrix
@@ -92,6 +94,7 @@ class SoftUnit:
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
     """Replace a quantised linear, or that of a patch convolution."""
     old = model.get_submodule(name)
+    module = with_stand_in(module, torch.float32, device_of(model))
     if isinstance(old, PatchLinear):
         old.linear = module
     else:

@@ -53,7 +53,11 @@ class UnitChain:
     def outputs(self, unit: Unit) -> tuple[Tensor, ...]:
         """Run the unit on all images, a batch at a time; its outputs have P entries each."""
         parts = [self.run(unit, chosen) for chosen in self._batches()]
-        return tuple(torch.cat(part) for part in zip(*parts))
+        outputs = tuple(torch.cat(part) for part in zip(*parts))
+        if any(len(output) != self._images for output in outputs):
+            raise ValueError(f"{unit.name} does not give an output for every image, "
+                             "so that its rounding cannot be learned")
+        return outputs
 
     def leave(self, unit: Unit, outputs: tuple[Tensor, ...]) -> None:
         """Go on behind the unit, with what it gave."""
@@ -83,6 +87,8 @@ class UnitChain:
         """Take some of the images out of an argument, or out of all of them."""
         if isinstance(value, dict):
             return {name: self._pick(item, chosen) for name, item in value.items()}
+        if isinstance(value, list) and len(value) == self._images:
+            return [value[image] for image in chosen.tolist()]
         per_image = isinstance(value, Tensor) and value.dim() > 0 and len(value) == self._images
         return value[chosen] if per_image else value
 

@@ -1,0 +1,61 @@
+"""An architecture of which the user chose what is quantised."""
+import re
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from architectures.sites import Architecture, AttentionSite, Call, Site, Unit
+
+
+@dataclass(frozen=True)
+class SelectedArchitecture:
+    """Another architecture with some sites more, and some less.
+
+    Attributes:
+        include: expression of linears that are quantised whatever the scope; empty: none.
+        exclude: expression of linears that are not, nor what shares their input; empty: none.
+    """
+
+    base: Architecture
+    include: str
+    exclude: str
+
+    def sites(self, model: nn.Module, scope: str) -> list[Site]:
+        inside = set(self.base.sites(model, scope))
+        return [site for site in self.base.sites(model, "all")
+                if (site in inside or _matches(self.include, site))
+                and not _matches(self.exclude, site)]
+
+    def attentions(self, model: nn.Module) -> list[AttentionSite]:
+        names = {site.name for site in self.sites(model, "all")}
+        return [attention for attention in self.base.attentions(model)
+                if attention.output in names]
+
+    @property
+    def name(self) -> str:
+        return self.base.name
+
+    @property
+    def batched(self) -> tuple[str, ...]:
+        return self.base.batched
+
+    @property
+    def advance(self):
+        return self.base.advance
+
+    @property
+    def run_temporal(self):
+        return self.base.run_temporal
+
+    def blocks(self, model: nn.Module) -> list[str]:
+        return self.base.blocks(model)
+
+    def timesteps(self, call: Call) -> Tensor:
+        return self.base.timesteps(call)
+
+    def output_units(self, model: nn.Module) -> list[Unit]:
+        return self.base.output_units(model)
+
+
+def _matches(expression: str, site: Site) -> bool:
+    return bool(expression) and any(re.search(expression, name) for name in site.linears)

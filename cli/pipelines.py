@@ -1,0 +1,208 @@
+"""The story of quantising a pipeline of diffusers: load, sample, quantise, save the folder."""
+import argparse
+import inspect
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import config
+from cli.recipe_flags import build_recipe, given_flags, recipe_label
+from cli.stages import stage
+from cli.values import at_least, one_of, user_value
+from errors import UserError
+from files.atomic import atomic_folder, writable_folder
+from models import DiT_models
+from quant.numerics.uniform import ACT_BITS, WEIGHT_BITS
+from quant.recipe import check_recipe
+
+PROMPTS = Path(__file__).with_name("prompts.txt")
+PROMPTS_AT_A_TIME = 4
+
+
+@dataclass(frozen=True)
+class PipelineSettings:
+    """The checked command line of QuantDiT.py for a pipeline's folder."""
+
+    folder: Path
+    component: str  # the part that is quantised
+    recipe: str  # a key of config.RECIPES
+    flags: dict[str, Any]  # of the recipe, as ditas.quantize takes them
+    label: str  # the recipe's name with the flags that were given
+    prompts: tuple[str, ...]
+    arguments: dict[str, Any]  # of the pipeline's call
+    seed: int  # of the first prompt's noise
+    output: Path  # the folder that is written
+
+
+def is_pipeline(args: argparse.Namespace) -> bool:
+    """Tell whether ``--model`` names a folder, and no model of this repository."""
+    return args.model is not None and args.model not in DiT_models and Path(args.model).is_dir()
+
+
+def pipeline_settings(args: argparse.Namespace) -> PipelineSettings:
+    """Check the command line.
+
+    Raises:
+        UserError: a flag is wrong or is for other models, or the folder holds no pipeline.
+    """
+    _refuse_flags_of_others(args)
+    folder = Path(args.model)
+    weight_bits = config.weight_bit if args.weight_bit is None else args.weight_bit
+    act_bits = config.act_bit if args.act_bit is None else args.act_bit
+    one_of(weight_bits, WEIGHT_BITS, "--weight-bit")
+    one_of(act_bits, ACT_BITS, "--act-bit")
+    user_value(check_recipe, build_recipe(args), act_bits)
+    given = {flag.name.replace("-", "_"): text for flag, text in given_flags(args).items()}
+    steps = {"num_inference_steps": _steps(args.num_sampling_steps)}
+    label = recipe_label(args)
+    output = args.output or f"results/{folder.name}-W{weight_bits}A{act_bits}-{args.recipe}"
+    return PipelineSettings(
+        folder=folder,
+        component=_component(folder, args.component),
+        recipe=args.recipe,
+        flags={"weight_bit": weight_bits, "act_bit": act_bits, "svd": args.svd,
+               "include": args.include or "", "exclude": args.exclude or "", **given},
+        label=label,
+        prompts=read_prompts(Path(args.prompts or PROMPTS)),
+        arguments={**steps, **_json(args.pipeline_args)},
+        seed=at_least(args.seed, 0, "--seed"),
+        output=_new_folder(Path(output)),
+    )
+
+
+def _refuse_flags_of_others(args: argparse.Namespace) -> None:
+    names = ("image_size", "num_classes", "ckpt", "class_labels", "report", "report_layers",
+             "reference", "inception", "i3d")
+    for name in names:
+        if getattr(args, name) is not None:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} is for the models of this repository, and '{args.model}' "
+                            "is a folder: drop it")
+
+
+def _component(folder: Path, name: str) -> str:
+    index = folder / "model_index.json"
+    try:
+        parts = json.loads(index.read_text())
+    except (OSError, ValueError):
+        raise UserError(f"'{folder}' holds no model_index.json that can be read: expected the "
+                        "folder of a diffusers pipeline") from None
+    known = [key for key, value in parts.items() if isinstance(value, list)]
+    if name not in known:
+        kind = parts.get("_class_name", "pipeline")
+        raise UserError(f"'{folder}' is a {kind} without a {name}: "
+                        f"expected --component to be one of {', '.join(known)}")
+    return name
+
+
+def _steps(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"--num-sampling-steps {text} is no number of steps: a pipeline's "
+                        "scheduler takes a whole number from 1 on")
+    return int(text)
+
+
+def _json(text: str | None) -> dict[str, Any]:
+    try:
+        values = json.loads(text or "{}")
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise UserError(f"--pipeline-args '{text}' is no JSON object: "
+                        "expected one such as '{\"guidance_scale\": 3.5}'")
+    return values
+
+
+def _new_folder(folder: Path) -> Path:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"'{folder}' is there already: give another --output")
+    writable_folder(folder.parent)
+    return folder
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """Read prompts, one a line; empty lines do not count.
+
+    Raises:
+        UserError: there are none.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read --prompts '{path}': {error}") from None
+    prompts = tuple(line for line in lines if line)
+    if not prompts:
+        raise UserError(f"--prompts '{path}' is empty: expected a prompt a line")
+    return prompts
+
+
+def quantize_pipeline(settings: PipelineSettings) -> None:
+    """Write the folder of a pipeline whose transformer is quantised; print what was done.
+
+    Raises:
+        UserError: the folder is damaged, takes no prompts, or does not allow the recipe.
+    """
+    # They load diffusers.
+    import ditas
+    with stage("load"):
+        pipeline = load_pipeline(settings.folder)
+    with stage("quantise"):
+        done = ditas.quantize(
+            getattr(pipeline, settings.component), lambda: sample(pipeline, settings),
+            settings.recipe, **settings.flags)
+    print(done)
+    with stage("save"), atomic_folder(settings.output) as temporary:
+        pipeline.save_pretrained(temporary)
+    print(f"wrote {settings.output}")
+    print("next, in Python: import ditas; from diffusers import DiffusionPipeline; "
+          f"DiffusionPipeline.from_pretrained('{settings.output}')")
+
+
+def load_pipeline(folder: Path):
+    """Load a float pipeline: in float32 on the CPU, in bfloat16 on a GPU.
+
+    Raises:
+        UserError: it cannot be loaded, or it takes no prompts.
+    """
+    from diffusers import DiffusionPipeline
+    has_gpu = torch.cuda.is_available()
+    kind = {"torch_dtype": torch.bfloat16} if has_gpu else {}
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **kind)
+    except UserError:
+        raise
+    # The loaders raise types of several libraries.
+    except Exception as error:
+        raise UserError(f"cannot load the pipeline in '{folder}' ({type(error).__name__}: "
+                        f"{error}): expected a folder that save_pretrained wrote") from None
+    if "prompt" not in inspect.signature(pipeline.__call__).parameters:
+        raise UserError(f"a {type(pipeline).__name__} takes no prompts: quantise its transformer "
+                        "from Python with ditas.quantize")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to("cuda") if has_gpu else pipeline
+
+
+def sample(pipeline, settings: PipelineSettings) -> None:
+    """Sample latents for all prompts, some at a time.
+
+    Raises:
+        UserError: the pipeline does not take its arguments.
+    """
+    for start, prompts in _in_batches(settings.prompts):
+        seeds = range(settings.seed + start, settings.seed + start + len(prompts))
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        try:
+            pipeline(list(prompts), generator=generators,
+                     **{"output_type": "latent", **settings.arguments})
+        except (TypeError, ValueError) as error:
+            raise UserError(f"the {type(pipeline).__name__} cannot sample ({error}): "
+                            "--pipeline-args gives it other arguments") from None
+
+
+def _in_batches(prompts: tuple[str, ...]) -> Iterator[tuple[int, tuple[str, ...]]]:
+    for start in range(0, len(prompts), PROMPTS_AT_A_TIME):
+        yield start, prompts[start:start + PROMPTS_AT_A_TIME]

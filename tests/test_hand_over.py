@@ -1,0 +1,244 @@
+"""The way back: what ``ditas.quantize`` made, saved and loaded by diffusers."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import relative
+from safetensors.torch import load_file, save_file
+from test_ditas import BY_NAME, explored_example, output, random_example, run_on
+from torch import nn
+
+import ditas
+from examples.emoji import pixart
+from examples.emoji.autoencoder import build_autoencoder
+
+ROOT = Path(__file__).parents[1]
+FLUX = "FluxTransformer2DModel"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+FLAGS = {"recipe": "ditas", "group_size": 16, "backend": "fake"}
+
+
+def quantised_example(name: str, **flags) -> nn.Module:
+    model = explored_example(name)
+    ditas.quantize(model, run_on(model, BY_NAME[name]), **{**FLAGS, **flags})
+    return model
+
+
+def in_a_fresh_process(code: str, *args: str) -> str:
+    """Run code that knows nothing but ``import ditas``; return what it printed."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# Factors fold into weights, into new biases, into vectors that enter a block; and one that is
+# known by hand.
+@pytest.mark.parametrize("name, group_size", [
+    (FLUX, 16),
+    ("AuraFlowTransformer2DModel", 1024),
+    ("Flux2Transformer2DModel", 16),
+    ("PixArtTransformer2DModel", 16),
+    ("ZImageTransformer2DModel", 1024),
+])
+def test_a_saved_model_comes_back_the_same(name, group_size, tmp_path):
+    import diffusers
+    model = quantised_example(name, group_size=group_size)
+    expected = output(model, name)
+    model.save_pretrained(tmp_path / "first")
+    loaded = type(model).from_pretrained(tmp_path / "first")
+    assert torch.equal(output(loaded, name), expected)
+    loaded.save_pretrained(tmp_path / "second")
+    again = diffusers.AutoModel.from_pretrained(str(tmp_path / "second"))
+    assert type(again) is type(model)
+    assert torch.equal(output(again, name), expected)
+    first, second = (tmp_path / place / WEIGHTS for place in ("first", "second"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_codes_are_packed_at_their_width(tmp_path):
+    model = quantised_example(FLUX, lowrank=0)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    linear = "transformer_blocks.0.ff.net.0.proj"
+    assert tensors[f"{linear}.codes"].dtype == torch.uint8
+    assert tensors[f"{linear}.codes"].numel() == 128 * 32 // 2
+    assert f"{linear}.weight" not in tensors
+    configuration = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert (configuration["quant_method"], configuration["recipe"]) == ("ditas", "ditas")
+    assert configuration["flags"] == {"group_size": 16, "backend": "fake", "lowrank": 0}
+
+
+def test_bfloat16_leaves_steps_and_factors_in_float32(tmp_path):
+    model = quantised_example(FLUX)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    linear = loaded.transformer_blocks[0].ff.net[2]
+    original = model.transformer_blocks[0].ff.net[2]
+    assert linear.weight.dtype == torch.bfloat16
+    for name in ("step", "smooth", "left", "bias"):
+        assert torch.equal(getattr(linear, name), getattr(original, name))
+    assert loaded.x_embedder.weight.dtype == torch.bfloat16
+
+
+def test_divided_vectors_stay_in_float32(tmp_path):
+    model = quantised_example("Flux2Transformer2DModel")
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    blocks = model.transformer_blocks[0], loaded.transformer_blocks[0]
+    saved, read = (dict(block.divided_arguments.named_buffers()) for block in blocks)
+    assert saved.keys() == read.keys() != set()
+    assert all(torch.equal(saved[name], read[name]) for name in saved)
+
+
+def test_rtn_quantises_while_loading(tmp_path):
+    name = "SD3Transformer2DModel"
+    model = random_example(BY_NAME[name])
+    model.save_pretrained(tmp_path / "float")
+    config = ditas.DitasConfig("rtn", weight_bit=8, backend="fake")
+    loaded = type(model).from_pretrained(tmp_path / "float", quantization_config=config)
+    ditas.quantize(model, recipe="rtn", weight_bit=8, backend="fake")
+    assert torch.equal(output(loaded, name), output(model, name))
+    loaded.save_pretrained(tmp_path / "quantised")
+    again = type(model).from_pretrained(tmp_path / "quantised")
+    assert torch.equal(output(again, name), output(model, name))
+
+
+def test_recipes_that_look_at_data_are_refused_while_loading(tmp_path):
+    model = random_example(BY_NAME[FLUX])
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ditas.UserError, match=r"load the float pipeline, then ditas\.quantize\("):
+        type(model).from_pretrained(tmp_path, quantization_config=ditas.DitasConfig("ditas"))
+
+
+def test_a_flag_is_checked_where_it_is_given():
+    with pytest.raises(ditas.UserError, match="'wieght_bit' is no flag of a recipe"):
+        ditas.DitasConfig("rtn", wieght_bit=4)
+
+
+def test_float16_is_refused(tmp_path):
+    model = quantised_example(FLUX)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ditas.UserError, match=r"torch_dtype=torch\.bfloat16"):
+        type(model).from_pretrained(tmp_path, torch_dtype=torch.float16)
+
+
+def test_a_quantised_model_is_not_cast():
+    with pytest.raises(ValueError, match="quantized model"):
+        quantised_example(FLUX).to(torch.bfloat16)
+
+
+def of_another_model(folder: Path) -> None:
+    """Give a folder the description of another model's linears."""
+    path = folder / "config.json"
+    configuration = json.loads(path.read_text())
+    stored = configuration["quantization_config"]["stored"]
+    stored["layouts"][0]["linears"][0] = "blocks.0.attn1.to_q"
+    path.write_text(json.dumps(configuration))
+
+
+def without_a_tensor(folder: Path) -> None:
+    path = folder / WEIGHTS
+    tensors = load_file(path)
+    del tensors["transformer_blocks.0.attn.to_q.codes"]
+    save_file(tensors, path)
+
+
+def of_another_shape(folder: Path) -> None:
+    path = folder / WEIGHTS
+    tensors = load_file(path)
+    tensors["transformer_blocks.0.attn.to_q.codes"] = torch.zeros(3, dtype=torch.uint8)
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("damage, message", [
+    (of_another_model, "not that of a FluxTransformer2DModel"),
+    (without_a_tensor, "do not fit its quantization_config"),
+    (of_another_shape, "do not fit its quantization_config .expected 512 bytes"),
+])
+def test_a_damaged_folder_is_refused(damage, message, tmp_path):
+    model = quantised_example(FLUX)
+    model.save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ditas.UserError, match=message) as error:
+        type(model).from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+LOAD_MODEL = """
+import sys
+import torch
+import ditas
+from diffusers import AutoModel
+model = AutoModel.from_pretrained(sys.argv[1])
+call = torch.load(sys.argv[2])
+with torch.no_grad():
+    torch.save(model(**call)[0], sys.argv[3])
+"""
+
+
+def test_a_fresh_process_loads_it(tmp_path):
+    from architectures.examples import draw_call
+    model = quantised_example(FLUX)
+    model.save_pretrained(tmp_path)
+    call = draw_call(BY_NAME[FLUX])
+    torch.save(call, tmp_path / "call.pt")
+    paths = [str(tmp_path / name) for name in ("", "call.pt", "output.pt")]
+    in_a_fresh_process(LOAD_MODEL, *paths)
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "output.pt"), model(**call)[0])
+
+
+def emoji_pipeline():
+    """Make PixArt-Emoji with random weights."""
+    torch.manual_seed(0)
+    tokenizer = pixart.build_tokenizer(["red", "apple", "lion", "face"])
+    parts = pixart.TextToNoise(
+        pixart.build_text_encoder(len(tokenizer)), pixart.build_transformer())
+    nn.init.normal_(parts.transformer.proj_out.weight, std=0.05)
+    pipeline = pixart.make_pipeline(build_autoencoder().eval(), tokenizer, parts.eval())
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+LOAD_PIPELINE = """
+import sys
+import numpy
+import ditas
+from diffusers import DiffusionPipeline
+from examples.emoji.pixart import draw_prompts
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])
+numpy.save(sys.argv[2], draw_prompts(pipeline, ["red apple", "lion"], steps=2))
+"""
+
+
+def test_a_pipeline_comes_back_and_draws_the_same(tmp_path):
+    pipeline = emoji_pipeline()
+    prompts = ["red apple", "lion"]
+    before = pixart.draw_prompts(pipeline, prompts, steps=2)
+    done = ditas.quantize(
+        pipeline.transformer, lambda: pixart.draw_prompts(pipeline, prompts, steps=2),
+        "ditas", weight_bit=4, act_bit=8, backend="fake")
+    images = pixart.draw_prompts(pipeline, prompts, steps=2)
+    assert len(done.sites) == 7 * 7 + 1
+    # They are near, and not the same.
+    assert 0 < relative(torch.tensor(images), before) < 0.2
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    index = json.loads((tmp_path / "pipeline/model_index.json").read_text())
+    index["tokenizer"] = ["transformers", "PreTrainedTokenizerFast"]
+    (tmp_path / "pipeline/model_index.json").write_text(json.dumps(index))
+    in_a_fresh_process(LOAD_PIPELINE, str(tmp_path / "pipeline"), str(tmp_path / "images.npy"))
+    assert np.array_equal(np.load(tmp_path / "images.npy"), images)
+
+
+def test_without_the_import_diffusers_does_not_know_it(tmp_path):
+    quantised_example(FLUX).save_pretrained(tmp_path)
+    code = LOAD_MODEL.replace("import ditas\n", "")
+    with pytest.raises(AssertionError, match="Unknown quantization type, got ditas"):
+        in_a_fresh_process(code, str(tmp_path))

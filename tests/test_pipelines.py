@@ -1,0 +1,111 @@
+"""QuantDiT.py on the folder of a pipeline: a quantised folder, or one line."""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import call, error_line
+from test_hand_over import emoji_pipeline
+
+import ditas
+import QuantDiT
+from cli.pipelines import PROMPTS, read_prompts
+from examples.emoji import pixart
+
+WORDS = ["red apple", "lion", "face"]
+# Without what is for models of 256 pixels and captions from the web.
+PLAIN = {"use_resolution_binning": False, "clean_caption": False}
+FLAGS = ("--num-sampling-steps", "2", "--recipe", "smoothquant", "--pipeline-args",
+         json.dumps(PLAIN))
+
+
+def name_the_tokenizer(folder: Path) -> None:
+    """Give the tokenizer's class the name that all versions of transformers know."""
+    path = folder / "model_index.json"
+    index = json.loads(path.read_text())
+    index["tokenizer"] = ["transformers", "PreTrainedTokenizerFast"]
+    path.write_text(json.dumps(index))
+
+
+@pytest.fixture(scope="module")
+def float_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipelines") / "emoji"
+    emoji_pipeline().save_pretrained(folder)
+    name_the_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _in_a_fresh_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("\n\n".join(WORDS) + "\n")
+
+
+def test_a_folder_becomes_a_quantised_folder(float_folder, capsys):
+    call(QuantDiT, "--model", str(float_folder), "--prompts", "prompts.txt", *FLAGS,
+         "--output", "made/quantised")
+    printed = capsys.readouterr().out
+    assert "| transformer_blocks.*.ff.net.2 | 7 | W4A8 | at run time |" in printed
+    assert "next, in Python: import ditas" in printed
+    assert [path.name for path in Path("made").iterdir()] == ["quantised"]
+    name_the_tokenizer(Path("made/quantised"))
+    images = pixart.draw_prompts(pixart.load_pipeline(Path("made/quantised")), WORDS, steps=2)
+
+    # The same from Python.
+    pipeline = pixart.load_pipeline(float_folder)
+    pipeline.set_progress_bar_config(disable=True)
+    ditas.quantize(
+        pipeline.transformer, lambda: pixart.draw_prompts(pipeline, WORDS, steps=2), "smoothquant")
+    assert np.array_equal(pixart.draw_prompts(pipeline, WORDS, steps=2), images)
+
+
+def test_our_own_prompts_are_thirty_two():
+    prompts = read_prompts(PROMPTS)
+    assert len(set(prompts)) == len(prompts) == 32
+
+
+def folder_with(index: dict | None) -> str:
+    Path("folder").mkdir()
+    if index is not None:
+        Path("folder/model_index.json").write_text(json.dumps(index))
+    return "folder"
+
+
+UNET = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"]}
+BROKEN = {"_class_name": "PixArtAlphaPipeline",
+          "transformer": ["diffusers", "PixArtTransformer2DModel"]}
+
+
+@pytest.mark.parametrize("index, argv, message", [
+    (None, (), "'folder' holds no model_index.json that can be read"),
+    (UNET, (), "'folder' is a StableDiffusionPipeline without a transformer: "
+               "expected --component to be one of unet, vae"),
+    (BROKEN, ("--prompts", "none.txt"), "cannot read --prompts 'none.txt'"),
+    (BROKEN, ("--prompts", "empty.txt"), "--prompts 'empty.txt' is empty"),
+    (BROKEN, ("--num-sampling-steps", "ddim5"), "--num-sampling-steps ddim5 is no number"),
+    (BROKEN, ("--pipeline-args", "[1]"), "--pipeline-args '[1]' is no JSON object"),
+    (BROKEN, ("--image-size", "256"), "--image-size is for the models of this repository"),
+    (BROKEN, ("--output", "."), "'.' is there already: give another --output"),
+    (BROKEN, ("--recipe", "rtn", "--alpha", "0.5"), "--alpha has no effect on this recipe"),
+    (BROKEN, ("--output", "made"), "cannot load the pipeline in 'folder'"),
+])
+def test_a_mistake_is_one_line(index, argv, message, capsys):
+    Path("empty.txt").write_text("\n \n")
+    folder = folder_with(index)
+    line = error_line(capsys, lambda: call(QuantDiT, "--model", folder, *argv))
+    assert message in line
+    assert not Path("made").exists()
+
+
+def test_arguments_that_a_pipeline_refuses_are_one_line(float_folder, capsys):
+    line = error_line(capsys, lambda: call(
+        QuantDiT, "--model", str(float_folder), "--prompts", "prompts.txt", "--output", "made"))
+    assert "the PixArtAlphaPipeline cannot sample (Invalid sample size)" in line
+    assert not Path("made").exists()
+
+
+def test_prompts_are_refused_where_nothing_reads_them(capsys):
+    line = error_line(capsys, lambda: call(
+        QuantDiT, "--model", "DiT-Digits", "--prompts", "prompts.txt"))
+    assert "--prompts is for the folder of a diffusers pipeline" in line
