@@ -105,6 +105,7 @@ def test_an_adapter_gets_the_input_before_it_was_folded():
     tensors = {"folded_smooth": factors, "folded_shift": shift, "rows": scales}
     computing = with_stand_in(linear, torch.float32, torch.device("cpu"))
     model = nn.Sequential(PackedLinear(computing, tensors, linear.weight.shape))
+    welcome_adapters()
     put_beside(model, adapter)
     arriving = (x + shift) / factors
     down, up = adapter["0.lora_A.weight"], adapter["0.lora_B.weight"]
