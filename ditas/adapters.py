@@ -45,8 +45,10 @@ class AdaptedLinear(nn.Module, LoraLayer):
         y = self.base_layer(x)
         if self.disable_adapters:
             return y
-        names = [name for name in self.active_adapters if name in self.lora_A]
-        return y + sum(self._adapt(name, x) for name in names).to(y.dtype) if names else y
+        for name in self.active_adapters:
+            if name in self.lora_A:
+                y = y + self._adapt(name, x).to(y.dtype)
+        return y
 
     def _adapt(self, name: str, x: Tensor) -> Tensor:
         """Compute what one adapter adds, from the input as it arrives."""

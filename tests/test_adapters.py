@@ -4,15 +4,17 @@ import peft
 import pytest
 import torch
 from conftest import relative
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from test_ditas import BY_NAME, WHOLE_ROWS, output, random_example, run_on
 from torch import Tensor, nn
 
 import ditas
+from architectures.examples import draw_call
 from ditas.adapters import AdaptedLinear
 from ditas.packing import PackedLinear, welcome_adapters
 from evaluation.metrics import sqnr_db
 from quant.install import with_stand_in
+from quant.layers.fold import ROW_SCALES
 
 RANK = 4
 FLUX = "FluxTransformer2DModel"
@@ -84,16 +86,40 @@ def test_an_adapter_does_what_it_does_to_the_float_model(name, tmp_path):
 
 
 @pytest.mark.parametrize("recipe, flags", [
-    # The modulation is quantised as well, and scales of its rows change.
+    # The modulation is quantised as well, and scales of its rows change; or it stays float.
     ("ditas", {"scope": "adaln", "adaln_weight_bit": 16, "group_size": WHOLE_ROWS}),
+    ("ditas", {"adaln_weight_bit": 16, "group_size": WHOLE_ROWS}),
     ("rtn", {"backend": "integer"}),
 ])
-def test_an_adapter_goes_with_other_recipes(recipe, flags):
+def test_an_adapter_goes_with_other_recipes(recipe, flags, tmp_path):
     name = "DiTTransformer2DModel"
     expected, adapter = adapted_float(name)
     model = quantised(name, recipe, **flags)
+    model.save_pretrained(tmp_path)
     put_beside(model, adapter)
-    assert sqnr_db(expected, output(model, name)) > 30
+    given = output(model, name)
+    assert sqnr_db(expected, given) > 30
+    again = DiTTransformer2DModel.from_pretrained(tmp_path)
+    put_beside(again, adapter)
+    assert torch.equal(output(again, name), given)
+
+
+def test_an_adapter_goes_with_bfloat16_and_scales_stay_float32(tmp_path):
+    name = "DiTTransformer2DModel"
+    expected, adapter = adapted_float(name)
+    model = quantised(name, group_size=WHOLE_ROWS, adaln_weight_bit=16)
+    model.save_pretrained(tmp_path)
+    again = DiTTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    scales = {place: value for place, value in model.named_buffers() if place.endswith(ROW_SCALES)}
+    assert len(scales) == 2
+    for place, value in scales.items():
+        assert torch.equal(again.get_buffer(place), value)
+    put_beside(again, adapter)
+    call = draw_call(BY_NAME[name])
+    with torch.no_grad():
+        given, = again(**{**call, "hidden_states": call["hidden_states"].bfloat16()})
+    assert given.dtype == torch.bfloat16
+    assert relative(given.flatten(), expected) < 0.03
 
 
 def test_an_adapter_gets_the_input_before_it_was_folded():
