@@ -57,6 +57,8 @@ def pipeline_settings(args: argparse.Namespace) -> PipelineSettings:
     one_of(act_bits, ACT_BITS, "--act-bit")
     user_value(check_recipe, build_recipe(args), act_bits)
     given = {flag.name.replace("-", "_"): text for flag, text in given_flags(args).items()}
+    chosen = {name: getattr(args, name) for name in ("include", "exclude")
+              if getattr(args, name) is not None}
     steps = {"num_inference_steps": _steps(args.num_sampling_steps)}
     label = recipe_label(args)
     output = args.output or f"results/{folder.name}-W{weight_bits}A{act_bits}-{args.recipe}"
@@ -64,8 +66,7 @@ def pipeline_settings(args: argparse.Namespace) -> PipelineSettings:
         folder=folder,
         component=_component(folder, args.component),
         recipe=args.recipe,
-        flags={"weight_bit": weight_bits, "act_bit": act_bits, "svd": args.svd,
-               "include": args.include or "", "exclude": args.exclude or "", **given},
+        flags={"weight_bit": weight_bits, "act_bit": act_bits, "svd": args.svd, **chosen, **given},
         label=label,
         prompts=read_prompts(Path(args.prompts or PROMPTS)),
         arguments={**steps, **_json(args.pipeline_args)},

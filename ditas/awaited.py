@@ -106,5 +106,17 @@ def build_linears(model: nn.Module, request: Request) -> None:
         if module.window is not None:
             linear = PatchLinear(linear, module.window)
         linear = with_stand_in(linear.to(module.device), module.kind, module.device)
-        model.set_submodule(name, PackedLinear(linear, dict(module._buffers), module.shape))
+        tensors = {key: value.clone() for key, value in module._buffers.items()}
+        model.set_submodule(name, PackedLinear(linear, tensors, module.shape))
     welcome_adapters()
+    own_values(model)
+
+
+def own_values(model: nn.Module) -> None:
+    """Copy the parameters and buffers that are views of a file.
+
+    A view would keep the whole file in memory. And it lies wherever the file has it: products with
+    it are rounded differently where that is no multiple of a register's width.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()

@@ -129,15 +129,14 @@ def run_recipe(module: nn.Module, request: Request, calls: list[Call]) -> Result
     Raises:
         ValueError: the recipe needs calls and there are none, or as ``quantize_model``.
     """
+    has_sizes = bool(request.recipe.group_sizes)
+    if not calls and (request.needs_calls or has_sizes):
+        raise ValueError(f"recipe {request.label} looks at the calls of the model: "
+                         "give drive, a function that samples once")
 
     def again(model: nn.Module) -> None:
-        if not calls:
-            raise ValueError(f"recipe {request.label} looks at the calls of the model: "
-                             "give drive, a function that samples once")
         for call in tqdm(calls, desc="record", unit="step"):
             model(**call)
 
-    search = None
-    if request.recipe.group_sizes:
-        search = GroupSearch(output_judge(module, calls))
+    search = GroupSearch(output_judge(module, calls)) if has_sizes else None
     return quantize_model(module, request.recipe, request.bits, again, request.svd, search)

@@ -329,6 +329,7 @@ def of_vectors() -> tuple[nn.Module, object]:
     (of_vectors, "rtn", "no linear of a block of Rows reads tokens"),
     (lambda: (Stack(), lambda: None), "rtn", r"drive\(\) never called the Stack"),
     (lambda: (Stack(), None), "ditas", "recipe ditas looks at the calls of the model: give drive"),
+    (lambda: (Stack(), None), "qdit", "recipe qdit looks at the calls of the model: give drive"),
     (lambda: (Stack().half(), None), "rtn", "the module's parameters are of type float16"),
     (lambda: (nn.ReLU(), None), "rtn", "a ReLU without parameters"),
 ])
