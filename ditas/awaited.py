@@ -4,12 +4,11 @@ from torch import Tensor, nn
 
 from ditas.backends import choose_backend
 from ditas.layouts import Data, Layout, add_bias, from_data
-from ditas.packing import keep
+from ditas.packing import PackedLinear, unpacked, welcome_adapters
 from ditas.request import Request
 from errors import UserError
-from quant.checkpoint.tensors import read_layer
 from quant.install import make_linear, with_stand_in
-from quant.layers.fold import DividedArgument, argument_of
+from quant.layers.fold import ROW_SCALES, DividedArgument, argument_of
 from quant.layers.linear import PatchLinear
 from quant.layers.quantised import QuantizedLayer
 from quant.numerics.tokens import matrix
@@ -41,10 +40,8 @@ class AwaitedLinear(nn.Module):
         Raises:
             ValueError, KeyError: a tensor is missing or of another shape.
         """
-        tensors = {f".{name}": value for name, value in self._buffers.items()}
-        bias = tensors.pop(".bias", None)
         layout = self.layout
-        return read_layer(tensors, "", self.shape, layout.weight, layout.activation()), bias
+        return unpacked(dict(self._buffers), self.shape, layout.weight, layout.activation())
 
 
 def put_awaited(model: nn.Module, stored: Data) -> None:
@@ -61,6 +58,9 @@ def put_awaited(model: nn.Module, stored: Data) -> None:
         for block, arguments in stored["divided_arguments"].items():
             for argument, count in arguments.items():
                 argument_of(model.get_submodule(block), argument, "meta").reach(count)
+        for name in stored["row_scales"]:
+            empty = torch.empty(0, device="meta")
+            model.get_submodule(name).register_buffer(ROW_SCALES, empty)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"the quantization_config is damaged, or not that of a "
                         f"{type(model).__name__} ({error}): save the model again") from None
@@ -68,9 +68,10 @@ def put_awaited(model: nn.Module, stored: Data) -> None:
 
 def owner_of(model: nn.Module, tensor_name: str) -> nn.Module | None:
     """Find the module whose tensor stays as the file has it; None: it is an ordinary one."""
-    name = tensor_name.rpartition(".")[0]
+    name, _, tensor = tensor_name.rpartition(".")
     owner = model.get_submodule(name)
-    return owner if isinstance(owner, AwaitedLinear | DividedArgument) else None
+    is_ours = isinstance(owner, AwaitedLinear | DividedArgument) or tensor == ROW_SCALES
+    return owner if is_ours else None
 
 
 def take(model: nn.Module, tensor_name: str, value: Tensor, device: torch.device) -> None:
@@ -104,9 +105,10 @@ def build_linears(model: nn.Module, request: Request) -> None:
             layer, layer.bias(bias), backend, module.kind, module.device, False, None)
         if module.window is not None:
             linear = PatchLinear(linear, module.window)
-        keep(linear, {key: value.clone() for key, value in module._buffers.items()})
         linear = with_stand_in(linear.to(module.device), module.kind, module.device)
-        model.set_submodule(name, linear)
+        tensors = {key: value.clone() for key, value in module._buffers.items()}
+        model.set_submodule(name, PackedLinear(linear, tensors, module.shape))
+    welcome_adapters()
     own_values(model)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from quant.activations.quantisers import Activation
-from quant.layers.fold import DividedArgument
+from quant.layers.fold import ROW_SCALES, DividedArgument
 from quant.layers.quantised import QuantizedLayer
 from quant.numerics.uniform import QuantSpec
 
@@ -69,6 +69,11 @@ def divided_arguments(model: nn.Module) -> dict[str, dict[str, int]]:
             block = block.removesuffix(".divided_arguments")
             divided.setdefault(block, {})[argument] = len(module.divisor)
     return divided
+
+
+def linears_with_row_scales(model: nn.Module) -> list[str]:
+    """List the float linears whose rows were divided."""
+    return [name for name, module in model.named_modules() if hasattr(module, ROW_SCALES)]
 
 
 def add_bias(linear: nn.Linear, device: torch.device | str) -> None:

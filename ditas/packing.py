@@ -3,23 +3,50 @@
 The module that computes may hold the same weight expanded, or packed for a processor. What a file
 needs stays beside it on the CPU, in the words of ``quant.checkpoint.tensors``.
 """
+from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from quant.checkpoint.tensors import write_layer
+from quant.activations.quantisers import Activation
+from quant.checkpoint.tensors import read_layer, write_layer
+from quant.layers.linear import PatchLinear
 from quant.layers.quantised import QuantizedLayer
+from quant.numerics.uniform import OFF_BITS, QuantSpec
 
 Tensors = dict[str, Tensor]
 
 
 def packed(layer: QuantizedLayer, bias: Tensor | None) -> Tensors:
-    """Write a quantised linear and its bias as tensors on the CPU."""
+    """Write a quantised linear and its bias as tensors on the CPU.
+
+    Args:
+        bias: the linear's own, as it was before ``QuantizedLayer.bias``.
+    """
     tensors = write_layer("", layer)
     named = {name.removeprefix("."): value for name, value in tensors.items()}
+    if "codes" in named:
+        # Loaders of adapters look for the weight of a linear by this name.
+        named["weight"] = named.pop("codes")
     if bias is not None:
         named["bias"] = bias.float()
     return {name: value.detach().cpu().contiguous() for name, value in named.items()}
+
+
+def unpacked(
+    tensors: Tensors, shape: torch.Size, spec: QuantSpec, act: Activation | None
+) -> tuple[QuantizedLayer, Tensor | None]:
+    """Read what ``packed`` wrote of a weight (O, I).
+
+    Raises:
+        ValueError, KeyError: a tensor is missing or of another shape.
+    """
+    named = {f".{name}": value for name, value in tensors.items()}
+    bias = named.pop(".bias", None)
+    if spec.bits != OFF_BITS:
+        named[".codes"] = named.pop(".weight")
+    return read_layer(named, "", shape, spec, act), bias
 
 
 def packed_bytes(layer: QuantizedLayer) -> int:
@@ -27,30 +54,54 @@ def packed_bytes(layer: QuantizedLayer) -> int:
     return sum(value.nbytes for value in packed(layer, None).values())
 
 
-def remember(module: nn.Module, layer: QuantizedLayer, bias: Tensor | None) -> None:
-    """Let a module that computes a quantised linear keep its codes, and have them saved.
+class PackedLinear(nn.Module):
+    """A quantised linear in a model: it computes with one module, and is saved as other tensors.
 
     Args:
-        bias: the linear's own, as it was before ``QuantizedLayer.bias``.
+        computing: the module that computes it, with a stand-in (``quant.install``).
+        in_file: the tensors that it is saved as, on the CPU.
+        shape: (O, I).
     """
-    keep(module, packed(layer, bias))
+
+    def __init__(self, computing: nn.Module, in_file: Tensors, shape: torch.Size):
+        super().__init__()
+        self.computing = computing
+        self.in_file = in_file
+        self.out_features, self.in_features = shape
+
+    @property
+    def weight(self) -> Tensor:
+        """Stand for a float weight: of its shape, type and device, but without its values."""
+        return self.computing.stand_in.new_empty(1).expand(self.out_features, self.in_features)
+
+    @property
+    def is_patches(self) -> bool:
+        """Whether it takes images: it was a patch convolution."""
+        return isinstance(self.computing, PatchLinear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.computing(x)
+
+    def state_dict(
+        self, *, destination: dict[str, Any] | None = None, prefix: str = "",
+        keep_vars: bool = False,
+    ) -> dict[str, Any]:
+        """Give what a file needs in the place of what computes."""
+        destination = {} if destination is None else destination
+        destination.update({f"{prefix}{name}": value for name, value in self.in_file.items()})
+        return destination
 
 
-def keep(module: nn.Module, tensors: Tensors) -> None:
-    """Let a module be saved as these tensors."""
-    module.in_file = tensors
-    module.register_state_dict_post_hook(_save_packed)
+def packed_linear(
+    computing: nn.Module, layer: QuantizedLayer, old: nn.Linear | nn.Conv2d
+) -> PackedLinear:
+    """Make what a linear or patch convolution becomes."""
+    return PackedLinear(computing, packed(layer, old.bias), old.weight.flatten(1).shape)
 
 
-def is_packed(module: nn.Module) -> bool:
-    """Tell whether a module is saved as something else than it holds."""
-    return "in_file" in vars(module)
-
-
-def _save_packed(
-    module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]
-) -> None:
-    """Put what a file needs in the place of what computes."""
-    for name in [name for name in state if name.startswith(prefix)]:
-        del state[name]
-    state.update({f"{prefix}{name}": value for name, value in module.in_file.items()})
+def welcome_adapters() -> None:
+    """Let peft, if it is installed, put adapters beside the linears of quantised models."""
+    if find_spec("peft") is not None:
+        # Not at the top of the file: it is needed for this alone, and takes most of a second.
+        from ditas.adapters import register
+        register()

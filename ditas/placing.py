@@ -4,9 +4,9 @@ from torch import nn
 
 from architectures.registry import architecture_of
 from ditas.backends import choose_backend
-from ditas.layouts import Data, as_data, divided_arguments, layout_of
+from ditas.layouts import Data, as_data, divided_arguments, layout_of, linears_with_row_scales
 from ditas.outcome import Outcome, outcome_of
-from ditas.packing import is_packed, remember
+from ditas.packing import PackedLinear, packed_linear, welcome_adapters
 from ditas.request import Request
 from errors import UserError
 from quant.activations.attention import Operands
@@ -28,7 +28,7 @@ def check_not_quantised(module: nn.Module) -> None:
     Raises:
         UserError: it does.
     """
-    if any(map(is_packed, module.modules())):
+    if any(isinstance(part, PackedLinear) for part in module.modules()):
         raise UserError(f"this {type(module).__name__} is quantised already: load it anew first")
 
 
@@ -48,13 +48,14 @@ def put_in(module: nn.Module, request: Request, result: Result) -> Outcome:
     index, device = find_timestep_index(layers, operands), unnumbered(device_of(module))
     kinds = names_by_type(module, layers)
     backend = choose_backend(request, list(layers.values()), next(iter(kinds)), device)
-    modules = {}
+    computing = {}
     for kind, names in kinds.items():
         same = {name: layers[name] for name in names}
-        modules |= make_modules(module, same, backend, kind, device, False, index)
-    for name in layers:
-        remember(modules[name], layers[name], module.get_submodule(name).bias)
+        computing |= make_modules(module, same, backend, kind, device, False, index)
+    modules = {name: packed_linear(computing[name], layer, module.get_submodule(name))
+               for name, layer in layers.items()}
     put_modules(module, modules, operands, index, device)
+    welcome_adapters()
 
     if hasattr(module, "register_to_config"):
         # It is diffusers' own, which is thus installed.
@@ -73,6 +74,7 @@ def stored_form(
         "layouts": as_data(layouts),
         "added_biases": added_biases,
         "divided_arguments": divided_arguments(module),
+        "row_scales": linears_with_row_scales(module),
     }
 
 

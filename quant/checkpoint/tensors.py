@@ -20,6 +20,9 @@ from quant.weights.low_rank import LowRankWeight
 
 Tensors = dict[str, Tensor]
 
+# Before the names of factors and shift that were folded away.
+FOLDED = "folded_"
+
 # Takes a stored tensor away by its name, as float32; a ``ValueError`` if its shape is not this one.
 Take = Callable[[str, tuple[int, ...]], Tensor]
 
@@ -125,19 +128,20 @@ def read_branch(tensors: Tensors, name: str, shape: tuple[int, int]) -> tuple[Te
     return left, right
 
 
-def write_smoothing(smoothing: Smoothing) -> Tensors:
+def write_smoothing(smoothing: Smoothing, prefix: str = "") -> Tensors:
     """Write ``smooth``, the factors, and ``shift``, float32, as far as there are any."""
-    both = {"smooth": smoothing.factors, "shift": smoothing.shift}
+    both = {f"{prefix}smooth": smoothing.factors, f"{prefix}shift": smoothing.shift}
     # The linears of a site share one tensor, which safetensors refuses to write twice.
     return {key: value.clone() for key, value in both.items() if value is not None}
 
 
-def read_smoothing(tensors: Tensors, name: str, columns: int) -> Smoothing:
+def read_smoothing(tensors: Tensors, name: str, columns: int, prefix: str = "") -> Smoothing:
     """Read factors and shift, (I,) each."""
     take = taker(tensors, name)
-    factors = take("smooth", (columns,)) if f"{name}.smooth" in tensors else None
-    shift = take("shift", (columns,)) if f"{name}.shift" in tensors else None
-    return Smoothing(factors, shift)
+    smooth, shift = f"{prefix}smooth", f"{prefix}shift"
+    return Smoothing(
+        take(smooth, (columns,)) if f"{name}.{smooth}" in tensors else None,
+        take(shift, (columns,)) if f"{name}.{shift}" in tensors else None)
 
 
 def write_offset(offset: Tensor | None) -> Tensors:
@@ -186,6 +190,7 @@ def write_layer(name: str, layer: QuantizedLayer) -> Tensors:
         **write_smoothing(layer.smoothing),
         **write_offset(layer.offset),
         **write_rows(layer.rows),
+        **write_smoothing(layer.folded, FOLDED),
     }
     return {f"{name}.{key}": value for key, value in tensors.items()}
 
@@ -205,7 +210,9 @@ def read_layer(
     act = read_act(tensors, name, act)
     offset = read_offset(tensors, name, rows)
     scales = read_rows(tensors, name, rows)
-    return QuantizedLayer(LowRankWeight(base, left, right), act, smoothing, scales, offset)
+    folded = read_smoothing(tensors, name, columns, FOLDED)
+    weight = LowRankWeight(base, left, right)
+    return QuantizedLayer(weight, act, smoothing, scales, offset, folded)
 
 
 def write_operands(operands: Operands) -> Tensor:

@@ -24,6 +24,10 @@ from quant.numerics.smoothing import NO_SMOOTHING, Smoothing
 
 Layers = dict[str, QuantizedLayer]
 
+# The buffer of a float linear that says what its rows have been multiplied by. Nothing here uses
+# it, but what is put beside the linear later, such as an adapter, has to be multiplied, too.
+ROW_SCALES = "row_scales"
+
 
 def fold(model: nn.Module, layers: Layers) -> Layers:
     """Divide each site's factors out where the model's architecture says (see ``fold_sites``)."""
@@ -52,7 +56,7 @@ def fold_sites(model: nn.Module, layers: Layers, sites: list[Site]) -> Layers:
         for place in site.folds:
             _divide(model, layers, place, smoothing)
         for name in site.linears:
-            layers[name] = replace(layers[name], smoothing=NO_SMOOTHING)
+            layers[name] = replace(layers[name], smoothing=NO_SMOOTHING, folded=smoothing)
     return layers
 
 
@@ -148,8 +152,17 @@ def _divide_weight_rows(
     if name in layers:
         layers[name] = layers[name].divide_rows(rows, factors)
     else:
-        weight = model.get_submodule(name).weight
-        weight[rows] /= factors.view(-1, *(1,) * (weight.ndim - 1))
+        linear = model.get_submodule(name)
+        linear.weight[rows] /= factors.view(-1, *(1,) * (linear.weight.ndim - 1))
+        _row_scales(linear)[rows] /= factors
+
+
+def _row_scales(linear: nn.Module) -> Tensor:
+    """Return what the rows of a float linear have been multiplied by, (O,) float32."""
+    if not hasattr(linear, ROW_SCALES):
+        ones = torch.ones(len(linear.weight), device=linear.weight.device)
+        linear.register_buffer(ROW_SCALES, ones)
+    return getattr(linear, ROW_SCALES)
 
 
 class DividedArgument(nn.Module):

@@ -22,6 +22,8 @@ class QuantizedLayer:
             this one; None for ones.
         offset: (O,) float32, the effect of the shift; None: what it adds to the product with
             ``weight``.
+        folded: what has happened to its input when it arrives, since that was folded into the
+            layers before.
     """
 
     weight: LowRankWeight
@@ -29,6 +31,7 @@ class QuantizedLayer:
     smoothing: Smoothing = NO_SMOOTHING
     rows: Tensor | None = None
     offset: Tensor | None = None
+    folded: Smoothing = NO_SMOOTHING
 
     def factored(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """Split the weight into ``diag(step) V + L R``.

@@ -1,0 +1,74 @@
+"""Folders go from one version of diffusers to another: 0.36, the oldest that is supported."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+OLDEST = "0.36"
+# Quantises and saves a pipeline; or loads it again; then samples, and says in which version.
+USE = """
+import sys
+import diffusers, torch
+import ditas
+from architectures.examples import EXAMPLES, TEXT, TEXT_WIDTH, build
+
+def sample(pipe):
+    torch.manual_seed(0)
+    return pipe(
+        prompt_embeds=torch.randn(1, TEXT, TEXT_WIDTH), pooled_prompt_embeds=torch.randn(1, 20),
+        height=64, width=64, num_inference_steps=3, output_type="latent").images
+
+do, folder, images = sys.argv[1:]
+# The oldest version wants to be told that there are none.
+parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+if do == "save":
+    example = next(e for e in EXAMPLES if e.class_name == "FluxTransformer2DModel")
+    pipe = diffusers.FluxPipeline(
+        diffusers.FlowMatchEulerDiscreteScheduler(), transformer=build(example), **parts)
+    ditas.quantize(pipe.transformer, lambda: sample(pipe), "ditas",
+                   group_size=1024, adaln_weight_bit=16, backend="fake")
+    pipe.save_pretrained(folder)
+else:
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **parts)
+torch.save(sample(pipe), images)
+print(diffusers.__version__)
+"""
+
+
+def use(do: str, folder: Path, images: Path, *paths: Path) -> tuple[Tensor, str]:
+    """Save or load in a process of its own, which looks for packages in these paths first."""
+    search = os.pathsep.join(map(str, [*paths, ROOT]))
+    done = subprocess.run(
+        [sys.executable, "-c", USE, do, str(folder), str(images)], cwd=folder.parent,
+        env={**os.environ, "PYTHONPATH": search}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return torch.load(images), done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def oldest(tmp_path_factory) -> Path:
+    """Install the oldest diffusers, and httpx that it needs, beside the environment."""
+    place = tmp_path_factory.mktemp("diffusers")
+    for wanted in (["--no-deps", f"diffusers=={OLDEST}.*"], ["httpx<1"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(place), *wanted],
+            capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"{wanted[-1]} cannot be had here")
+    return place
+
+
+@pytest.mark.slow
+def test_a_folder_is_read_by_both_versions(oldest, tmp_path):
+    folder, images = tmp_path / "pipeline", tmp_path / "images"
+    for first, second in [((), (oldest,)), ((oldest,), ())]:
+        saved, one = use("save", folder, images, *first)
+        loaded, other = use("load", folder, images, *second)
+        assert (one if first else other).startswith(f"{OLDEST}.")
+        assert one != other
+        assert torch.equal(saved, loaded)
