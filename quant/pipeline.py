@@ -110,12 +110,10 @@ def quantize_model(
     task = Task(model, sites, recipe, bits, svd)
     check_groups(task, search)
     check_units(task)
+
     # First pass: sample, and keep the model's calls and every input's maxima.
     bases = quantize_first(task) if task.quantizes_first else None
-    trajectory, maxima = None, {}
-    if task.needs_trajectory:
-        trajectory, maxima = record(model, sites, drive)
-        check_step(recipe.timestep, len(trajectory))
+    trajectory, maxima = sampled(task, drive)
 
     # Second pass: replay, and let every part of the recipe see what it asked for.
     weights = bases or build_weights(task, maxima)
@@ -124,10 +122,10 @@ def quantize_model(
 
     # What follows from it. An attention may be refused, so it comes before the weights' long work.
     operands = parts.operands.finish(smoothing)
-    groups, allocation = {}, None
+    allocation = None
     if recipe.group_sizes:
         allocation = choose_group_sizes(task, parts, smoothing, trajectory, search)
-        groups = allocation.groups
+    groups = {} if allocation is None else allocation.groups
     acts = {site.name: parts.activations.finish(site, smoothing[site.name], groups.get(site.name))
             for site in sites}
 
@@ -136,13 +134,33 @@ def quantize_model(
     so_far = _quantised_so_far(task, first, acts, smoothing, operands)
     layers = _layers(task, parts, acts, smoothing, groups, so_far)
     if task.learns_rounding:
-        # Every step is among them, unless the recipe draws steps normally.
-        images = max(config.reconstruction_samples, len(trajectory))
-        inputs = _drawn_call(first, recipe, images)
-        layers, operands = reconstruct(model, layers, operands, inputs, recipe)
+        layers, operands = learn_rounding(task, first, layers, operands)
     if has_weight_only_adaln(recipe, bits.weights):
         layers |= weight_only_layers(model, recipe)
     return Result(layers, operands, maxima, smoothing, allocation)
+
+
+def sampled(task: Task, drive: Drive) -> tuple[Trajectory | None, dict[str, Tensor]]:
+    """Let the model sample, and keep its calls and every input's maxima, if a part needs them.
+
+    Raises:
+        ValueError: the recipe looks at a timestep that the trajectory does not have.
+    """
+    if not task.needs_trajectory:
+        return None, {}
+    trajectory, maxima = record(task.model, task.sites, drive)
+    check_step(task.recipe.timestep, len(trajectory))
+    return trajectory, maxima
+
+
+def learn_rounding(
+    task: Task, first: FirstPass, layers: dict[str, QuantizedLayer], operands: dict[str, Operands]
+) -> tuple[dict[str, QuantizedLayer], dict[str, Operands]]:
+    """Learn how weights are rounded, unit by unit."""
+    # Every step is among them, unless the recipe draws steps normally.
+    images = max(config.reconstruction_samples, len(first.trajectory))
+    inputs = _drawn_call(first, task.recipe, images)
+    return reconstruct(task.model, layers, operands, inputs, task.recipe)
 
 
 def check_groups(task: Task, search: GroupSearch | None) -> None:
