@@ -115,9 +115,12 @@ class Task:
 
 @dataclass(frozen=True)
 class FirstPass:
-    """What the first pass gave: the calls of the model, and per site maxima (steps, I)."""
+    """What the first pass gave: the calls of the model, and per site maxima (steps, I).
 
-    trajectory: Trajectory
+    A recipe whose parts look at no data has neither.
+    """
+
+    trajectory: Trajectory | None
     maxima: dict[str, Tensor]
 
     def pick(self, count: int, recipe: Recipe) -> Tensor:

@@ -12,7 +12,7 @@ from config import Recipe
 from quant.activations.attention import Operands
 from quant.activations.quantisers import Activation
 from quant.balancing.maxima import check_step
-from quant.calibration.trajectory import Drive, Trajectory, record, replay
+from quant.calibration.trajectory import Drive, record, replay
 from quant.layers.quantised import QuantizedLayer
 from quant.numerics.smoothing import Smoothing
 from quant.numerics.tokens import matrix
@@ -108,49 +108,46 @@ def quantize_model(
     check_recipe(recipe, bits.activations)
     sites = architecture_of(model).sites(model, recipe.scope)
     task = Task(model, sites, recipe, bits, svd)
-    check_groups(task, search)
-    check_units(task)
-
+    check_task(task, search)
     # First pass: sample, and keep the model's calls and every input's maxima.
     bases = quantize_first(task) if task.quantizes_first else None
-    trajectory, maxima = sampled(task, drive)
+    first = sampled(task, drive)
 
     # Second pass: replay, and let every part of the recipe see what it asked for.
-    weights = bases or build_weights(task, maxima)
-    parts = _look(task, weights, trajectory, maxima)
+    weights = bases or build_weights(task, first.maxima)
+    parts = _look(task, weights, first)
     smoothing = {site.name: parts.balance.finish(site) for site in sites}
 
     # What follows from it. An attention may be refused, so it comes before the weights' long work.
     operands = parts.operands.finish(smoothing)
     allocation = None
     if recipe.group_sizes:
-        allocation = choose_group_sizes(task, parts, smoothing, trajectory, search)
+        allocation = choose_group_sizes(task, parts, smoothing, first.trajectory, search)
     groups = {} if allocation is None else allocation.groups
     acts = {site.name: parts.activations.finish(site, smoothing[site.name], groups.get(site.name))
             for site in sites}
 
     # The weights, and what is learned or added afterwards.
-    first = FirstPass(trajectory, maxima)
     so_far = _quantised_so_far(task, first, acts, smoothing, operands)
     layers = _layers(task, parts, acts, smoothing, groups, so_far)
     if task.learns_rounding:
         layers, operands = learn_rounding(task, first, layers, operands)
     if has_weight_only_adaln(recipe, bits.weights):
         layers |= weight_only_layers(model, recipe)
-    return Result(layers, operands, maxima, smoothing, allocation)
+    return Result(layers, operands, first.maxima, smoothing, allocation)
 
 
-def sampled(task: Task, drive: Drive) -> tuple[Trajectory | None, dict[str, Tensor]]:
+def sampled(task: Task, drive: Drive) -> FirstPass:
     """Let the model sample, and keep its calls and every input's maxima, if a part needs them.
 
     Raises:
         ValueError: the recipe looks at a timestep that the trajectory does not have.
     """
     if not task.needs_trajectory:
-        return None, {}
+        return FirstPass(None, {})
     trajectory, maxima = record(task.model, task.sites, drive)
     check_step(task.recipe.timestep, len(trajectory))
-    return trajectory, maxima
+    return FirstPass(trajectory, maxima)
 
 
 def learn_rounding(
@@ -161,6 +158,16 @@ def learn_rounding(
     images = max(config.reconstruction_samples, len(first.trajectory))
     inputs = _drawn_call(first, task.recipe, images)
     return reconstruct(task.model, layers, operands, inputs, task.recipe)
+
+
+def check_task(task: Task, search: GroupSearch | None) -> None:
+    """Make sure that model and recipe go together, before any work is done.
+
+    Raises:
+        ValueError: they do not.
+    """
+    check_groups(task, search)
+    check_units(task)
 
 
 def check_groups(task: Task, search: GroupSearch | None) -> None:
@@ -191,20 +198,15 @@ def check_units(task: Task) -> None:
             "which this recipe learns first: give --units blocks or whole")
 
 
-def _look(
-    task: Task,
-    weights: WeightPart,
-    trajectory: Trajectory | None,
-    maxima: dict[str, Tensor],
-) -> Parts:
+def _look(task: Task, weights: WeightPart, first: FirstPass) -> Parts:
     """Build the parts of the recipe and show them the trajectory, as far as they ask for it."""
-    if trajectory is None:
+    if first.trajectory is None:
         return parts_without_trajectory(task, weights)
-    parts = build_parts(task, weights, FirstPass(trajectory, maxima))
+    parts = build_parts(task, weights, first)
     watch = observe(parts, task.sites)
     if watch.modules:
         desc = "search" if len(task.recipe.alphas) > 1 else "replay"
-        replay(task.model, trajectory, watch, config.replay_tokens, desc)
+        replay(task.model, first.trajectory, watch, config.replay_tokens, desc)
     return parts
 
 
