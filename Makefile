@@ -7,7 +7,7 @@ PYTEST := .venv/bin/python -m pytest --numprocesses logical --maxprocesses 8 --d
 
 .PHONY: demo test test-processors test-slow lint
 demo: $(READY)
-	.venv/bin/python compare.py --model DiT-Emoji-Outliers --cfg-scale 4 \
+	.venv/bin/python compare.py --model DiT-Emoji-Outliers --cfg-scale 4 --num-sampling-steps 25 \
 	    --recipes rtn smoothquant ditas-published ditas ditas-plus \
 	    --num-fid-samples 64 --num-fidelity-samples 32 --per-proc-batch-size 32 \
 	    --output results/demo --report results/demo/report
