@@ -18,6 +18,7 @@ from cli.threads import wait_gently
 wait_gently()  # before torch loads, which reads it once
 
 import argparse
+from functools import partial
 
 from cli import quantize_flags
 from cli.inspect import inspect_settings, print_inspection
@@ -33,12 +34,12 @@ def main(args: argparse.Namespace) -> None:
         print_inspection(inspect_settings(args))
         return
     if is_pipeline(args):
-        quantize_pipeline(pipeline_settings(args))
-        return
-    settings = quantize_settings(args)
+        work = partial(quantize_pipeline, pipeline_settings(args))
+    else:
+        work = partial(quantize, quantize_settings(args))
     # A mistake leaves its one line and no other, so this comes after the checks.
     quantize_flags.warn_of_ignored_flags(args)
-    quantize(settings)
+    work()
 
 
 def make_parser() -> Parser:

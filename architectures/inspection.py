@@ -13,7 +13,7 @@ from torch import nn
 
 from architectures.discover import Discovery, discover, find_blocks
 from architectures.examples import Example, build, draw_call, examples_of
-from architectures.sites import Entries, Fold, SharedModulation, Site, single
+from architectures.sites import Site, place_of, single
 from architectures.twins import moved
 
 # The folder of diffusers that holds transformers.
@@ -115,7 +115,7 @@ def _enlarged(found: Discovery, model: nn.Module, blocks: tuple[str, ...]) -> In
             sites.append(same)
             if site.folds:
                 places[same.name] = ", ".join(dict.fromkeys(
-                    _place(fold, twin) for fold in site.folds))
+                    place_of(fold, twin) for fold in site.folds))
             if site.name in found.reasons:
                 reasons[same.name] = found.reasons[site.name]
     return Inspection(model, blocks, tuple(sites), places, reasons)
@@ -132,14 +132,6 @@ def _twin(block: str, model: nn.Module, found: Discovery) -> str:
         if candidate.rpartition(".")[0] == place and linears == ends:
             return candidate
     raise ValueError(f"{block} is like no block of the small copy")
-
-
-def _place(fold: Fold, block: str) -> str:
-    """Name what a fold changes, from the block on."""
-    if isinstance(fold, SharedModulation):
-        return f"argument {fold.argument}"
-    name = fold.parameter if isinstance(fold, Entries) else fold.linear
-    return name.removeprefix(f"{block}.")
 
 
 def plain_sites(model: nn.Module, blocks: tuple[str, ...]) -> Iterator[Site]:

@@ -79,6 +79,14 @@ class Entries:
 Fold = Rows | Modulation | SharedModulation | Entries
 
 
+def place_of(fold: Fold, block: str) -> str:
+    """Name what a fold changes, from the block on."""
+    if isinstance(fold, SharedModulation):
+        return f"argument {fold.argument}"
+    name = fold.parameter if isinstance(fold, Entries) else fold.linear
+    return name.removeprefix(f"{block}.")
+
+
 @dataclass(frozen=True)
 class Site:
     """Linears that read one activation, so that they share one smoothing factor.

@@ -8,16 +8,15 @@ from typing import Any
 
 from torch import nn
 
-import config
 from architectures.inspection import Inspection, inspect
 from architectures.sites import Site
-from cli.recipe_flags import build_recipe
-from cli.values import one_of, user_value
+from cli.recipe_flags import bit_widths, build_recipe
+from cli.values import user_value
 from config import Recipe
 from errors import UserError
 from models import DiT_models
 from quant.checkpoint.size import FLOAT_BITS, quantised_bits
-from quant.numerics.uniform import ACT_BITS, WEIGHT_BITS, QuantSpec
+from quant.numerics.uniform import QuantSpec
 from quant.recipe import act_spec, adaln_spec, has_weight_only_adaln, weight_spec
 
 HEADER = ("site", "times", "weights", "folds into", "bits", "MB before", "MB after")
@@ -66,12 +65,11 @@ def inspect_settings(args: argparse.Namespace) -> InspectSettings:
     """
     if args.model is None:
         raise UserError("--inspect looks into a model of diffusers: give a folder with --model")
-    weight_bits = config.weight_bit if args.weight_bit is None else args.weight_bit
-    act_bits = config.act_bit if args.act_bit is None else args.act_bit
+    bits = bit_widths(args)
     return InspectSettings(
         recipe=build_recipe(args),
-        weight_bits=one_of(weight_bits, WEIGHT_BITS, "--weight-bit"),
-        act_bits=one_of(act_bits, ACT_BITS, "--act-bit"),
+        weight_bits=bits.weights,
+        act_bits=bits.activations,
         configuration=read_configuration(args.model),
     )
 

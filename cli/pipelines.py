@@ -9,18 +9,19 @@ from typing import Any
 
 import torch
 
-import config
-from cli.recipe_flags import build_recipe, given_flags, recipe_label
+from cli.recipe_flags import bit_widths, build_recipe, given_flags
+from cli.settings import cpu_threads
 from cli.stages import stage
-from cli.values import at_least, one_of, user_value
+from cli.threads import default_threads
+from cli.values import at_least, user_value
 from errors import UserError
 from files.atomic import atomic_folder, writable_folder
 from models import DiT_models
-from quant.numerics.uniform import ACT_BITS, WEIGHT_BITS
 from quant.recipe import check_recipe
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
 PROMPTS_AT_A_TIME = 4
+COMPONENT = "transformer"  # what is quantised, if the command line does not say
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,11 @@ class PipelineSettings:
     component: str  # the part that is quantised
     recipe: str  # a key of config.RECIPES
     flags: dict[str, Any]  # of the recipe, as ditas.quantize takes them
-    label: str  # the recipe's name with the flags that were given
     prompts: tuple[str, ...]
     arguments: dict[str, Any]  # of the pipeline's call
     seed: int  # of the first prompt's noise
     output: Path  # the folder that is written
+    threads: int  # CPU threads
 
 
 def is_pipeline(args: argparse.Namespace) -> bool:
@@ -51,33 +52,32 @@ def pipeline_settings(args: argparse.Namespace) -> PipelineSettings:
     """
     _refuse_flags_of_others(args)
     folder = Path(args.model)
-    weight_bits = config.weight_bit if args.weight_bit is None else args.weight_bit
-    act_bits = config.act_bit if args.act_bit is None else args.act_bit
-    one_of(weight_bits, WEIGHT_BITS, "--weight-bit")
-    one_of(act_bits, ACT_BITS, "--act-bit")
-    user_value(check_recipe, build_recipe(args), act_bits)
+    bits = bit_widths(args)
+    user_value(check_recipe, build_recipe(args), bits.activations)
     given = {flag.name.replace("-", "_"): text for flag, text in given_flags(args).items()}
     chosen = {name: getattr(args, name) for name in ("include", "exclude")
               if getattr(args, name) is not None}
     steps = {"num_inference_steps": _steps(args.num_sampling_steps)}
-    label = recipe_label(args)
-    output = args.output or f"results/{folder.name}-W{weight_bits}A{act_bits}-{args.recipe}"
+    output = args.output or (
+        f"results/{folder.name}-W{bits.weights}A{bits.activations}-{args.recipe}")
     return PipelineSettings(
         folder=folder,
-        component=_component(folder, args.component),
+        component=_component(folder, args.component or COMPONENT),
         recipe=args.recipe,
-        flags={"weight_bit": weight_bits, "act_bit": act_bits, "svd": args.svd, **chosen, **given},
-        label=label,
+        flags={
+            "weight_bit": bits.weights, "act_bit": bits.activations, "svd": args.svd,
+            **chosen, **given},
         prompts=read_prompts(Path(args.prompts or PROMPTS)),
         arguments={**steps, **_json(args.pipeline_args)},
         seed=at_least(args.seed, 0, "--seed"),
         output=_new_folder(Path(output)),
+        threads=cpu_threads(args.threads, default_threads()),
     )
 
 
 def _refuse_flags_of_others(args: argparse.Namespace) -> None:
-    names = ("image_size", "num_classes", "ckpt", "class_labels", "report", "report_layers",
-             "reference", "inception", "i3d")
+    names = ("image_size", "num_classes", "ckpt", "class_labels", "cfg_scale", "report",
+             "report_layers", "reference", "inception", "i3d")
     for name in names:
         if getattr(args, name) is not None:
             flag = name.replace("_", "-")
@@ -149,6 +149,7 @@ def quantize_pipeline(settings: PipelineSettings) -> None:
     """
     # They load diffusers.
     import ditas
+    torch.set_num_threads(settings.threads)
     with stage("load"):
         pipeline = load_pipeline(settings.folder)
     with stage("quantise"):

@@ -35,7 +35,7 @@ def make_parser(description: str = "") -> Parser:
         "--num-sampling-steps", default="50",
         help="steps of the calibration trajectory: 1 to 1000, 'ddimN' or a list (default: 50)")
     parser.add_argument(
-        "--cfg-scale", type=float, default=4.0,
+        "--cfg-scale", type=float,
         help="guidance of the picture (default: 4.0); "
              f"calibration always uses {config.calibration_cfg_scale}")
     parser.add_argument(
@@ -60,7 +60,7 @@ def _add_pipeline_flags(parser: Parser) -> None:
         "--prompts", metavar="FILE",
         help="prompts to calibrate on, one a line (default: 32 of our own)")
     group.add_argument(
-        "--component", default="transformer",
+        "--component",
         help="what is quantised (default: transformer)")
     group.add_argument(
         "--include", metavar="REGEX", help="linears that are quantised whatever the scope")

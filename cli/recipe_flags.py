@@ -3,6 +3,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import config
 from architectures.sites import SCOPES
 from architectures.units import UNITS
 from cli.parser import Parser
@@ -11,7 +12,8 @@ from config import RECIPES, Recipe, alpha_grid
 from errors import UserError
 from quant.balancing.maxima import PUBLISHED_SEARCH_STEPS
 from quant.numerics.ranges import RANGES, TENSOR_RANGES
-from quant.recipe import ADALN_BITS, uses_moments
+from quant.numerics.uniform import ACT_BITS, WEIGHT_BITS
+from quant.recipe import ADALN_BITS, BitWidths, uses_moments
 
 Reader = Callable[[str, str], object]
 
@@ -264,6 +266,18 @@ def recipe_with(
             raise UserError(f"{spelled(flag.name)} has no effect on this recipe: "
                             f"it is for {flag.needs.requires}")
     return recipe
+
+
+def bit_widths(args: argparse.Namespace) -> BitWidths:
+    """Read ``--weight-bit`` and ``--act-bit``, those of ``config`` where they are not given.
+
+    Raises:
+        UserError: a width is not available.
+    """
+    weights = config.weight_bit if args.weight_bit is None else args.weight_bit
+    activations = config.act_bit if args.act_bit is None else args.act_bit
+    return BitWidths(
+        one_of(weights, WEIGHT_BITS, "--weight-bit"), one_of(activations, ACT_BITS, "--act-bit"))
 
 
 def recipe_label(args: argparse.Namespace) -> str:

@@ -11,9 +11,9 @@ import torch
 
 import config
 from cli.parser import find_card
-from cli.recipe_flags import build_recipe, recipe_label
+from cli.recipe_flags import bit_widths, build_recipe, recipe_label
 from cli.threads import cores_per_process, default_threads, user_threads
-from cli.values import at_least, class_labels, one_of, user_value
+from cli.values import at_least, class_labels, user_value
 from config import Recipe
 from diffusion import make_schedule
 from errors import UserError
@@ -21,8 +21,10 @@ from files.atomic import writable_folder
 from models import ModelCard
 from quant import checkpoint
 from quant.balancing.maxima import check_step
-from quant.numerics.uniform import ACT_BITS, WEIGHT_BITS
 from quant.recipe import check_recipe
+
+# Guidance of the picture, if the command line does not say.
+PICTURE_CFG_SCALE = 4.0
 
 
 @dataclass(frozen=True)
@@ -107,23 +109,22 @@ def quantize_settings(args: argparse.Namespace) -> QuantizeSettings:
     """
     model = choose_model(args)
     _refuse_flags_of_pipelines(args, model)
-    weight_bits = config.weight_bit if args.weight_bit is None else args.weight_bit
-    act_bits = config.act_bit if args.act_bit is None else args.act_bit
-    one_of(weight_bits, WEIGHT_BITS, "--weight-bit")
-    one_of(act_bits, ACT_BITS, "--act-bit")
+    bits = bit_widths(args)
 
     # What the parts of the recipe and the trajectory say of each other.
     recipe = build_recipe(args)
     label = recipe_label(args)
-    user_value(check_recipe, recipe, act_bits)
+    user_value(check_recipe, recipe, bits.activations)
     _check_video_judge(recipe, model)
-    at_least(args.cfg_scale, 1.0, "--cfg-scale")
+    cfg_scale = PICTURE_CFG_SCALE if args.cfg_scale is None else args.cfg_scale
+    at_least(cfg_scale, 1.0, "--cfg-scale")
     at_least(args.seed, 0, "--seed")
     schedule = user_value(make_schedule, args.num_sampling_steps)
     user_value(check_step, recipe.timestep, len(schedule))
 
     # Where it all goes.
-    name = checkpoint.default_name(model.name, model.image_size, weight_bits, act_bits, label)
+    name = checkpoint.default_name(
+        model.name, model.image_size, bits.weights, bits.activations, label)
     output = _checkpoint_path(args.output, name)
     writable_folder(output.parent)
     report = None if args.report is None else writable_folder(Path(args.report))
@@ -131,20 +132,20 @@ def quantize_settings(args: argparse.Namespace) -> QuantizeSettings:
         model=model,
         recipe=recipe,
         label=label,
-        weight_bits=weight_bits,
-        act_bits=act_bits,
+        weight_bits=bits.weights,
+        act_bits=bits.activations,
         svd=args.svd,
         steps=args.num_sampling_steps,
         labels=_calibration_labels(args.class_labels, model.num_classes),
         seed=args.seed,
-        cfg_scale=args.cfg_scale,
+        cfg_scale=cfg_scale,
         output=output,
         report=report,
         report_layers=_names(args.report_layers),
         reference=args.reference,
         inception=args.inception,
         i3d=args.i3d,
-        threads=_threads(args.threads, default_threads()),
+        threads=cpu_threads(args.threads, default_threads()),
     )
 
 
@@ -170,7 +171,7 @@ def choose_model(args: argparse.Namespace) -> ModelChoice:
 
 
 def _refuse_flags_of_pipelines(args: argparse.Namespace, model: ModelChoice) -> None:
-    for name in ("prompts", "include", "exclude", "pipeline_args"):
+    for name in ("prompts", "component", "include", "exclude", "pipeline_args"):
         if getattr(args, name) is not None:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} is for the folder of a diffusers pipeline, and {model.name} "
@@ -203,7 +204,12 @@ def _checkpoint_path(given: str | None, default_name: str) -> Path:
     return path if path.suffix == suffix else path.with_name(path.name + suffix)
 
 
-def _threads(given: int | None, default: int) -> int:
+def cpu_threads(given: int | None, default: int) -> int:
+    """Return what ``--threads`` says, or the default.
+
+    Raises:
+        UserError: it is below 1.
+    """
     return default if given is None else at_least(given, 1, "--threads")
 
 
@@ -247,7 +253,7 @@ def sample_settings(args: argparse.Namespace) -> SampleSettings:
         compile=args.compile,
         packed=args.cpu_weights == "packed",
         tf32=args.tf32,
-        threads=_threads(args.threads, _sampling_threads()),
+        threads=cpu_threads(args.threads, _sampling_threads()),
     )
 
 
@@ -256,7 +262,7 @@ def _check_ranges(args: argparse.Namespace) -> None:
     at_least(args.num_fid_samples, 1, "--num-fid-samples")
     at_least(args.per_proc_batch_size, 1, "--per-proc-batch-size")
     at_least(args.global_seed, 0, "--global-seed")
-    _threads(args.threads, 1)
+    cpu_threads(args.threads, 1)
     if args.decode_batch_size is not None:
         at_least(args.decode_batch_size, 1, "--decode-batch-size")
     if not 0.0 <= args.eta <= 1.0:

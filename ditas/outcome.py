@@ -7,7 +7,7 @@ from torch import nn
 from architectures.explored import ExploredArchitecture
 from architectures.registry import architecture_of
 from architectures.selected import SelectedArchitecture
-from architectures.sites import Architecture, Entries, Fold, SharedModulation, Site, modulations
+from architectures.sites import Architecture, Site, modulations, place_of
 from ditas.packing import packed_bytes
 from ditas.request import Request
 from quant.layers.quantised import QuantizedLayer
@@ -116,12 +116,4 @@ def _place(site: Site, reasons: dict[str, str]) -> str:
     if not site.folds:
         reason = reasons.get(site.name)
         return f"at run time ({reason})" if reason else "at run time"
-    return ", ".join(dict.fromkeys(_name(fold, site.block) for fold in site.folds))
-
-
-def _name(fold: Fold, block: str) -> str:
-    """Name what a fold changes, from the block on."""
-    if isinstance(fold, SharedModulation):
-        return f"argument {fold.argument}"
-    name = fold.parameter if isinstance(fold, Entries) else fold.linear
-    return name.removeprefix(f"{block}.")
+    return ", ".join(dict.fromkeys(place_of(fold, site.block) for fold in site.folds))

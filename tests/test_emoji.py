@@ -134,7 +134,6 @@ def test_vae_folder_loads_and_a_damaged_one_is_refused(tmp_path):
         autoencoder.load_autoencoder(tmp_path / "nothing")
 
 
-@pytest.mark.skipif(not autoencoder.FOLDER.exists(), reason="the VAE is not trained yet")
 def test_bundled_vae_reconstructs():
     vae = autoencoder.load_autoencoder()
     assert 1e6 < sum(value.numel() for value in vae.parameters()) < 2e6
@@ -227,10 +226,6 @@ def test_ratios_find_the_outlier_channel():
     assert after["blocks.1.mlp.fc1"] == before["blocks.1.mlp.fc1"]
 
 
-needs_weights = pytest.mark.skipif(not WEIGHTS.exists(), reason="DiT-Emoji is not trained yet")
-
-
-@needs_weights
 def test_models_come_through_the_registry_without_a_download():
     loaded = {}
     for name in ("DiT-Emoji", "DiT-Emoji-Outliers"):

@@ -16,13 +16,10 @@ import evaluate
 import QuantDiT
 import sample_merge_TAS
 from examples.emoji import gallery
-from examples.emoji.outliers import CURVES, WEIGHTS, curve_table
+from examples.emoji.outliers import CURVES, curve_table
 from files.npz import read_arrays
 
 ROOT = Path(__file__).parents[1]
-
-pytestmark = pytest.mark.skipif(not WEIGHTS.exists(), reason="DiT-Emoji is not trained yet")
-
 
 @pytest.fixture(scope="module")
 def quantised(tmp_path_factory):

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import call, error_line
 from test_hand_over import emoji_pipeline
 
 import ditas
 import QuantDiT
+from cli import pipelines
 from cli.pipelines import PROMPTS, read_prompts
 from examples.emoji import pixart
 
@@ -86,6 +88,8 @@ BROKEN = {"_class_name": "PixArtAlphaPipeline",
     (BROKEN, ("--num-sampling-steps", "ddim5"), "--num-sampling-steps ddim5 is no number"),
     (BROKEN, ("--pipeline-args", "[1]"), "--pipeline-args '[1]' is no JSON object"),
     (BROKEN, ("--image-size", "256"), "--image-size is for the models of this repository"),
+    (BROKEN, ("--cfg-scale", "2"), "--cfg-scale is for the models of this repository"),
+    (BROKEN, ("--threads", "0"), "--threads 0 is too small"),
     (BROKEN, ("--output", "."), "'.' is there already: give another --output"),
     (BROKEN, ("--recipe", "rtn", "--alpha", "0.5"), "--alpha has no effect on this recipe"),
     (BROKEN, ("--output", "made"), "cannot load the pipeline in 'folder'"),
@@ -105,7 +109,23 @@ def test_arguments_that_a_pipeline_refuses_are_one_line(float_folder, capsys):
     assert not Path("made").exists()
 
 
-def test_prompts_are_refused_where_nothing_reads_them(capsys):
-    line = error_line(capsys, lambda: call(
-        QuantDiT, "--model", "DiT-Digits", "--prompts", "prompts.txt"))
-    assert "--prompts is for the folder of a diffusers pipeline" in line
+@pytest.mark.parametrize("flag", ["--prompts", "--component"])
+def test_flags_of_pipelines_are_refused_where_nothing_reads_them(flag, capsys):
+    line = error_line(capsys, lambda: call(QuantDiT, "--model", "DiT-Digits", flag, "vae"))
+    assert f"{flag} is for the folder of a diffusers pipeline" in line
+
+
+def test_threads_are_set_and_flags_without_effect_are_named(capsys, monkeypatch):
+    counts = []
+    monkeypatch.setattr(pipelines, "load_pipeline", lambda folder: stop(counts))
+    with pytest.raises(InterruptedError):
+        call(QuantDiT, "--model", folder_with(BROKEN), "--threads", torch.get_num_threads() + 1,
+             "--epochs", "3", "--output", "made")
+    assert counts == [torch.get_num_threads() + 1]
+    assert "warning: --epochs: no effect" in capsys.readouterr().err
+
+
+def stop(counts: list[int]) -> None:
+    """Note how many threads there are, and end the command."""
+    counts.append(torch.get_num_threads())
+    raise InterruptedError
