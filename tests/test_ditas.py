@@ -7,14 +7,11 @@ from conftest import relative
 from torch import Tensor, nn
 
 import ditas
-from architectures.discover import discover, find_blocks
 from architectures.examples import EXAMPLES, Example, build, draw_call
-from architectures.explored import ExploredArchitecture, discover_shortened, explore
-from architectures.registry import architecture_of, describe
-from architectures.sites import Call, linears_of
+from architectures.explored import ExploredArchitecture, explore
+from architectures.registry import describe
+from architectures.sites import Call
 from architectures.tracing import random_parameters, tensors_of
-from architectures.twins import shortened
-from architectures.watched import watch
 from config import RECIPES
 from ditas import placing
 from evaluation.metrics import sqnr_db
@@ -103,39 +100,12 @@ def test_arithmetics_and_folding_agree_in_any_transformer(name):
         return output(install(copy, layers, backend), name)
 
     simulated = installed("fake")
-    assert sqnr_db(output(model, name), simulated) > 30
-    # Codes flip where values lie on the middle between two, and others after them. All of them
-    # together are no more than what quantising costs.
-    assert sqnr_db(simulated, installed("reference")) > 30
-    assert sqnr_db(simulated, installed("fake", is_folded=True)) > 30
-
-
-@pytest.mark.parametrize("name, layers", [
-    ("SD3Transformer2DModel", {"num_layers": 5}),
-    ("WanTransformer3DModel", {"num_layers": 4}),
-    pytest.param("FluxTransformer2DModel", {"num_layers": 3, "num_single_layers": 4},
-                 marks=pytest.mark.slow),
-    # Its blocks are counted, so that the whole of it has to be looked at.
-    pytest.param("HunyuanDiT2DModel", {"num_layers": 6}, marks=pytest.mark.slow),
-])
-def test_a_shortened_model_says_what_the_whole_one_does(name, layers):
-    example = BY_NAME[name]
-    model, call = random_example(example, **layers), draw_call(example)
-    whole = discover(model, call)
-    found = discover_shortened(model, call, find_blocks(model))
-    assert set(found.sites) == set(whole.sites)
-    assert found.reasons == whole.reasons
-
-
-def test_a_shortened_model_keeps_the_ends_and_shares_its_tensors():
-    model = build(BY_NAME["SD3Transformer2DModel"], num_layers=6)
-    short, twins = shortened(model, find_blocks(model))
-    kept = list(short.transformer_blocks)
-    blocks = model.transformer_blocks
-    # The last one, which gives no text, is of another kind.
-    assert all(one is other for one, other in zip(kept, [blocks[0], blocks[4], blocks[5]]))
-    assert len(model.transformer_blocks) == 6
-    assert [twins[f"transformer_blocks.{i}"][-1] for i in range(6)] == list("000012")
+    kept = sqnr_db(output(model, name), simulated)
+    assert kept > 30
+    # Codes flip where values lie on the middle between two, and others after them. Were all to
+    # flip, the error would be that of two roundings that know nothing of each other.
+    for other in (installed("reference"), installed("fake", is_folded=True)):
+        assert sqnr_db(simulated, other) > kept - 6
 
 
 class Block(nn.Module):
@@ -395,22 +365,6 @@ def test_nan_is_refused_with_its_place():
         ditas.quantize(model, drive, "smoothquant")
 
 
-def test_what_is_watched_is_what_is_traced():
-    """Linears that read one tensor are a site without a graph, too."""
-    for name in (FLUX, "WanTransformer3DModel", "Lumina2Transformer2DModel"):
-        example = BY_NAME[name]
-        found = watch(random_example(example), draw_call(example), find_blocks(build(example)))
-        known = architecture(name).discovery
-        # A factor that streams share because of attention is only seen in a graph.
-        together = {linear: set(site.linears) for site in known.sites for linear in site.linears}
-        for site in found.scope("blocks"):
-            assert set(site.linears) <= together[site.linears[0]]
-            assert (site.folds, found.reasons[site.name]) == ((), "not traced")
-        assert set(linears_of(found.scope("blocks"))) == set(linears_of(known.scope("blocks")))
-        # One modulation for all blocks is only known by a graph.
-        assert set(linears_of(found.scope("adaln"))) <= set(linears_of(known.scope("adaln")))
-
-
 def test_a_call_that_cannot_be_traced_is_divided_at_run_time():
     class Curious(Stack):
         def forward(self, images: list[Tensor]) -> Tensor:
@@ -423,20 +377,3 @@ def test_a_call_that_cannot_be_traced_is_divided_at_run_time():
     done = ditas.quantize(model, lambda: model(images), "smoothquant", weight_bit=8)
     assert sqnr_db(expected, model(images)) > 25
     assert {row.factors for row in done.sites} == {"at run time (not traced)"}
-
-
-def test_timesteps_are_found():
-    example = BY_NAME["FluxTransformer2DModel"]
-    call = draw_call(example)
-    later = {**call, "timestep": call["timestep"] / 2}
-    found = clock_of([call, later])
-    assert found == "timestep"
-    model = explored_example(example.name)
-    assert torch.equal(architecture_of(model).timesteps(later), later["timestep"])
-
-
-def test_images_are_told_from_what_all_share():
-    example = BY_NAME["FluxTransformer2DModel"]
-    names = batched_arguments(random_example(example), draw_call(example))
-    assert set(names) == {
-        "hidden_states", "timestep", "encoder_hidden_states", "pooled_projections"}
