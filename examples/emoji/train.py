@@ -147,7 +147,7 @@ if __name__ == "__main__":
     parser.add_argument("--what", choices=("vae", "dit", "pixart"), required=True)
     parser.add_argument("--vae-steps", type=int, default=2800)
     parser.add_argument("--vae-batch", type=int, default=8)
-    parser.add_argument("--dit-steps", type=int, default=15000)
+    parser.add_argument("--dit-steps", type=int, default=26000)
     parser.add_argument("--dit-batch", type=int, default=64, help="of DiT and PixArt")
     parser.add_argument("--pixart-steps", type=int, default=10000)
     parser.add_argument("--seed", type=int, default=0)
