@@ -21,11 +21,12 @@ FLAGS = ("--num-sampling-steps", "2", "--recipe", "smoothquant", "--pipeline-arg
          json.dumps(PLAIN))
 
 
-def name_the_tokenizer(folder: Path) -> None:
-    """Give the tokenizer's class the name that all versions of transformers know."""
+def name_the_tokenizer(folder: Path, name: str = "tokenizer") -> None:
+    """Give a tokenizer's class, if it is there, the name that all versions of transformers know."""
     path = folder / "model_index.json"
     index = json.loads(path.read_text())
-    index["tokenizer"] = ["transformers", "PreTrainedTokenizerFast"]
+    if name in index:
+        index[name] = ["transformers", "PreTrainedTokenizerFast"]
     path.write_text(json.dumps(index))
 
 
