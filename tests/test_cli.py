@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import QuantDiT
 import sample_merge_TAS
+from cli import sample_settings, settings
 from cli.memory import keep_freed_memory, large_blocks_apart, return_freed_memory
 
 ROOT = Path(__file__).parents[1]
@@ -242,13 +243,16 @@ def test_the_published_command_lines_parse():
                "--num-sampling-steps 100")
     args = QuantDiT.make_parser().parse_args(command.split())
     assert (args.image_size, args.seed, args.model) == (256, 1, "DiT-XL/2")
-    assert (args.act_bit, args.weight_bit, args.cfg_scale, args.vae) == (8, 4, 4.0, "ema")
+    assert (args.act_bit, args.weight_bit, args.vae) == (8, 4, "ema")
     command = ("--image-size 256 --model DiT-XL/2 --num-fid-samples 10000 --act-bit 8 "
                "--weight-bit 4 --path /path/DiTAS_Model --num-sampling-steps 100")
     args = sample_merge_TAS.make_parser().parse_args(command.split())
     assert (args.path, args.num_fid_samples) == ("/path/DiTAS_Model", 10000)
-    assert (args.cfg_scale, args.per_proc_batch_size) == (1.5, 64)
+    assert args.per_proc_batch_size == 64
     assert (args.global_seed, args.tf32, args.sample_dir, args.fold) == (0, True, "samples", True)
+    # Where the command line is silent, the model's settings say it: pipelines have their own.
+    assert (args.cfg_scale, sample_settings.CFG_SCALE, settings.PICTURE_CFG_SCALE) == (
+        None, 1.5, 4.0)
 
 
 # The published QuantDiT.py's flags that it never reads, with its own defaults.
