@@ -1,4 +1,5 @@
 """A folder of a diffusers pipeline as a source of images: float, or with quantised parts."""
+import inspect
 import json
 from importlib.metadata import version
 
@@ -15,12 +16,15 @@ from diffusion.noise import image_generators
 # Importing from ditas lets diffusers load quantised parts.
 from ditas.switching import backend_of, is_quantised, switch_backend
 from errors import UserError
+from files.atomic import file_stem
 from files.digests import folder_sha256, text_sha256
 from sampling import manifest
 from sampling.job import Make
 from sampling.processes import Processes
 from sampling.source import Images, backend_before, common_settings
 
+# Arguments of a call that say how many frames a video has.
+FRAMES = {"num_frames", "video_length"}
 # Arguments of a call that stand in the name of the images' folder, with what stands before them.
 NAMED = {"guidance_scale": "cfg-", "num_inference_steps": "steps-"}
 
@@ -31,10 +35,10 @@ class PipelineSource:
     def __init__(self, settings: PipelineSampling):
         self.run = settings.run
         self._settings = settings
-        given = [f"{NAMED[name]}{settings.arguments[name]:g}"
+        given = [f"{NAMED[name]}{settings.arguments[name]}"
                  for name in NAMED if name in settings.arguments]
         name = "-".join([settings.path.resolve().name, *given, f"seed-{self.run.seed}"])
-        self.folder = self.run.sample_dir / name
+        self.folder = self.run.sample_dir / file_stem(name)
 
     def load(self, processes: Processes) -> Images:
         settings = self._settings
@@ -74,7 +78,7 @@ def load(settings: PipelineSampling, device: torch.device):
     """Load the pipeline onto a device.
 
     Raises:
-        UserError: it cannot be loaded, or takes no prompts.
+        UserError: it cannot be loaded, takes no prompts, or makes videos.
     """
     on_gpu = device.type == "cuda"
     dtype = settings.dtype or ("bfloat16" if on_gpu else None)
@@ -82,7 +86,11 @@ def load(settings: PipelineSampling, device: torch.device):
     if on_gpu:
         # Quantised parts are built where they compute. The process has chosen its GPU.
         how["device_map"] = "cuda"
-    return read_pipeline(settings.path, **how)
+    pipeline = read_pipeline(settings.path, **how)
+    if not FRAMES.isdisjoint(inspect.signature(pipeline.__call__).parameters):
+        raise UserError(f"a {settings.kind} makes videos, and PNGs hold images: "
+                        "sample it from Python")
+    return pipeline
 
 
 def load_settled(settings: PipelineSampling, device: torch.device):
