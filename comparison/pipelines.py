@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from cli.call_arguments import call_arguments
 from cli.pipelines import COMPONENT, read_prompts
 from comparison.arguments import SAMPLING_ARITHMETIC, flags
 from comparison.jobs import FLOAT, OVERRIDES, Job, parse_job
@@ -71,12 +72,16 @@ class PipelineSubject:
         self._steps = steps
         self._guidance = guidance
         name = Path(settings.model).resolve().name
-        shown = steps or "own"
-        scale = "own" if guidance is None else f"{guidance:g}"
+        arguments = call_arguments(
+            Path(settings.model), settings.pipeline_args, num_inference_steps=steps,
+            guidance_scale=guidance)
+        # Of what nobody says, the pipeline has a default of its own.
+        shown = str(arguments.get("num_inference_steps", "own"))
+        scale = str(arguments.get("guidance_scale", "own"))
         self.title = f"{name}, {shown} steps, guidance {scale}"
         self.place = file_stem(f"{name}-{shown}")
-        self.name = f"{self.place}-{scale}"
-        self.note = f"row-{scale}.json"
+        self.name = file_stem(f"{self.place}-{scale}")
+        self.note = file_stem(f"row-{scale}.json")
         self.setting = (settings.model, "-", shown, scale)
         self.jobs = [FLOAT, *_jobs(settings)]
         self._judge = PipelineJudge(settings, device())
