@@ -12,6 +12,8 @@ Writes PNGs, and an .npz for ADM's evaluator.
     # one job of an array of 16; then the .npz of what the 16 made
     python sample_merge_TAS.py --path … --shard 3/16
     python sample_merge_TAS.py --path … --assemble
+    # the folder of a text-to-image pipeline of diffusers
+    python sample_merge_TAS.py --path my-model --prompts prompts.txt --num-fid-samples 1000
 
 The same command again continues where a killed one stopped.
 """
@@ -27,22 +29,33 @@ import argparse
 
 from cli import sample_flags
 from cli.parser import Parser, run
-from cli.settings import sample_settings
+from cli.pipeline_sampling import is_pipeline_folder, pipeline_sampling
+from cli.sample_settings import sample_settings
+from sampling.class_conditional import ClassConditional
 from sampling.processes import reported_endings, start_processes
-from sampling.source import folder_of
+from sampling.source import Source
 from sampling.story import assemble, sample
 
 
 def main(args: argparse.Namespace) -> None:
     """Make the images that the command line asks for."""
-    settings = sample_settings(args)
-    processes = start_processes(settings.threads, settings.tf32, LAUNCHER)
-    folder = folder_of(settings)
-    with reported_endings(processes, folder):
-        if settings.assemble:
-            assemble(folder, settings, processes)
+    source = make_source(args)
+    processes = start_processes(source.run.threads, source.run.tf32, LAUNCHER)
+    with reported_endings(processes, source.folder):
+        if source.run.assemble:
+            assemble(source, processes)
         else:
-            sample(folder, settings, processes)
+            sample(source, processes)
+
+
+def make_source(args: argparse.Namespace) -> Source:
+    """Choose what makes the images."""
+    if is_pipeline_folder(args):
+        settings = pipeline_sampling(args)
+        # It loads diffusers.
+        from sampling.pipeline import PipelineSource
+        return PipelineSource(settings)
+    return ClassConditional(sample_settings(args))
 
 
 def make_parser() -> Parser:

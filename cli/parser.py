@@ -2,7 +2,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import config
 from cli.memory import keep_freed_memory
@@ -41,6 +41,23 @@ def run(
             line = " ".join(str(error).split())
             print(f"{parser.prog}: error: {line}", file=sys.stderr)
         sys.exit(2)
+
+
+def refuse_flags(
+    args: argparse.Namespace, parser: Parser, names: Iterable[str], whose: str,
+) -> None:
+    """Refuse flags that were given and that nothing would read.
+
+    Args:
+        parser: knows what they are by default.
+        whose: what they are for.
+
+    Raises:
+        UserError: one of ``names`` is not what it is by default.
+    """
+    for name in names:
+        if getattr(args, name) != parser.get_default(name):
+            raise UserError(f"--{name.replace('_', '-')} is for {whose}: drop it")
 
 
 def find_card(name: str) -> ModelCard:

@@ -2,13 +2,17 @@
 import argparse
 import inspect
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cli.call_arguments import Arguments, call_arguments, number_of_steps
+from cli.call_arguments import write as write_call
+from cli.quantize import Quantized
 from cli.recipe_flags import bit_widths, build_recipe, given_flags
 from cli.settings import cpu_threads
 from cli.stages import stage
@@ -21,6 +25,7 @@ from quant.recipe import check_recipe
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
 PROMPTS_AT_A_TIME = 4
+INDEX = "model_index.json"  # which a pipeline's folder has
 COMPONENT = "transformer"  # what is quantised, if the command line does not say
 
 
@@ -33,7 +38,7 @@ class PipelineSettings:
     recipe: str  # a key of config.RECIPES
     flags: dict[str, Any]  # of the recipe, as ditas.quantize takes them
     prompts: tuple[str, ...]
-    arguments: dict[str, Any]  # of the pipeline's call
+    arguments: Arguments  # of the pipeline's call
     seed: int  # of the first prompt's noise
     output: Path  # the folder that is written
     threads: int  # CPU threads
@@ -57,18 +62,20 @@ def pipeline_settings(args: argparse.Namespace) -> PipelineSettings:
     given = {flag.name.replace("-", "_"): text for flag, text in given_flags(args).items()}
     chosen = {name: getattr(args, name) for name in ("include", "exclude")
               if getattr(args, name) is not None}
-    steps = {"num_inference_steps": _steps(args.num_sampling_steps)}
+    steps = args.num_sampling_steps
     output = args.output or (
         f"results/{folder.name}-W{bits.weights}A{bits.activations}-{args.recipe}")
     return PipelineSettings(
         folder=folder,
-        component=_component(folder, args.component or COMPONENT),
+        component=component_of(folder, args.component or COMPONENT),
         recipe=args.recipe,
         flags={
             "weight_bit": bits.weights, "act_bit": bits.activations, "svd": args.svd,
             **chosen, **given},
-        prompts=read_prompts(Path(args.prompts or PROMPTS)),
-        arguments={**steps, **_json(args.pipeline_args)},
+        prompts=read_prompts(prompts_file(args.prompts, folder)),
+        arguments=call_arguments(
+            folder, args.pipeline_args,
+            num_inference_steps=None if steps is None else number_of_steps(steps)),
         seed=at_least(args.seed, 0, "--seed"),
         output=_new_folder(Path(output)),
         threads=cpu_threads(args.threads, default_threads()),
@@ -85,14 +92,15 @@ def _refuse_flags_of_others(args: argparse.Namespace) -> None:
                             "is a folder: drop it")
 
 
-def _component(folder: Path, name: str) -> str:
-    index = folder / "model_index.json"
-    try:
-        parts = json.loads(index.read_text())
-    except (OSError, ValueError):
-        raise UserError(f"'{folder}' holds no model_index.json that can be read: expected the "
-                        "folder of a diffusers pipeline") from None
-    known = [key for key, value in parts.items() if isinstance(value, list)]
+def component_of(folder: Path, name: str) -> str:
+    """Return the name of a pipeline's part, which is there.
+
+    Raises:
+        UserError: it is not, or the folder holds no pipeline.
+    """
+    parts = read_index(folder)
+    # A part that may be missing is [null, null] where it is.
+    known = [key for key, value in parts.items() if isinstance(value, list) and any(value)]
     if name not in known:
         kind = parts.get("_class_name", "pipeline")
         raise UserError(f"'{folder}' is a {kind} without a {name}: "
@@ -100,22 +108,20 @@ def _component(folder: Path, name: str) -> str:
     return name
 
 
-def _steps(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"--num-sampling-steps {text} is no number of steps: a pipeline's "
-                        "scheduler takes a whole number from 1 on")
-    return int(text)
+def read_index(folder: Path) -> dict[str, Any]:
+    """Read what a pipeline's folder says of its class and its parts.
 
-
-def _json(text: str | None) -> dict[str, Any]:
+    Raises:
+        UserError: it says nothing.
+    """
     try:
-        values = json.loads(text or "{}")
-    except ValueError:
-        values = None
-    if not isinstance(values, dict):
-        raise UserError(f"--pipeline-args '{text}' is no JSON object: "
-                        "expected one such as '{\"guidance_scale\": 3.5}'")
-    return values
+        index = json.loads((folder / INDEX).read_text())
+    except (OSError, ValueError):
+        index = None
+    if not isinstance(index, dict):
+        raise UserError(f"'{folder}' holds no {INDEX} that can be read: expected the "
+                        "folder of a diffusers pipeline")
+    return index
 
 
 def _new_folder(folder: Path) -> Path:
@@ -123,6 +129,12 @@ def _new_folder(folder: Path) -> Path:
         raise UserError(f"'{folder}' is there already: give another --output")
     writable_folder(folder.parent)
     return folder
+
+
+def prompts_file(given: str | None, folder: Path) -> Path:
+    """Choose the file of prompts: the given one, the folder's ``prompts.txt``, or our own."""
+    own = folder / PROMPTS.name
+    return Path(given) if given else own if own.is_file() else PROMPTS
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
@@ -141,7 +153,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     return prompts
 
 
-def quantize_pipeline(settings: PipelineSettings) -> None:
+def quantize_pipeline(settings: PipelineSettings) -> Quantized:
     """Write the folder of a pipeline whose transformer is quantised; print what was done.
 
     Raises:
@@ -152,16 +164,21 @@ def quantize_pipeline(settings: PipelineSettings) -> None:
     torch.set_num_threads(settings.threads)
     with stage("load"):
         pipeline = load_pipeline(settings.folder)
-    with stage("quantise"):
+    with stage("quantise") as quantising:
         done = ditas.quantize(
             getattr(pipeline, settings.component), lambda: sample(pipeline, settings),
             settings.recipe, **settings.flags)
     print(done)
     with stage("save"), atomic_folder(settings.output) as temporary:
         pipeline.save_pretrained(temporary)
+        write_call(temporary, settings.arguments)
+        if (settings.folder / PROMPTS.name).is_file():
+            shutil.copy(settings.folder / PROMPTS.name, temporary)
     print(f"wrote {settings.output}")
+    print(f"next: python sample_merge_TAS.py --path {settings.output} --num-fid-samples 100")
     print("next, in Python: import ditas; from diffusers import DiffusionPipeline; "
           f"DiffusionPipeline.from_pretrained('{settings.output}')")
+    return Quantized(settings.output, quantising.seconds, None)
 
 
 def load_pipeline(folder: Path):
@@ -170,11 +187,21 @@ def load_pipeline(folder: Path):
     Raises:
         UserError: it cannot be loaded, or it takes no prompts.
     """
-    from diffusers import DiffusionPipeline
     has_gpu = torch.cuda.is_available()
     kind = {"torch_dtype": torch.bfloat16} if has_gpu else {}
+    pipeline = read_pipeline(folder, **kind)
+    return pipeline.to("cuda") if has_gpu else pipeline
+
+
+def read_pipeline(folder: Path, **how):
+    """Load a pipeline that takes prompts; ``how`` are arguments of ``from_pretrained``.
+
+    Raises:
+        UserError: it cannot be loaded, or it takes no prompts.
+    """
+    from diffusers import DiffusionPipeline
     try:
-        pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **kind)
+        pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **how)
     except UserError:
         raise
     # The loaders raise types of several libraries.
@@ -185,7 +212,7 @@ def load_pipeline(folder: Path):
         raise UserError(f"a {type(pipeline).__name__} takes no prompts: quantise its transformer "
                         "from Python with ditas.quantize")
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to("cuda") if has_gpu else pipeline
+    return pipeline
 
 
 def sample(pipeline, settings: PipelineSettings) -> None:
@@ -197,12 +224,27 @@ def sample(pipeline, settings: PipelineSettings) -> None:
     for start, prompts in _in_batches(settings.prompts):
         seeds = range(settings.seed + start, settings.seed + start + len(prompts))
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        try:
-            pipeline(list(prompts), generator=generators,
-                     **{"output_type": "latent", **settings.arguments})
-        except (TypeError, ValueError) as error:
-            raise UserError(f"the {type(pipeline).__name__} cannot sample ({error}): "
-                            "--pipeline-args gives it other arguments") from None
+        call_pipeline(pipeline, prompts, generators, "latent", settings.arguments)
+
+
+def call_pipeline(
+    pipeline,
+    prompts: Sequence[str],
+    generators: list[torch.Generator],  # one a prompt
+    output_type: str,
+    arguments: Arguments,
+):
+    """Call a pipeline; returns its output.
+
+    Raises:
+        UserError: it does not take its arguments.
+    """
+    try:
+        return pipeline(
+            list(prompts), generator=generators, output_type=output_type, **arguments)
+    except (TypeError, ValueError, LookupError) as error:
+        raise UserError(f"the {type(pipeline).__name__} cannot sample ({error}): "
+                        "--pipeline-args gives it other arguments") from None
 
 
 def _in_batches(prompts: tuple[str, ...]) -> Iterator[tuple[int, tuple[str, ...]]]:

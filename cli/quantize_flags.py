@@ -32,8 +32,9 @@ def make_parser(description: str = "") -> Parser:
         "--seed", type=int, default=0,
         help="of the calibration noise and the picture (default: 0)")
     parser.add_argument(
-        "--num-sampling-steps", default="50",
-        help="steps of the calibration trajectory: 1 to 1000, 'ddimN' or a list (default: 50)")
+        "--num-sampling-steps",
+        help="steps of the calibration trajectory: 1 to 1000, 'ddimN' or a list (default: 50); "
+             "of a pipeline a number (default: the folder's, or the pipeline's own)")
     parser.add_argument(
         "--cfg-scale", type=float,
         help="guidance of the picture (default: 4.0); "
@@ -58,7 +59,8 @@ def _add_pipeline_flags(parser: Parser) -> None:
         "with --model FOLDER of a text-to-image pipeline of diffusers")
     group.add_argument(
         "--prompts", metavar="FILE",
-        help="prompts to calibrate on, one a line (default: 32 of our own)")
+        help="prompts to calibrate on, one a line "
+             "(default: the folder's, or 32 of our own)")
     group.add_argument(
         "--component",
         help="what is quantised (default: transformer)")

@@ -4,6 +4,9 @@ import argparse
 from cli.parser import Parser, add_model_flags, add_threads_flag, make_script_parser
 from quant.backend import BACKENDS
 
+# What is read for the folder of a pipeline alone.
+PIPELINE_FLAGS = ("prompts", "pipeline_args")
+
 
 def make_parser(description: str) -> Parser:
     """Make the parser of all flags; ``description`` stands above them in its help."""
@@ -12,6 +15,7 @@ def make_parser(description: str) -> Parser:
     _add_folder_flags(parser)
     _add_image_flags(parser)
     _add_arithmetic_flags(parser)
+    _add_pipeline_flags(parser)
     return parser
 
 
@@ -19,7 +23,8 @@ def _add_folder_flags(parser: Parser) -> None:
     """Add the flags that say which images are made, by whom, and where they go."""
     parser.add_argument(
         "--path",
-        help="quantised checkpoint written by QuantDiT.py (default: sample the float model)")
+        help="quantised checkpoint written by QuantDiT.py, or the folder of a pipeline "
+             "(default: sample the float model)")
     parser.add_argument(
         "--num-fid-samples", type=int, default=50_000,
         help="how many images; may grow later (default: 50000)")
@@ -48,11 +53,12 @@ def _add_folder_flags(parser: Parser) -> None:
 def _add_image_flags(parser: Parser) -> None:
     """Add the flags that say what the images show."""
     parser.add_argument(
-        "--cfg-scale", type=float, default=1.5,
-        help="classifier-free guidance, 1 for none (default: 1.5)")
+        "--cfg-scale", type=float,
+        help="classifier-free guidance, 1 for none (default: 1.5, or the pipeline's own)")
     parser.add_argument(
         "--num-sampling-steps",
-        help="1 to 1000, 'ddimN' or a list (default: the checkpoint's, or 50)")
+        help="1 to 1000, 'ddimN' or a list (default: the checkpoint's, or 50); of a pipeline a "
+             "number (default: the folder's, or the pipeline's own)")
     parser.add_argument("--sampler", choices=("ddpm", "ddim"), default="ddpm")
     parser.add_argument(
         "--eta", type=float, default=0.0,
@@ -79,8 +85,8 @@ def _add_arithmetic_flags(parser: Parser) -> None:
         help="fake simulates, integer computes on int8, auto (default) times both "
              "where checkpoint and processor allow integers")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32",
-        help="of all that is not integer (default: float32)")
+        "--dtype", choices=("float32", "bfloat16"),
+        help="of all that is not integer (default: float32; of a pipeline on a GPU bfloat16)")
     parser.add_argument(
         "--compile", action="store_true",
         help="fuse what lies around the products; takes a minute at the start")
@@ -89,3 +95,16 @@ def _add_arithmetic_flags(parser: Parser) -> None:
         help="of --backend integer on a CPU: int8 (default), "
              "or kept at 4 bits, smaller and slower; same images")
     add_threads_flag(parser, "; part of what fixes an image's bytes on a CPU")
+
+
+def _add_pipeline_flags(parser: Parser) -> None:
+    """Add the flags for a folder of a diffusers pipeline."""
+    group = parser.add_argument_group(
+        "with --path FOLDER of a text-to-image pipeline of diffusers")
+    group.add_argument(
+        "--prompts", metavar="FILE",
+        help="one a line; image i shows number i modulo their number "
+             "(default: the folder's, or 32 of our own)")
+    group.add_argument(
+        "--pipeline-args", metavar="JSON",
+        help="more arguments of the pipeline's call, such as '{\"height\": 512}'")

@@ -1,6 +1,6 @@
 """From ``recipe:flag=value`` and ``W4A8`` to a job: a row of the table that is to be filled."""
-import argparse
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cli.recipe_flags import FLAGS, build_recipe
@@ -59,30 +59,27 @@ def default_recipes(steps: int, budgets: dict[str, str]) -> list[str]:
     return recipes
 
 
-def parse_job(recipe: str, bits: str, steps: int, num_classes: int) -> Job:
+def parse_job(recipe: str, bits: str, overrides: Sequence[str] = OVERRIDES) -> Job:
     """Parse ``recipe[:flag=value,…]`` and ``W4A8``.
 
-    Flags of QuantDiT.py are allowed if they say how to quantise.
-
     Args:
-        steps: of the calibration trajectory.
-        num_classes: of the model.
+        overrides: flags of QuantDiT.py that are allowed: they say how to quantise.
 
     Raises:
         UserError: unknown recipe, flag or bit width, or parts that do not go together.
     """
-    name, _, overrides = recipe.partition(":")
+    name, _, given = recipe.partition(":")
     one_of(name, RECIPES, "--recipes")
     weight_bits, act_bits = parse_bits(bits)
     arguments = ["--recipe", name, "--weight-bit", str(weight_bits), "--act-bit", str(act_bits)]
-    for override in filter(None, overrides.split(",")):
+    for override in filter(None, given.split(",")):
         flag, equals, value = override.partition("=")
-        if flag not in OVERRIDES or not equals:
+        if flag not in overrides or not equals:
             raise UserError(
                 f"bad override '{override}' of recipe '{recipe}': "
-                f"expected {', '.join(OVERRIDES)}, as in ditas:lowrank=0")
+                f"expected {', '.join(overrides)}, as in ditas:lowrank=0")
         arguments += [f"--{flag}", value]
-    check_arguments(parse_arguments(arguments), act_bits, steps, num_classes)
+    user_value(check_recipe, build_recipe(parse_arguments(arguments)), act_bits)
     return Job(recipe, f"{weight_bits}/{act_bits}", tuple(arguments))
 
 
@@ -102,19 +99,19 @@ def parse_bits(bits: str) -> tuple[int, int]:
     return weight_bits, act_bits
 
 
-def check_arguments(
-    args: argparse.Namespace,
-    act_bits: int,
-    steps: int,
-    num_classes: int,
-) -> None:
-    """Check what QuantDiT.py would refuse, before any work is done.
+def check_job(job: Job, steps: int, num_classes: int) -> None:
+    """Check what QuantDiT.py would refuse of a model and its trajectory, before any work is done.
+
+    Args:
+        steps: of the calibration trajectory.
+        num_classes: of the model.
 
     Raises:
-        UserError: parts of the recipe do not go together, or with the model and its trajectory.
+        UserError: they do not go together with the recipe.
     """
-    recipe = build_recipe(args)
-    user_value(check_recipe, recipe, act_bits)
-    user_value(check_step, recipe.timestep, steps)
+    if job.arguments is None:
+        return
+    args = parse_arguments(list(job.arguments))
+    user_value(check_step, build_recipe(args).timestep, steps)
     if args.class_labels is not None:
         class_labels(args.class_labels, num_classes)

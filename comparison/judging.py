@@ -29,6 +29,11 @@ LPIPS_SIZE = 64    # pixels per side that its network needs
 TIMED_IMAGES = 16  # at most, in the batch whose sampling is timed
 
 
+def device() -> torch.device:
+    """Choose where samples are judged: on a GPU, where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def load_float(settings: CompareSettings, image_size: int, device: torch.device) -> nn.Module:
     """Load the float model that all rows are compared with."""
     card = settings.card

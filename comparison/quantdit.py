@@ -1,6 +1,7 @@
 """The one place where the comparison meets QuantDiT.py."""
 import argparse
 
+from cli.pipelines import is_pipeline, pipeline_settings, quantize_pipeline
 from cli.quantize import Quantized
 from cli.quantize import quantize as quantize_settled
 from cli.quantize_flags import make_parser
@@ -14,4 +15,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 def quantize(arguments: list[str]) -> Quantized:
     """Do in this process what QuantDiT.py does."""
-    return quantize_settled(quantize_settings(parse_arguments(arguments)))
+    args = parse_arguments(arguments)
+    if is_pipeline(args):
+        return quantize_pipeline(pipeline_settings(args))
+    return quantize_settled(quantize_settings(args))

@@ -1,13 +1,17 @@
-"""The checked command line of compare.py."""
+"""The checked command line of compare.py, for a model of this repository."""
 import argparse
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from cli.parser import find_card
+from cli.parser import find_card, refuse_flags
+from cli.sample_settings import CFG_SCALE
+from cli.settings import STEPS
 from cli.values import at_least, one_of
+from comparison.flags import PIPELINE_FLAGS, make_parser
 from errors import UserError
 from evaluation.networks import load_reference
 from files.atomic import writable_folder
@@ -15,63 +19,73 @@ from models import ModelCard
 
 
 @dataclass(frozen=True)
-class CompareSettings:
-    """The checked command line of compare.py.
+class TableSettings:
+    """What the tables of any model have in common.
 
     Recipes and numbers of steps are checked where they are used, because they need each other.
 
     Attributes:
-        model, card: the model's name, and what is known of it.
-        image_sizes: pixels per side; several give a table each.
-        references: the ``.npz`` of real images for each of them.
-        steps: of calibration and sampling, as ``make_schedule`` takes them; several give a table
-            each.
+        model: its name, or its folder.
         recipes: rows, ``recipe[:flag=value,…]``; None for the default ones.
         bits: bit widths of every recipe, such as ``W4A8``.
         num_fid_samples: images per row.
         num_fidelity_samples: how many of them are compared with the float model's.
         per_proc_batch_size: images in a batch.
-        decode_batch_size: latents that the VAE decodes at once; None for the whole batch.
         threads: CPU threads per sampling process.
         nproc: sampling processes.
-        cfg_scales: guidance of the samples; several give a table each.
-        sampler: ``ddpm`` or ``ddim``.
-        eta: of ddim.
         seed: of the calibration noise.
         global_seed: of the samples.
-        ckpt: float weights; None for the published or bundled ones.
-        vae: which Stable Diffusion VAE.
-        inception: Inception weights; None for the fetched ones.
         pr_dtype: of the distances behind precision and recall.
-        output: folder of checkpoints, samples and tables.
+        output: folder of what was quantised, samples and tables.
         report: folder of figures and pages; None for none.
-        report_layers: as in QuantDiT.py.
     """
 
     model: str
-    card: ModelCard
-    image_sizes: tuple[int, ...]
-    references: tuple[Path, ...]
-    steps: tuple[str, ...]
     recipes: tuple[str, ...] | None
     bits: tuple[str, ...]
     num_fid_samples: int
     num_fidelity_samples: int
     per_proc_batch_size: int
-    decode_batch_size: int | None
     threads: int
     nproc: int
-    cfg_scales: tuple[float, ...]
-    sampler: str
-    eta: float
     seed: int
     global_seed: int
-    ckpt: str | None
-    vae: str
-    inception: str | None
     pr_dtype: str
     output: Path
     report: Path | None
+
+
+@dataclass(frozen=True)
+class CompareSettings(TableSettings):
+    """The checked command line of compare.py, for a model of this repository.
+
+    Attributes:
+        card: what is known of the model.
+        image_sizes: pixels per side; several give a table each.
+        references: the ``.npz`` of real images for each of them.
+        steps: of calibration and sampling, as ``make_schedule`` takes them; several give a table
+            each.
+        decode_batch_size: latents that the VAE decodes at once; None for the whole batch.
+        cfg_scales: guidance of the samples; several give a table each.
+        sampler: ``ddpm`` or ``ddim``.
+        eta: of ddim.
+        ckpt: float weights; None for the published or bundled ones.
+        vae: which Stable Diffusion VAE.
+        inception: Inception weights; None for the fetched ones.
+        report_layers: as in QuantDiT.py.
+    """
+
+    card: ModelCard
+    image_sizes: tuple[int, ...]
+    references: tuple[Path, ...]
+    steps: tuple[str, ...]
+    decode_batch_size: int | None
+    cfg_scales: tuple[float, ...]
+    sampler: str
+    eta: float
+    ckpt: str | None
+    vae: str
+    inception: str | None
     report_layers: str | None
 
 
@@ -81,45 +95,65 @@ def compare_settings(args: argparse.Namespace) -> CompareSettings:
     Raises:
         UserError: a value is not allowed, or the output folder cannot be written to.
     """
-    # What depends on the machine and the model.
     card = find_card(args.model)
-    cores = os.cpu_count() or 1
-    nproc = (torch.cuda.device_count() or cores) if args.nproc is None else args.nproc
-    threads = args.threads or max(1, cores // max(1, nproc))
+    others = f"the folder of a pipeline, and {args.model} is none"
+    refuse_flags(args, make_parser(""), PIPELINE_FLAGS, others)
+    common = table_settings(args)
     image_sizes = args.image_size or [card.image_sizes[0]]
+    cfg_scales = args.cfg_scale or [CFG_SCALE]
 
     # Check what was given.
-    check_numbers(args, nproc, threads)
+    at_least(min(cfg_scales), 1.0, "--cfg-scale")
+    at_least(args.eta, 0.0, "--eta")
+    if args.eta > 1:
+        raise UserError(f"--eta {args.eta} is out of range: expected 0 to 1")
+    if args.decode_batch_size is not None:
+        at_least(args.decode_batch_size, 1, "--decode-batch-size")
     for size in image_sizes:
         one_of(size, card.image_sizes, "--image-size")
     references = find_references(args.reference, image_sizes, card, Path(args.output))
 
     return CompareSettings(
-        model=args.model,
+        **common,
         card=card,
         image_sizes=tuple(image_sizes),
         references=references,
-        steps=tuple(args.num_sampling_steps),
-        recipes=tuple(args.recipes) if args.recipes else None,
-        bits=tuple(args.bits),
-        num_fid_samples=args.num_fid_samples,
-        num_fidelity_samples=args.num_fidelity_samples,
-        per_proc_batch_size=args.per_proc_batch_size,
+        steps=tuple(args.num_sampling_steps or [STEPS]),
         decode_batch_size=args.decode_batch_size,
-        threads=threads,
-        nproc=nproc,
-        cfg_scales=tuple(args.cfg_scale),
+        cfg_scales=tuple(cfg_scales),
         sampler=args.sampler,
         eta=args.eta,
-        seed=args.seed,
-        global_seed=args.global_seed,
         ckpt=args.ckpt or None,
         vae=args.vae,
         inception=args.inception or None,
-        pr_dtype=args.pr_dtype,
-        output=Path(args.output),
-        report=Path(args.report) if args.report else None,
         report_layers=args.report_layers or None)
+
+
+def table_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Check what tables of any model need; returns the fields of ``TableSettings``.
+
+    Raises:
+        UserError: a number is too small.
+    """
+    cores = os.cpu_count() or 1
+    nproc = (torch.cuda.device_count() or cores) if args.nproc is None else args.nproc
+    threads = args.threads or max(1, cores // max(1, nproc))
+    check_numbers(args, nproc, threads)
+    return {
+        "model": args.model,
+        "recipes": tuple(args.recipes) if args.recipes else None,
+        "bits": tuple(args.bits),
+        "num_fid_samples": args.num_fid_samples,
+        "num_fidelity_samples": args.num_fidelity_samples,
+        "per_proc_batch_size": args.per_proc_batch_size,
+        "threads": threads,
+        "nproc": nproc,
+        "seed": args.seed,
+        "global_seed": args.global_seed,
+        "pr_dtype": args.pr_dtype,
+        "output": Path(args.output),
+        "report": Path(args.report) if args.report else None,
+    }
 
 
 def check_numbers(args: argparse.Namespace, nproc: int, threads: int) -> None:
@@ -133,18 +167,12 @@ def check_numbers(args: argparse.Namespace, nproc: int, threads: int) -> None:
         ("--per-proc-batch-size", args.per_proc_batch_size, 1),
         ("--nproc", nproc, 1),
         ("--num-fidelity-samples", args.num_fidelity_samples, 0),
-        ("--cfg-scale", min(args.cfg_scale), 1.0),
-        ("--eta", args.eta, 0.0),
         ("--global-seed", args.global_seed, 0),
         ("--seed", args.seed, 0),
         ("--threads", threads, 1),
-        ("--decode-batch-size", args.decode_batch_size, 1),
     )
     for flag, value, minimum in limits:
-        if value is not None:
-            at_least(value, minimum, flag)
-    if args.eta > 1:
-        raise UserError(f"--eta {args.eta} is out of range: expected 0 to 1")
+        at_least(value, minimum, flag)
 
 
 def find_references(

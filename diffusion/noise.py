@@ -48,3 +48,13 @@ class ImageNoise:
         """Return the next draw, (N, C, H, W) float32."""
         draws = [stream.standard_normal(self._shape, np.float32) for stream in self._streams]
         return torch.from_numpy(np.stack(draws)).to(self._device)
+
+
+def image_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
+    """Make a generator for each image, for code that draws its noise itself; on the CPU."""
+    return [torch.Generator().manual_seed(_generator_seed(seed, index)) for index in indices]
+
+
+def _generator_seed(seed: int, index: int) -> int:
+    sequence = np.random.SeedSequence(seed, spawn_key=(index, _NOISE))
+    return int(sequence.generate_state(1, np.uint64)[0])

@@ -2,14 +2,12 @@
 import torch
 from torch import Tensor, nn
 
-from ditas.backends import choose_backend
+from ditas.backends import choose_backend, computing_linear
 from ditas.layouts import Data, Layout, add_bias, from_data
 from ditas.packing import PackedLinear, unpacked, welcome_adapters
 from ditas.request import Request
 from errors import UserError
-from quant.install import make_linear, with_stand_in
 from quant.layers.fold import ROW_SCALES, DividedArgument, argument_of
-from quant.layers.linear import PatchLinear
 from quant.layers.quantised import QuantizedLayer
 from quant.numerics.tokens import matrix
 
@@ -101,11 +99,8 @@ def build_linears(model: nn.Module, request: Request) -> None:
         request, [layer for layer, _ in layers.values()], first.kind, first.device)
     for name, module in awaited.items():
         layer, bias = layers.pop(name)
-        linear = make_linear(
-            layer, layer.bias(bias), backend, module.kind, module.device, False, None)
-        if module.window is not None:
-            linear = PatchLinear(linear, module.window)
-        linear = with_stand_in(linear.to(module.device), module.kind, module.device)
+        linear = computing_linear(
+            layer, bias, backend, module.kind, module.device, module.window)
         tensors = {key: value.clone() for key, value in module._buffers.items()}
         model.set_submodule(name, PackedLinear(linear, tensors, module.shape))
     welcome_adapters()

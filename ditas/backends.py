@@ -3,10 +3,13 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
+from torch import Tensor, nn
 
 from ditas.request import Request
 from quant.backend import faster, resolve
+from quant.install import make_linear, with_stand_in
 from quant.integer.weight import integer_obstacle
+from quant.layers.linear import PatchLinear
 from quant.layers.quantised import QuantizedLayer
 from quant.recipe import act_spec, weight_spec
 
@@ -27,9 +30,28 @@ def choose_backend(
     Raises:
         UserError: the backend that was asked for does not go with the recipe.
     """
-    recipe, bits = request.recipe, request.bits
-    obstacle = integer_obstacle(
-        recipe, weight_spec(recipe, bits.weights), act_spec(recipe, bits.activations))
     timed = [layer for layer in layers if layer.act is not None][:TIMED_LAYERS]
     measure = partial(faster, timed, TIMED_TOKENS, kind, device, packed=False)
-    return resolve(request.backend, obstacle, device, measure)
+    return resolve(request.backend, obstacle(request), device, measure)
+
+
+def obstacle(request: Request) -> str | None:
+    """Say why a recipe cannot run on integers; None: it can."""
+    recipe, bits = request.recipe, request.bits
+    return integer_obstacle(
+        recipe, weight_spec(recipe, bits.weights), act_spec(recipe, bits.activations))
+
+
+def computing_linear(
+    layer: QuantizedLayer,
+    bias: Tensor | None,  # the linear's own
+    backend: str,
+    kind: torch.dtype,  # of what is not integer
+    device: torch.device,
+    window: tuple[int, int] | None,  # of a patch convolution
+) -> nn.Module:
+    """Make the module that computes a quantised linear or patch convolution."""
+    linear = make_linear(layer, layer.bias(bias), backend, kind, device, False, None)
+    if window is not None:
+        linear = PatchLinear(linear, window)
+    return with_stand_in(linear.to(device), kind, device)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -15,6 +16,7 @@ ROWS = 1000  # rows of a distance matrix, or features of a covariance, handled a
 BLOCK = 10_000  # rows and columns of distances that ADM's evaluator computes together
 NEIGHBOURS = 3
 IS_SPLIT = 5000
+SSIM_WINDOW, SSIM_SIGMA = 11, 1.5  # pixels
 
 
 def sqnr_db(reference: Tensor, test: Tensor) -> float:
@@ -37,6 +39,40 @@ def psnr_db(reference: NDArray, test: NDArray) -> NDArray:
     error = np.square(reference.astype(np.float64) - test).mean(axis=(1, 2, 3))
     with np.errstate(divide="ignore"):
         return 10 * np.log10(255.0 ** 2 / error)
+
+
+def ssim(a: NDArray, b: NDArray) -> NDArray:
+    """Compute the structural similarity of each pair of uint8 images (N, H, W, C); (N,).
+
+    Wang et al. (2004), equation 13, under their Gaussian window of 11 x 11 pixels wherever it fits
+    into the image; the mean over places and channels.
+
+    Raises:
+        ValueError: an image is smaller than the window.
+    """
+    if min(a.shape[1:3]) < SSIM_WINDOW:
+        raise ValueError(f"SSIM needs {SSIM_WINDOW} pixels a side, and images are "
+                         f"{a.shape[1]}x{a.shape[2]}")
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    mean_x, mean_y = _blur(x), _blur(y)
+    # Variances and covariance: E[x^2] - E[x]^2.
+    variance_x = _blur(x * x) - mean_x ** 2
+    variance_y = _blur(y * y) - mean_y ** 2
+    covariance = _blur(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    likeness = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    likeness /= (mean_x ** 2 + mean_y ** 2 + c1) * (variance_x + variance_y + c2)
+    return likeness.mean(axis=(1, 2, 3))
+
+
+def _blur(images: NDArray) -> NDArray:
+    """Average (N, H, W, C) under SSIM's window: (N, H - 10, W - 10, C)."""
+    place = np.arange(SSIM_WINDOW) - SSIM_WINDOW // 2
+    weights = np.exp(-place ** 2 / (2 * SSIM_SIGMA ** 2))
+    weights /= weights.sum()
+    for axis in (1, 2):
+        images = sliding_window_view(images, SSIM_WINDOW, axis) @ weights
+    return images
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The figures and the page of a comparison."""
 from pathlib import Path
 
-from comparison.rows import COLUMNS, Row
+from comparison.subject import Subject, TableRow
 from files.npz import read_arrays, read_images
 from report import figures
 from report.page import Figure, Section, html_table
@@ -9,20 +9,16 @@ from report.page import Figure, Section, html_table
 SHOWN = 12  # images per row of the picture
 
 
-def comparison_section(title: str, name: str, rows: list[Row]) -> Section:
-    """Show a table and its figures.
-
-    Args:
-        name: begins the names of the figures.
-    """
+def comparison_section(subject: Subject, rows: list[TableRow]) -> Section:
+    """Show a table and its figures."""
     lines = [row.cells() for row in rows]
-    drawn = [same_seeds(name, rows)]
+    drawn = [same_seeds(subject.name, rows)]
     if any(row.fidelity is not None for row in rows):
-        drawn.append(sqnr_over_steps(name, rows))
-    return Section(title, html_table(list(COLUMNS), lines), drawn)
+        drawn.append(sqnr_over_steps(subject.name, rows))
+    return Section(subject.title, html_table(list(subject.columns), lines), drawn)
 
 
-def same_seeds(name: str, rows: list[Row]) -> Figure:
+def same_seeds(name: str, rows: list[TableRow]) -> Figure:
     """Show the same seeds from every row."""
     images = {}
     for row in rows:
@@ -32,7 +28,7 @@ def same_seeds(name: str, rows: list[Row]) -> Figure:
     return Figure(f"{name}-same-seeds", figures.same_seeds(images), caption)
 
 
-def sqnr_over_steps(name: str, rows: list[Row]) -> Figure:
+def sqnr_over_steps(name: str, rows: list[TableRow]) -> Figure:
     """Draw the distance from the float model along the trajectory."""
     curves = {row.title: row.fidelity.sqnr_db for row in rows if row.fidelity is not None}
     caption = "SQNR of the latents against the float model's, after each step."

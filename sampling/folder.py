@@ -27,13 +27,13 @@ class ImageFolder:
     Args:
         path: an existing folder.
         fingerprint: of its manifest.
-        size: pixels per side.
+        size: pixels per side; None: what is in the folder says it.
     """
 
-    def __init__(self, path: Path, fingerprint: str, size: int):
+    def __init__(self, path: Path, fingerprint: str, size: int | None):
         self.path = path
         self.fingerprint = fingerprint
-        self.size = size
+        self._size = None if size is None else (size, size)
 
     def file(self, index: int) -> Path:
         """Name the file of an image."""
@@ -57,7 +57,7 @@ class ImageFolder:
             with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
                 pixels = np.asarray(image)  # decodes every chunk but the last
                 marked = image.text.get(MARK) == f"{index} {self.fingerprint}"
-                fits = image.mode == "RGB" and image.size == (self.size, self.size)
+                fits = image.mode == "RGB" and self._size in (None, image.size)
         except (OSError, SyntaxError, ValueError, EOFError):
             return None
         return pixels if marked and fits and data.endswith(_END) else None
@@ -101,15 +101,25 @@ class ImageFolder:
             progress: wraps the indices, to show how far it is.
 
         Raises:
-            ValueError: an image is missing; names the first. Nothing is written.
+            ValueError: an image is missing, or of another size than the first; names it. Nothing
+                is written.
         """
+        shape = self._load(0).shape
+
         def images():
             for index in progress(range(count)):
-                pixels = self.load(index)
-                if pixels is None:
-                    raise ValueError(f"image {self.file(index)} is missing or damaged: "
-                                     "run the sampling command again")
+                pixels = self._load(index)
+                if pixels.shape != shape:
+                    raise ValueError(f"image {self.file(index)} is not as large as the first: "
+                                     "delete it, then run the sampling command again")
                 yield pixels
 
         with atomic(npz, durable=True) as temporary:
-            write_npz(temporary, images(), (count, self.size, self.size, 3))
+            write_npz(temporary, images(), (count, *shape))
+
+    def _load(self, index: int) -> np.ndarray:
+        pixels = self.load(index)
+        if pixels is None:
+            raise ValueError(f"image {self.file(index)} is missing or damaged: "
+                             "run the sampling command again")
+        return pixels

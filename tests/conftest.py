@@ -215,4 +215,4 @@ def error_line(capsys, call) -> str:
 
 def is_progress(line: str) -> bool:
     """Tell whether a line is a progress bar's, or the empty one behind a bar of diffusers."""
-    return not line.strip() or "it/s" in line or "step" in line.split(":")[0]
+    return not line.strip() or "it/s" in line or "s/it" in line or "step" in line.split(":")[0]

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import QuantDiT
 import sample_merge_TAS
+from cli import sample_settings, settings
 from cli.memory import keep_freed_memory, large_blocks_apart, return_freed_memory
 from cli.settings import quantize_settings
 
@@ -265,8 +266,11 @@ def test_the_published_command_lines_parse():
                "--weight-bit 4 --path /path/DiTAS_Model --num-sampling-steps 100")
     args = sample_merge_TAS.make_parser().parse_args(command.split())
     assert (args.path, args.num_fid_samples) == ("/path/DiTAS_Model", 10000)
-    assert (args.cfg_scale, args.per_proc_batch_size) == (1.5, 64)
+    assert args.per_proc_batch_size == 64
     assert (args.global_seed, args.tf32, args.sample_dir, args.fold) == (0, True, "samples", True)
+    # Where the command line is silent, the model's settings say it: pipelines have their own.
+    assert (args.cfg_scale, sample_settings.CFG_SCALE, settings.PICTURE_CFG_SCALE) == (
+        None, 1.5, 4.0)
 
 
 # The published QuantDiT.py's flags that it never reads, with its own defaults.

@@ -341,3 +341,31 @@ def test_sqnr_in_closed_form():
     assert sqnr_db(signal, signal + torch.tensor([0.3, 0.4])) == pytest.approx(20, rel=1e-5)
     assert sqnr_db(signal, torch.zeros(2)) == pytest.approx(0)
     assert sqnr_db(signal, signal.clone()) == math.inf
+
+
+def test_ssim_is_its_definition_in_every_window():
+    random = np.random.default_rng(0)
+    a = random.integers(0, 256, (2, 13, 12, 3), dtype=np.uint8)
+    b = np.clip(a + random.normal(0, 40, a.shape), 0, 255).astype(np.uint8)
+    place = np.arange(-5, 6)
+    window = np.exp(-(place[:, None] ** 2 + place ** 2) / (2 * 1.5 ** 2))
+    window /= window.sum()
+    values = np.empty((2, 3, 2, 3))
+    for i, row, column, channel in np.ndindex(values.shape):
+        cut = (i, slice(row, row + 11), slice(column, column + 11), channel)
+        x, y = a[cut].astype(float), b[cut].astype(float)
+        mx, my = (window * x).sum(), (window * y).sum()
+        vx, vy = (window * (x - mx) ** 2).sum(), (window * (y - my) ** 2).sum()
+        cov = (window * (x - mx) * (y - my)).sum()
+        c1, c2 = 2.55 ** 2, 7.65 ** 2
+        values[i, row, column, channel] = (
+            (2 * mx * my + c1) * (2 * cov + c2)
+            / ((mx ** 2 + my ** 2 + c1) * (vx + vy + c2)))
+    np.testing.assert_allclose(metrics.ssim(a, b), values.mean(axis=(1, 2, 3)))
+
+
+def test_ssim_of_equal_images_is_one_and_small_ones_are_refused():
+    images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    np.testing.assert_allclose(metrics.ssim(images, images), 1)
+    with pytest.raises(ValueError, match="SSIM needs 11 pixels a side"):
+        metrics.ssim(images[:, :10], images[:, :10])

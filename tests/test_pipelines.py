@@ -11,7 +11,8 @@ from test_hand_over import emoji_pipeline
 import ditas
 import QuantDiT
 from cli import pipelines
-from cli.pipelines import PROMPTS, read_prompts
+from cli.call_arguments import call_arguments, write
+from cli.pipelines import PROMPTS, prompts_file, read_prompts
 from examples.emoji import pixart
 
 WORDS = ["red apple", "lion", "face"]
@@ -21,11 +22,12 @@ FLAGS = ("--num-sampling-steps", "2", "--recipe", "smoothquant", "--pipeline-arg
          json.dumps(PLAIN))
 
 
-def name_the_tokenizer(folder: Path) -> None:
-    """Give the tokenizer's class the name that all versions of transformers know."""
+def name_the_tokenizer(folder: Path, name: str = "tokenizer") -> None:
+    """Give a tokenizer's class, if it is there, the name that all versions of transformers know."""
     path = folder / "model_index.json"
     index = json.loads(path.read_text())
-    index["tokenizer"] = ["transformers", "PreTrainedTokenizerFast"]
+    if name in index:
+        index[name] = ["transformers", "PreTrainedTokenizerFast"]
     path.write_text(json.dumps(index))
 
 
@@ -66,6 +68,22 @@ def test_our_own_prompts_are_thirty_two():
     assert len(set(prompts)) == len(prompts) == 32
 
 
+def test_prompts_are_the_given_ones_then_the_folders_then_our_own():
+    folder = Path("folder")
+    folder.mkdir()
+    assert prompts_file(None, folder) == PROMPTS
+    (folder / "prompts.txt").write_text("lion")
+    assert prompts_file(None, folder) == folder / "prompts.txt"
+    assert prompts_file("given.txt", folder) == Path("given.txt")
+
+
+def test_arguments_of_a_call_json_over_flags_over_folder(tmp_path):
+    write(tmp_path, {"height": 8, "width": 8, "guidance_scale": 2.0})
+    arguments = call_arguments(
+        tmp_path, '{"height": 32}', height=16, guidance_scale=3.0, num_inference_steps=None)
+    assert arguments == {"height": 32, "width": 8, "guidance_scale": 3.0}
+
+
 def folder_with(index: dict | None) -> str:
     Path("folder").mkdir()
     if index is not None:
@@ -83,6 +101,9 @@ BROKEN = {"_class_name": "PixArtAlphaPipeline",
     (None, (), "'folder' holds no model_index.json that can be read"),
     (UNET, (), "'folder' is a StableDiffusionPipeline without a transformer: "
                "expected --component to be one of unet, vae"),
+    ({**BROKEN, "second": [None, None]}, ("--component", "second"),
+     "'folder' is a PixArtAlphaPipeline without a second: expected --component to be one of "
+     "transformer"),
     (BROKEN, ("--prompts", "none.txt"), "cannot read --prompts 'none.txt'"),
     (BROKEN, ("--prompts", "empty.txt"), "--prompts 'empty.txt' is empty"),
     (BROKEN, ("--num-sampling-steps", "ddim5"), "--num-sampling-steps ddim5 is no number"),

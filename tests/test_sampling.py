@@ -94,6 +94,20 @@ def test_npz_is_that_of_numpy(folder, tmp_path):
     assert (tmp_path / "ours.npz").read_bytes() == (tmp_path / "numpys.npz").read_bytes()
 
 
+def test_images_of_unknown_size_are_as_large_as_the_first(tmp_path):
+    folder = ImageFolder(tmp_path, "0123456789abcdef", None)
+    wide = [pixels(index)[:5] for index in range(3)]
+    for index, image in enumerate(wide):
+        folder.save(index, image)
+    folder.assemble(tmp_path / "wide.npz", 3)
+    with np.load(tmp_path / "wide.npz") as file:
+        assert np.array_equal(file["arr_0"], np.stack(wide))
+    folder.save(1, pixels(1)[:4])
+    with pytest.raises(ValueError, match="000001.png is not as large as the first"):
+        folder.assemble(tmp_path / "mixed.npz", 3)
+    assert not (tmp_path / "mixed.npz").exists()
+
+
 def test_leftovers_go_and_other_shards_keep_theirs(folder):
     names = [".000000.png.host.1.tmp", ".000007.png.host.2.tmp", ".manifest.json.host.3.tmp"]
     for name in names:

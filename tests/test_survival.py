@@ -22,6 +22,7 @@ import sample_merge_TAS
 
 SCRIPT = Path(__file__).parents[1] / "sample_merge_TAS.py"
 COUNT, BATCH = 90, 4  # not divisible
+PATIENCE = 600  # seconds, for machines with other work
 SETTINGS = ("--model", "DiT-Digits", "--num-sampling-steps", "6",
             "--per-proc-batch-size", str(BATCH), "--threads", "1")
 
@@ -38,6 +39,7 @@ def launch(
     processes: int | None = None,  # of torchrun; None: no torchrun
     count: int = COUNT,  # images
     restarts: int = 0,  # that torchrun may do
+    settings: tuple[str, ...] = SETTINGS,
 ) -> subprocess.Popen:
     torchrun = []
     if processes is not None:
@@ -45,7 +47,7 @@ def launch(
                     "--monitor-interval=0.1", f"--max-restarts={restarts}",
                     f"--master-port={free_port()}"]
     wanted = ["--num-fid-samples", str(count), "--sample-dir", str(folder), *map(str, more)]
-    command = [sys.executable, *torchrun, str(SCRIPT), *SETTINGS, *wanted]
+    command = [sys.executable, *torchrun, str(SCRIPT), *settings, *wanted]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env=environment)
@@ -53,7 +55,7 @@ def launch(
 
 def finish(run: subprocess.Popen, status: int = 0) -> str:
     """Wait for it; returns stderr without progress bars."""
-    _, stderr = run.communicate(timeout=240)
+    _, stderr = run.communicate(timeout=PATIENCE)
     assert run.returncode == status, stderr
     return "\n".join(line for line in re.split(r"[\r\n]", stderr) if line and "image/s" not in line)
 
@@ -71,7 +73,7 @@ def made(folder: Path) -> int:
 
 
 def wait_for_images(folder: Path, count: int, run: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while made(folder) < count and run.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -11,7 +11,8 @@ import pytest
 import QuantDiT
 import sample_merge_TAS
 from cli import threads
-from cli.settings import quantize_settings, sample_settings
+from cli.sample_settings import run_settings
+from cli.settings import quantize_settings
 from cli.threads import (
     FIRST,
     GENTLE_SPIN_COUNT,
@@ -89,7 +90,7 @@ def test_under_a_real_torchrun(tmp_path, given, expected):
 def test_both_scripts_take_the_flag_before_all_else(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    for script, settings in ((QuantDiT, quantize_settings), (sample_merge_TAS, sample_settings)):
+    for script, settings in ((QuantDiT, quantize_settings), (sample_merge_TAS, run_settings)):
         arguments = ["--model", "DiT-Digits"]
         parse = script.make_parser().parse_args
         assert settings(parse(arguments)).threads == 3

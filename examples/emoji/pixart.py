@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cli.call_arguments import write as write_call
 from errors import UserError
 from examples.emoji.autoencoder import LATENT_CHANNELS
 from examples.emoji.data import Emoji
@@ -23,6 +24,8 @@ TEXT_WIDTH = 128
 LONGEST_PROMPT = 24      # tokens
 # Of every ten prompts in training: six are the name, three the short names, one is empty.
 KINDS = (0.6, 0.3, 0.1)
+# How the pipeline is called: the last two are for models of 256 pixels and captions from the web.
+CALL = {"num_inference_steps": 25, "use_resolution_binning": False, "clean_caption": False}
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 
 
@@ -145,6 +148,7 @@ def save_pipeline(vae: nn.Module, tokenizer, model: TextToNoise, folder: Path) -
     entries = json.loads(index.read_text())
     entries["tokenizer"] = ["transformers", "PreTrainedTokenizerFast"]
     index.write_text(json.dumps(entries, indent=2) + "\n")
+    write_call(folder, CALL)
 
 
 def load_pipeline(folder: Path = FOLDER):
@@ -173,9 +177,6 @@ def draw_prompts(
 ) -> np.ndarray:
     """Draw one image per prompt, uint8 (N, 64, 64, 3); noise is seeded by the prompt's place."""
     generators = [torch.Generator().manual_seed(seed + place) for place in range(len(prompts))]
-    images = pipeline(
-        prompts, num_inference_steps=steps, guidance_scale=guidance_scale, generator=generators,
-        output_type="np",
-        # Both are for models of 256 pixels and more, and captions from the web.
-        use_resolution_binning=False, clean_caption=False).images
+    arguments = {**CALL, "num_inference_steps": steps, "guidance_scale": guidance_scale}
+    images = pipeline(prompts, generator=generators, output_type="np", **arguments).images
     return (images * 255).round().astype(np.uint8)

@@ -1,0 +1,79 @@
+"""The checked command line of compare.py, for the folder of a pipeline."""
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from cli.call_arguments import call_arguments, number_of_steps
+from cli.parser import refuse_flags
+from cli.pipelines import COMPONENT, component_of, prompts_file, read_prompts
+from comparison.flags import PIPELINE_RECIPES, make_parser
+from comparison.settings import TableSettings, table_settings
+from errors import UserError
+from files.atomic import writable_folder
+
+# What only models of this repository have.
+OTHERS_FLAGS = (
+    "image_size", "decode_batch_size", "sampler", "eta", "ckpt", "vae", "inception",
+    "report_layers")
+
+
+@dataclass(frozen=True)
+class PipelineTableSettings(TableSettings):
+    """The checked command line of compare.py, for the folder of a pipeline.
+
+    Attributes:
+        prompts, calibration_prompts: files of what is drawn and of what recipes calibrate on.
+        steps: of calibration and sampling, None for the folder's or the pipeline's own; several
+            give a table each.
+        guidance: of the samples, None for the folder's or the pipeline's own; several give a table
+            each.
+        pipeline_args: JSON of more arguments of the pipeline's call.
+        reference: ``.npz`` of real images; None: there are none.
+        clip: folder of a CLIP model; None for no CLIP score.
+    """
+
+    prompts: Path
+    calibration_prompts: Path
+    steps: tuple[str | None, ...]
+    guidance: tuple[float | None, ...]
+    pipeline_args: str | None
+    reference: Path | None
+    clip: Path | None
+
+
+def pipeline_settings(args: argparse.Namespace) -> PipelineTableSettings:
+    """Check the command line.
+
+    Raises:
+        UserError: a flag is wrong or is for other models, or the folder holds no pipeline.
+    """
+    others = f"the models of this repository, and '{args.model}' is a folder"
+    refuse_flags(args, make_parser(""), OTHERS_FLAGS, others)
+    folder = Path(args.model)
+    component_of(folder, COMPONENT)
+    for steps in args.num_sampling_steps or []:
+        number_of_steps(steps)
+    call_arguments(folder, args.pipeline_args)
+
+    # The prompts of both, read once so that a mistake is told before any work is done.
+    prompts = prompts_file(args.prompts, folder)
+    calibration = Path(args.calibration_prompts or prompts)
+    read_prompts(prompts)
+    read_prompts(calibration)
+    common = table_settings(args)
+    writable_folder(Path(args.output))
+    return PipelineTableSettings(
+        **{**common, "recipes": common["recipes"] or PIPELINE_RECIPES},
+        prompts=prompts,
+        calibration_prompts=calibration,
+        steps=tuple(args.num_sampling_steps or [None]),
+        guidance=tuple(args.cfg_scale or [None]),
+        pipeline_args=args.pipeline_args,
+        reference=_only_reference(args.reference),
+        clip=None if args.clip is None else Path(args.clip))
+
+
+def _only_reference(given: list[str] | None) -> Path | None:
+    if given is not None and len(given) != 1:
+        raise UserError(f"--reference has {len(given)} files: expected one for a pipeline")
+    return None if given is None else Path(given[0])

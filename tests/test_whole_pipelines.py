@@ -1,0 +1,112 @@
+"""SD3, Flux and Wan from the command line: a quantised folder, and the same outputs from it."""
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import call, error_line
+from test_hand_over import in_a_fresh_process
+from test_pipelines import WORDS
+from tiny_pipelines import PIPELINES, name_the_tokenizers, save
+
+import QuantDiT
+import sample_merge_TAS
+from cli import pipelines
+from ditas.switching import switch_backend
+from errors import UserError
+from files.npz import read_arrays
+from sampling.pipeline import as_bytes
+
+STEPS = 2
+RECIPES = {"rtn": (), "ditas": ("--group-size", "16", "--lowrank", "4")}
+
+# It knows nothing of this repository but ``import ditas``.
+DRAW = """
+import json, sys
+import numpy, torch
+import ditas
+from ditas.switching import switch_backend
+from errors import UserError
+from diffusers import DiffusionPipeline
+torch.set_num_threads(int(sys.argv[1]))
+words, arguments = json.loads(sys.argv[2]), json.loads(sys.argv[3])
+for folder in sys.argv[4:]:
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    switch_backend(pipeline.transformer, "fake")
+    generators = [torch.Generator().manual_seed(i) for i in range(len(words))]
+    output = pipeline(words, generator=generators, output_type="np", **arguments)[0]
+    numpy.save(folder + ".npy", output)
+"""
+
+
+@pytest.fixture(scope="module", params=PIPELINES)
+def quantised(request, tmp_path_factory):
+    """Quantise a pipeline with every recipe; returns name, folder and what each drew."""
+    name = request.param
+    place = tmp_path_factory.mktemp(name)
+    save(name, place / "float")
+    (place / "prompts.txt").write_text("\n".join(WORDS))
+    drawn = {}
+    for recipe, flags in RECIPES.items():
+        loaded = []
+        with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+            patch.setattr(pipelines, "load_pipeline", partial(kept, loaded))
+            call(QuantDiT, "--model", place / "float", "--recipe", recipe, *flags,
+                 "--prompts", place / "prompts.txt", "--num-sampling-steps", STEPS,
+                 "--output", place / recipe, "--pipeline-args", json.dumps(PIPELINES[name][1]))
+        name_the_tokenizers(place / recipe)
+        drawn[recipe] = draw(loaded[0], name)
+    return name, place, drawn
+
+
+def kept(loaded: list, folder: Path):
+    """Load a pipeline and keep it: it is quantised where it is."""
+    loaded.append(pipelines.read_pipeline(folder))
+    return loaded[0]
+
+
+def draw(pipeline, name: str) -> np.ndarray:
+    switch_backend(pipeline.transformer, "fake")
+    generators = [torch.Generator().manual_seed(i) for i in range(len(WORDS))]
+    with torch.no_grad():
+        return pipeline(WORDS, generator=generators, output_type="np", num_inference_steps=STEPS,
+                        **PIPELINES[name][1])[0]
+
+
+def test_a_fresh_process_draws_what_was_quantised(quantised):
+    name, place, drawn = quantised
+    arguments = {"num_inference_steps": STEPS, **PIPELINES[name][1]}
+    folders = [str(place / recipe) for recipe in RECIPES]
+    in_a_fresh_process(DRAW, str(torch.get_num_threads()), json.dumps(WORDS),
+                       json.dumps(arguments), *folders)
+    for recipe, folder in zip(RECIPES, folders):
+        again = np.load(f"{folder}.npy")
+        assert np.isfinite(again).all() and np.array_equal(again, drawn[recipe])
+    assert not np.array_equal(drawn["rtn"], drawn["ditas"])
+    assert json.loads((place / "ditas/call.json").read_text()) == arguments
+
+
+def test_sampling_draws_images_and_refuses_videos(quantised, tmp_path, monkeypatch, capsys):
+    name, place, _ = quantised
+    monkeypatch.chdir(tmp_path)
+    words = ("--path", place / "ditas", "--prompts", place / "prompts.txt", "--backend", "fake",
+             "--num-fid-samples", 3, "--per-proc-batch-size", 2)
+    if name == "Wan":
+        line = error_line(capsys, lambda: call(sample_merge_TAS, *words))
+        assert "a WanPipeline makes videos, and PNGs hold images" in line
+        assert not Path("samples").exists()
+        return
+    call(sample_merge_TAS, *words)
+    images = read_arrays(next(Path("samples").glob("*.npz")))["arr_0"]
+    assert images.shape == (3, 16, 16, 3)
+
+
+def test_images_that_are_none_are_refused():
+    with pytest.raises(ValueError, match="NaN"):
+        as_bytes(np.full((1, 4, 4, 3), np.nan), 1)
+    with pytest.raises(UserError, match="2 images for 1 prompts"):
+        as_bytes(np.zeros((2, 4, 4, 3)), 1)
+    with pytest.raises(UserError, match=r"arrays of shape \(1, 5, 4, 4, 3\)"):
+        as_bytes(np.zeros((1, 5, 4, 4, 3)), 1)
