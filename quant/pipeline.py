@@ -176,9 +176,12 @@ def check_groups(task: Task, search: GroupSearch | None) -> None:
     Raises:
         ValueError: a size does not fit a layer, or there are several and no search.
     """
-    if task.recipe.group_sizes and search is None:
-        raise ValueError("the recipe has several group sizes: give quantize_model a search, "
-                         "which chooses among them")
+    if task.recipe.group_sizes:
+        if search is None:
+            raise ValueError("the recipe has several group sizes: give quantize_model a search, "
+                             "which chooses among them")
+        # The search takes those that fit each layer.
+        return
     spec = weight_spec(task.recipe, task.bits.weights)
     for site in task.sites:
         for name in site.linears:
