@@ -13,9 +13,9 @@ from cli.recipe_flags import bit_widths, build_recipe, given_flags
 from cli.settings import cpu_threads
 from cli.stages import stage
 from cli.threads import default_threads
-from cli.values import at_least, user_value
+from cli.values import at_least, new_folder, user_value
 from errors import UserError
-from files.atomic import atomic_folder, writable_folder
+from files.atomic import atomic_folder
 from models import DiT_models
 from quant.recipe import check_recipe
 
@@ -70,14 +70,14 @@ def pipeline_settings(args: argparse.Namespace) -> PipelineSettings:
         prompts=read_prompts(Path(args.prompts or PROMPTS)),
         arguments={**steps, **_json(args.pipeline_args)},
         seed=at_least(args.seed, 0, "--seed"),
-        output=_new_folder(Path(output)),
+        output=new_folder(Path(output)),
         threads=cpu_threads(args.threads, default_threads()),
     )
 
 
 def _refuse_flags_of_others(args: argparse.Namespace) -> None:
     names = ("image_size", "num_classes", "ckpt", "class_labels", "cfg_scale", "report",
-             "report_layers", "reference", "inception", "i3d")
+             "report_layers", "reference", "inception", "i3d", "export")
     for name in names:
         if getattr(args, name) is not None:
             flag = name.replace("_", "-")
@@ -116,13 +116,6 @@ def _json(text: str | None) -> dict[str, Any]:
         raise UserError(f"--pipeline-args '{text}' is no JSON object: "
                         "expected one such as '{\"guidance_scale\": 3.5}'")
     return values
-
-
-def _new_folder(folder: Path) -> Path:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"'{folder}' is there already: give another --output")
-    writable_folder(folder.parent)
-    return folder
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:

@@ -33,14 +33,27 @@ def check_not_quantised(module: nn.Module) -> None:
 
 
 def put_in(module: nn.Module, request: Request, result: Result) -> Outcome:
-    """Fold the factors, and put the quantised layers where the linears were."""
+    """Put what was found into the module that it was found for; say what became of it."""
     outcome = outcome_of(module, request, result)
     give_new_values(module, result)
+    put_layers(module, request, result.layers, result.operands)
+    return outcome
 
+
+def put_layers(
+    module: nn.Module,
+    request: Request,
+    layers: dict[str, QuantizedLayer],
+    operands: dict[str, Operands],
+) -> None:
+    """Fold the factors, and put quantised layers where linears were.
+
+    Of the linears' float weights only shape and type are looked at.
+    """
     # Where factors fold, float parameters around the linears change.
     before = {name for name, _ in module.named_parameters()}
-    layers = fold(module, result.layers)
-    operands = folded_operands(module, layers, result.operands)
+    layers = fold(module, layers)
+    operands = folded_operands(module, layers, operands)
     added = [name.removesuffix(".bias") for name, _ in module.named_parameters()
              if name not in before and name.removesuffix(".bias") not in layers]
 
@@ -61,7 +74,6 @@ def put_in(module: nn.Module, request: Request, result: Result) -> Outcome:
         # It is diffusers' own, which is thus installed.
         from ditas.hand_over import sign
         sign(module, request, None if index or operands else stored_form(module, layers, added))
-    return outcome
 
 
 def stored_form(
