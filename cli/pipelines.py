@@ -2,8 +2,9 @@
 import argparse
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ class PipelineSettings:
     seed: int  # of the first prompt's noise
     output: Path  # the folder that is written
     threads: int  # CPU threads
+    offload: bool  # parts of the pipeline are on the GPU only while they run
 
 
 def is_pipeline(args: argparse.Namespace) -> bool:
@@ -72,7 +74,14 @@ def pipeline_settings(args: argparse.Namespace) -> PipelineSettings:
         seed=at_least(args.seed, 0, "--seed"),
         output=new_folder(Path(output)),
         threads=cpu_threads(args.threads, default_threads()),
+        offload=_offload(args),
     )
+
+
+def _offload(args: argparse.Namespace) -> bool:
+    if args.offload and not torch.cuda.is_available():
+        raise UserError("--offload keeps what does not run off the GPU, and there is none: drop it")
+    return bool(args.offload)
 
 
 def _refuse_flags_of_others(args: argparse.Namespace) -> None:
@@ -145,10 +154,14 @@ def quantize_pipeline(settings: PipelineSettings) -> None:
     torch.set_num_threads(settings.threads)
     with stage("load"):
         pipeline = load_pipeline(settings.folder)
+    if torch.cuda.is_available() and not settings.offload:
+        pipeline.to("cuda")
+    drive = partial(sample, pipeline, settings)
+    if settings.offload:
+        drive = partial(offloaded, pipeline, settings.component, "cuda", drive)
     with stage("quantise"):
         done = ditas.quantize(
-            getattr(pipeline, settings.component), lambda: sample(pipeline, settings),
-            settings.recipe, **settings.flags)
+            getattr(pipeline, settings.component), drive, settings.recipe, **settings.flags)
     print(done)
     with stage("save"), atomic_folder(settings.output) as temporary:
         pipeline.save_pretrained(temporary)
@@ -157,8 +170,20 @@ def quantize_pipeline(settings: PipelineSettings) -> None:
           f"DiffusionPipeline.from_pretrained('{settings.output}')")
 
 
+def offloaded(pipeline, component: str, device: str, drive: Callable[[], None]) -> None:
+    """Let a pipeline sample with no part of it on the device but the one that runs.
+
+    Afterwards the component is there alone: text encoders and VAE are not needed any more.
+    """
+    pipeline.enable_model_cpu_offload(device=device)
+    drive()
+    pipeline.remove_all_hooks()
+    pipeline.to("cpu")
+    getattr(pipeline, component).to(device)
+
+
 def load_pipeline(folder: Path):
-    """Load a float pipeline: in float32 on the CPU, in bfloat16 on a GPU.
+    """Load a float pipeline on the CPU: in float32, or in bfloat16 where there is a GPU.
 
     Raises:
         UserError: it cannot be loaded, or it takes no prompts.
@@ -178,7 +203,7 @@ def load_pipeline(folder: Path):
         raise UserError(f"a {type(pipeline).__name__} takes no prompts: quantise its transformer "
                         "from Python with ditas.quantize")
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to("cuda") if has_gpu else pipeline
+    return pipeline
 
 
 def sample(pipeline, settings: PipelineSettings) -> None:

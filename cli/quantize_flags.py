@@ -69,6 +69,9 @@ def _add_pipeline_flags(parser: Parser) -> None:
         "--exclude", metavar="REGEX",
         help="linears that are not, nor those that share an input with them")
     group.add_argument(
+        "--offload", action="store_true", default=None,
+        help="keep text encoders and VAE off the GPU while the transformer is quantised")
+    group.add_argument(
         "--pipeline-args", metavar="JSON",
         help="more arguments of the pipeline's call, such as '{\"guidance_scale\": 3.5}'")
 

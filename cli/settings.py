@@ -173,7 +173,8 @@ def choose_model(args: argparse.Namespace) -> ModelChoice:
 
 
 def _refuse_flags_of_pipelines(args: argparse.Namespace, model: ModelChoice) -> None:
-    for name in ("prompts", "component", "include", "exclude", "pipeline_args"):
+    for name in ("prompts", "component", "include", "exclude", "pipeline_args",
+                 "offload"):
         if getattr(args, name) is not None:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} is for the folder of a diffusers pipeline, and {model.name} "
