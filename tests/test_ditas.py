@@ -76,7 +76,7 @@ def run_on(model: nn.Module, example: Example):
 
 
 @pytest.mark.parametrize("name", BY_NAME)
-def test_any_transformer_is_quantised(name):
+def test_any_transformer_is_quantised_and_comes_back(name, tmp_path):
     model = explored_example(name)
     expected = output(model, name)
     done = ditas.quantize(model, run_on(model, BY_NAME[name]), "rtn", weight_bit=8, backend="fake")
@@ -85,6 +85,8 @@ def test_any_transformer_is_quantised(name):
     assert len(set(linears)) == len(linears) >= 8
     for linear in linears:
         assert not isinstance(model.get_submodule(linear), nn.Linear)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(output(type(model).from_pretrained(tmp_path), name), output(model, name))
 
 
 @pytest.mark.parametrize("name", BY_NAME)
