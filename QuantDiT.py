@@ -10,6 +10,8 @@
         --recipe rtn --balance tas --alpha grid --act-granularity token
     # the transformer of a diffusers pipeline, in a folder; writes a folder that diffusers loads
     python QuantDiT.py --model FOLDER --prompts prompts.txt --output my-model
+    # a checkpoint as the folder of a pipeline
+    python QuantDiT.py --path results/model.safetensors --export diffusers
     # what is inside any transformer of diffusers; a config.json is enough
     python QuantDiT.py --model FOLDER --inspect
 """
@@ -21,6 +23,7 @@ import argparse
 from functools import partial
 
 from cli import quantize_flags
+from cli.export import export, export_settings
 from cli.inspect import inspect_settings, print_inspection
 from cli.parser import Parser, run
 from cli.pipelines import is_pipeline, pipeline_settings, quantize_pipeline
@@ -30,10 +33,12 @@ from cli.settings import quantize_settings
 
 def main(args: argparse.Namespace) -> None:
     """Quantise what the command line says, or print what is inside it."""
-    if args.inspect:
+    if args.inspect and args.path is None:
         print_inspection(inspect_settings(args))
         return
-    if is_pipeline(args):
+    if args.path is not None:
+        work = partial(export, export_settings(args))
+    elif is_pipeline(args):
         work = partial(quantize_pipeline, pipeline_settings(args))
     else:
         work = partial(quantize, quantize_settings(args))

@@ -137,10 +137,10 @@ def load_decoder(card: ModelCard, vae: str, device: torch.device) -> Decoder:
         from examples.emoji.autoencoder import load_autoencoder
         model = load_autoencoder().to(device)
         return _vae_decoder("emoji", model, model.config.scaling_factor)
-    return _vae_decoder(vae, _stable_diffusion_vae(vae).to(device), VAE_SCALE)
+    return _vae_decoder(vae, stable_diffusion_vae(vae).to(device), VAE_SCALE)
 
 
-def _stable_diffusion_vae(vae: str) -> torch.nn.Module:
+def stable_diffusion_vae(vae: str) -> torch.nn.Module:
     """Load the VAE called ``vae`` from ``pretrained_models`` or the hub, in eval mode.
 
     Raises:

@@ -285,16 +285,16 @@ class Walk:
         return iter([(Edit(weight, rows, rows=True),)])
 
     def _norm(self, node: fx.Node, demand: Demand) -> Iterator[Edits]:
-        affine = [behind_casts(parameter) for parameter in node.args[2:4]
-                  if isinstance(parameter, fx.Node)]
-        if not affine or not all(node in self._trace.names for node in affine):
+        affine = [values for values in node.args[2:4] if isinstance(values, fx.Node)]
+        if not affine:
             raise Obstacle("a norm without weights")
         if demand.has_plus and len(affine) < 2:
             raise Obstacle("a norm without bias")
         shape = self._shape(affine[0])
         on_bias = before_broadcast(demand, shape, "channels of several factors")
         demands = [on_bias.without_plus(), on_bias]
-        return iter([tuple(Edit(node, each) for node, each in zip(affine, demands))])
+        # They may be computed of parameters: ``weight + 1``.
+        return self.all_of(list(zip(affine, demands)))
 
     def _attention(self, node: fx.Node, demand: Demand) -> Iterator[Edits]:
         _refuse_plus(node, demand)

@@ -1,104 +1,32 @@
-"""Small configurations of diffusers' transformers with a call of each, as data.
-
-Sizes are as small as a class allows: two blocks of every kind, heads of 16 channels, two images.
-What is not a size is as in the published models.
-"""
-from dataclasses import dataclass, field
-from typing import Any
-
+"""Small models of diffusers' transformers and their calls; ``further_examples`` has more."""
 import torch
-from torch import nn
-from torch.utils import _pytree as pytree
 
-from architectures.sites import Call
+from architectures.example_parts import (
+    HEADS,
+    IMAGE,
+    IMAGES,
+    LATENTS,
+    PARTS,
+    POOLED,
+    PROMPT,
+    SIZES,
+    STEPS,
+    TEXT,
+    TEXT_WIDTH,
+    TOKENS,
+    VIDEO,
+    Example,
+    Noise,
+    Numbers,
+    build,
+    draw_call,
+    ones,
+)
+from architectures.further_examples import FURTHER
 
-IMAGES = 2
-TEXT = 5  # tokens
-TEXT_WIDTH = 24
+__all__ = ["EXAMPLES", "IMAGES", "TEXT", "TEXT_WIDTH", "Example", "Noise", "Numbers", "build",
+           "draw_call", "examples_of"]
 
-
-@dataclass(frozen=True)
-class Noise:
-    """Stands for random numbers of a shape."""
-
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """Stands for a tensor of given numbers, repeated until it has a shape."""
-
-    values: tuple
-    shape: tuple[int, ...]
-    dtype: torch.dtype = torch.float32
-
-
-@dataclass(frozen=True)
-class Example:
-    """A small model, and how it is called.
-
-    Attributes:
-        class_name: in diffusers.
-        sizes: of its configuration, and what makes it the published variant.
-        call: arguments of ``forward``, tensors described.
-        variant: tells two examples of one class apart.
-    """
-
-    class_name: str
-    sizes: dict[str, Any]
-    call: dict[str, Any] = field(repr=False)
-    variant: str = ""
-
-    @property
-    def name(self) -> str:
-        return f"{self.class_name} {self.variant}".strip()
-
-
-def build(example: Example, **changes) -> nn.Module:
-    """Make the model with random weights, in eval mode; ``changes`` override its configuration.
-
-    Raises:
-        ValueError: diffusers makes no such model.
-    """
-    # Not at the top of the file: diffusers is needed for its own models only.
-    import diffusers
-    kind = getattr(diffusers, example.class_name, None)
-    if kind is None:
-        raise ValueError(f"diffusers {diffusers.__version__} has no {example.class_name}")
-    torch.manual_seed(0)
-    return kind(**{**example.sizes, **changes}).eval()
-
-
-def draw_call(example: Example) -> Call:
-    """Make the tensors of an example's call."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(leaf: Any) -> Any:
-        if isinstance(leaf, Noise):
-            return torch.randn(leaf.shape, generator=generator)
-        if isinstance(leaf, Numbers):
-            count = torch.Size(leaf.shape).numel()
-            repeated = torch.tensor(leaf.values, dtype=leaf.dtype)
-            return repeated.repeat(-(-count // len(leaf.values)))[:count].reshape(leaf.shape)
-        return leaf
-
-    return pytree.tree_map(draw, {**example.call, "return_dict": False})
-
-
-def _ones(*shape: int, dtype: torch.dtype = torch.float32) -> Numbers:
-    return Numbers((1,), shape, dtype)
-
-
-LATENTS = Noise((IMAGES, 4, 8, 8))
-VIDEO = Noise((IMAGES, 4, 2, 8, 8))
-TOKENS = Noise((IMAGES, 16, 4))
-PROMPT = Noise((IMAGES, TEXT, TEXT_WIDTH))
-POOLED = Noise((IMAGES, 20))
-STEPS = Numbers((700, 20), (IMAGES,), torch.int64)
-PARTS = Numbers((0.7, 0.02), (IMAGES,))  # timesteps between 0 and 1
-SIZES = Numbers((64,), (IMAGES, 2))  # of pictures, in pixels
-HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
-IMAGE = {"sample_size": 8, "patch_size": 2, "in_channels": 4}
 # What several classes share.
 FLUX_SIZES = {**HEADS, "in_channels": 4, "num_layers": 2, "num_single_layers": 2,
               "joint_attention_dim": TEXT_WIDTH, "axes_dims_rope": (4, 4, 8)}
@@ -121,7 +49,7 @@ EXAMPLES = (
         {**IMAGE, **HEADS, "out_channels": 8, "num_layers": 2, "cross_attention_dim": 32,
          "caption_channels": TEXT_WIDTH, "use_additional_conditions": False},
         {"hidden_states": LATENTS, "timestep": STEPS, "encoder_hidden_states": PROMPT,
-         "encoder_attention_mask": _ones(IMAGES, TEXT),
+         "encoder_attention_mask": ones(IMAGES, TEXT),
          "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}),
     Example(
         "SD3Transformer2DModel",
@@ -162,8 +90,8 @@ EXAMPLES = (
          "text_len_t5": TEXT},
         {"hidden_states": LATENTS, "timestep": Numbers((700, 20), (IMAGES,)),
          "encoder_hidden_states": PROMPT,
-         "text_embedding_mask": _ones(IMAGES, TEXT), "encoder_hidden_states_t5": PROMPT,
-         "text_embedding_mask_t5": _ones(IMAGES, TEXT),
+         "text_embedding_mask": ones(IMAGES, TEXT), "encoder_hidden_states_t5": PROMPT,
+         "text_embedding_mask_t5": ones(IMAGES, TEXT),
          "image_meta_size": Numbers((64, 64, 64, 64, 0, 0), (IMAGES, 6)),
          "style": Numbers((0,), (IMAGES,), torch.int64),
          "image_rotary_emb": [Noise((16, 16)), Noise((16, 16))]}),
@@ -173,7 +101,7 @@ EXAMPLES = (
          "num_attention_heads": 4, "num_kv_heads": 2, "multiple_of": 2,
          "axes_dim_rope": (8, 4, 4), "axes_lens": (64, 64, 64), "cap_feat_dim": TEXT_WIDTH},
         {"hidden_states": LATENTS, "timestep": PARTS, "encoder_hidden_states": PROMPT,
-         "encoder_attention_mask": _ones(IMAGES, TEXT, dtype=torch.bool)}),
+         "encoder_attention_mask": ones(IMAGES, TEXT, dtype=torch.bool)}),
     Example(
         "AuraFlowTransformer2DModel",
         {**IMAGE, **HEADS, "out_channels": 4, "num_mmdit_layers": 2, "num_single_dit_layers": 2,
@@ -186,7 +114,7 @@ EXAMPLES = (
          "joint_attention_dim": TEXT_WIDTH, "axes_dims_rope": (8, 4, 4)},
         {"hidden_states": Noise((IMAGES, 16, 16)), "timestep": PARTS,
          "encoder_hidden_states": PROMPT,
-         "encoder_hidden_states_mask": _ones(IMAGES, TEXT, dtype=torch.int64),
+         "encoder_hidden_states_mask": ones(IMAGES, TEXT, dtype=torch.int64),
          "img_shapes": [(1, 4, 4)] * IMAGES}),
     Example(
         "ZImageTransformer2DModel",
@@ -223,14 +151,14 @@ EXAMPLES = (
          "caption_channels": TEXT_WIDTH},
         {"hidden_states": Noise((IMAGES, 32, 4)), "timestep": STEPS,
          "encoder_hidden_states": PROMPT,
-         "encoder_attention_mask": _ones(IMAGES, TEXT, dtype=torch.bool),
+         "encoder_attention_mask": ones(IMAGES, TEXT, dtype=torch.bool),
          "num_frames": 2, "height": 4, "width": 4}),
     Example(
         "MochiTransformer3DModel",
         {**HEADS, "patch_size": 2, "in_channels": 4, "num_layers": 3, "pooled_projection_dim": 20,
          "text_embed_dim": TEXT_WIDTH, "time_embed_dim": 28, "max_sequence_length": TEXT},
         {"hidden_states": VIDEO, "timestep": STEPS, "encoder_hidden_states": PROMPT,
-         "encoder_attention_mask": _ones(IMAGES, TEXT, dtype=torch.bool)}),
+         "encoder_attention_mask": ones(IMAGES, TEXT, dtype=torch.bool)}),
     Example(
         "BriaTransformer2DModel",
         FLUX_SIZES,
@@ -260,13 +188,14 @@ EXAMPLES = (
         {**HEADS, "in_channels": 4, "out_channels": 4, "num_layers": 2, "num_single_layers": 2,
          "text_embed_dim": TEXT_WIDTH, "pooled_projection_dim": 20, "rope_axes_dim": (4, 4, 8)},
         {"hidden_states": VIDEO, "timestep": STEPS, "encoder_hidden_states": PROMPT,
-         "encoder_attention_mask": _ones(IMAGES, TEXT), "pooled_projections": POOLED,
+         "encoder_attention_mask": ones(IMAGES, TEXT), "pooled_projections": POOLED,
          "guidance": Numbers((4.0,), (IMAGES,))}),
     Example(
         "SkyReelsV2Transformer3DModel",
         {**HEADS, "in_channels": 4, "out_channels": 4, "text_dim": TEXT_WIDTH, "ffn_dim": 48,
          "num_layers": 2, "rope_max_seq_len": 32},
         {"hidden_states": VIDEO, "timestep": STEPS, "encoder_hidden_states": PROMPT}),
+    *FURTHER,
 )
 
 

@@ -12,8 +12,11 @@ from architectures.sites import Architecture
 from models import DiT_models
 
 # By the name of the class, so that diffusers is imported only where a model of it is built.
+_DIT = DiTArchitecture()
 _BY_CLASS: dict[str, Architecture] = {
-    "DiT": DiTArchitecture(),
+    "DiT": _DIT,
+    # The same as a model of diffusers (ditas/dit.py).
+    "DitasDiT": _DIT,
     "DiTTransformer2DModel": DiffusersDiTArchitecture(),
     "PixArtTransformer2DModel": PixArtArchitecture(),
 }

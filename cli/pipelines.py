@@ -3,8 +3,9 @@ import argparse
 import inspect
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from cli.recipe_flags import bit_widths, build_recipe, given_flags
 from cli.settings import cpu_threads
 from cli.stages import stage
 from cli.threads import default_threads
-from cli.values import at_least, user_value
+from cli.values import at_least, new_folder, user_value
 from errors import UserError
-from files.atomic import atomic_folder, writable_folder
+from files.atomic import atomic_folder
 from models import DiT_models
 from quant.recipe import check_recipe
 
@@ -42,6 +43,7 @@ class PipelineSettings:
     seed: int  # of the first prompt's noise
     output: Path  # the folder that is written
     threads: int  # CPU threads
+    offload: bool  # parts of the pipeline are on the GPU only while they run
 
 
 def is_pipeline(args: argparse.Namespace) -> bool:
@@ -77,14 +79,21 @@ def pipeline_settings(args: argparse.Namespace) -> PipelineSettings:
             folder, args.pipeline_args,
             num_inference_steps=None if steps is None else number_of_steps(steps)),
         seed=at_least(args.seed, 0, "--seed"),
-        output=_new_folder(Path(output)),
+        output=new_folder(Path(output)),
         threads=cpu_threads(args.threads, default_threads()),
+        offload=_offload(args),
     )
+
+
+def _offload(args: argparse.Namespace) -> bool:
+    if args.offload and not torch.cuda.is_available():
+        raise UserError("--offload keeps what does not run off the GPU, and there is none: drop it")
+    return bool(args.offload)
 
 
 def _refuse_flags_of_others(args: argparse.Namespace) -> None:
     names = ("image_size", "num_classes", "ckpt", "class_labels", "cfg_scale", "report",
-             "report_layers", "reference", "inception", "i3d")
+             "report_layers", "reference", "inception", "i3d", "export")
     for name in names:
         if getattr(args, name) is not None:
             flag = name.replace("_", "-")
@@ -124,13 +133,6 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def _new_folder(folder: Path) -> Path:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"'{folder}' is there already: give another --output")
-    writable_folder(folder.parent)
-    return folder
-
-
 def prompts_file(given: str | None, folder: Path) -> Path:
     """Choose the file of prompts: the given one, the folder's ``prompts.txt``, or our own."""
     own = folder / PROMPTS.name
@@ -164,10 +166,14 @@ def quantize_pipeline(settings: PipelineSettings) -> Quantized:
     torch.set_num_threads(settings.threads)
     with stage("load"):
         pipeline = load_pipeline(settings.folder)
+    if torch.cuda.is_available() and not settings.offload:
+        pipeline.to("cuda")
+    drive = partial(sample, pipeline, settings)
+    if settings.offload:
+        drive = partial(offloaded, pipeline, settings.component, "cuda", drive)
     with stage("quantise") as quantising:
         done = ditas.quantize(
-            getattr(pipeline, settings.component), lambda: sample(pipeline, settings),
-            settings.recipe, **settings.flags)
+            getattr(pipeline, settings.component), drive, settings.recipe, **settings.flags)
     print(done)
     with stage("save"), atomic_folder(settings.output) as temporary:
         pipeline.save_pretrained(temporary)
@@ -181,16 +187,26 @@ def quantize_pipeline(settings: PipelineSettings) -> Quantized:
     return Quantized(settings.output, quantising.seconds, None)
 
 
+def offloaded(pipeline, component: str, device: str, drive: Callable[[], None]) -> None:
+    """Let a pipeline sample with no part of it on the device but the one that runs.
+
+    Afterwards the component is there alone: text encoders and VAE are not needed any more.
+    """
+    pipeline.enable_model_cpu_offload(device=device)
+    drive()
+    pipeline.remove_all_hooks()
+    pipeline.to("cpu")
+    getattr(pipeline, component).to(device)
+
+
 def load_pipeline(folder: Path):
-    """Load a float pipeline: in float32 on the CPU, in bfloat16 on a GPU.
+    """Load a float pipeline on the CPU: in float32, or in bfloat16 where there is a GPU.
 
     Raises:
         UserError: it cannot be loaded, or it takes no prompts.
     """
-    has_gpu = torch.cuda.is_available()
-    kind = {"torch_dtype": torch.bfloat16} if has_gpu else {}
-    pipeline = read_pipeline(folder, **kind)
-    return pipeline.to("cuda") if has_gpu else pipeline
+    kind = {"torch_dtype": torch.bfloat16} if torch.cuda.is_available() else {}
+    return read_pipeline(folder, **kind)
 
 
 def read_pipeline(folder: Path, **how):

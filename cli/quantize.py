@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import config
 from architectures.registry import architecture_of
 from architectures.sites import Site
+from cli.export import export_checkpoint
 from cli.memory import large_blocks_apart
 from cli.settings import QuantizeSettings
 from cli.stages import stage
@@ -98,6 +99,9 @@ def quantize(settings: QuantizeSettings) -> Quantized:
     search_seconds = None if result.allocation is None else result.allocation.seconds
     size = settings.output.stat().st_size / 1e6
     print(f"wrote {settings.output} ({size:.1f} MB), quantised in {quantising.seconds:.1f} s")
+    if settings.export is not None:
+        with stage("export"):
+            export_checkpoint(settings.output, settings.export, settings.model.vae)
 
     # Let the float model do its part of the report and of the picture, then let go of it.
     shown = None

@@ -3,6 +3,7 @@ import argparse
 import sys
 
 import config
+from cli.export import EXPORTS
 from cli.parser import Parser, add_model_flags, add_threads_flag, make_script_parser
 from cli.recipe_flags import add_recipe_flags
 from config import RECIPES
@@ -70,6 +71,9 @@ def _add_pipeline_flags(parser: Parser) -> None:
         "--exclude", metavar="REGEX",
         help="linears that are not, nor those that share an input with them")
     group.add_argument(
+        "--offload", action="store_true", default=None,
+        help="keep text encoders and VAE off the GPU while the transformer is quantised")
+    group.add_argument(
         "--pipeline-args", metavar="JSON",
         help="more arguments of the pipeline's call, such as '{\"guidance_scale\": 3.5}'")
 
@@ -116,6 +120,14 @@ def _add_output_flags(parser: Parser) -> None:
         "--i3d", metavar="FILE",
         help="with --judge fvd: TorchScript of a video network (default: the bundled models' "
              "stand-in)")
+    parser.add_argument(
+        "--export", choices=EXPORTS,
+        help="write the checkpoint as the folder of a diffusers pipeline, too "
+             "(<output>-diffusers)")
+    parser.add_argument(
+        "--path", metavar="FILE",
+        help="with --export: a checkpoint that is there; nothing is quantised, and --output is "
+             "the folder")
     parser.add_argument(
         "--output",
         help="where to write (default: results/<model>-<size>-W<w>A<a>-<recipe>.safetensors)")

@@ -11,7 +11,7 @@ import config
 from cli.parser import find_card
 from cli.recipe_flags import bit_widths, build_recipe, recipe_label
 from cli.threads import default_threads
-from cli.values import at_least, class_labels, user_value
+from cli.values import at_least, class_labels, new_folder, user_value
 from config import Recipe
 from diffusion import make_schedule
 from errors import UserError
@@ -54,6 +54,7 @@ class QuantizeSettings:
     seed: int  # of the calibration noise and the picture
     cfg_scale: float  # guidance of the picture only
     output: Path  # the checkpoint
+    export: Path | None  # folder of a pipeline that is written too
     report: Path | None  # folder of figures
     report_layers: tuple[str, ...] | None  # whose inputs are drawn; None: the default ones
     reference: str | None  # .npz of real images that group sizes are judged by
@@ -111,6 +112,7 @@ def quantize_settings(args: argparse.Namespace) -> QuantizeSettings:
         seed=args.seed,
         cfg_scale=cfg_scale,
         output=output,
+        export=new_folder(export_folder(output)) if args.export else None,
         report=report,
         report_layers=_names(args.report_layers),
         reference=args.reference,
@@ -142,7 +144,8 @@ def choose_model(args: argparse.Namespace) -> ModelChoice:
 
 
 def _refuse_flags_of_pipelines(args: argparse.Namespace, model: ModelChoice) -> None:
-    for name in ("prompts", "component", "include", "exclude", "pipeline_args"):
+    for name in ("prompts", "component", "include", "exclude", "pipeline_args",
+                 "offload"):
         if getattr(args, name) is not None:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} is for the folder of a diffusers pipeline, and {model.name} "
@@ -173,6 +176,11 @@ def _checkpoint_path(given: str | None, default_name: str) -> Path:
         raise UserError(f"--output '{given}' names no file: "
                         f"give one such as results/model{suffix}")
     return path if path.suffix == suffix else path.with_name(path.name + suffix)
+
+
+def export_folder(checkpoint_path: Path) -> Path:
+    """Name the folder of a pipeline that a checkpoint is exported to."""
+    return checkpoint_path.with_name(f"{checkpoint_path.stem}-diffusers")
 
 
 def cpu_threads(given: int | None, default: int) -> int:

@@ -1,8 +1,10 @@
 """Check single values of a command line."""
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TypeVar
 
 from errors import UserError
+from files.atomic import writable_folder
 
 Value = TypeVar("Value")
 Number = TypeVar("Number", int, float)
@@ -41,6 +43,18 @@ def at_least(value: Number, minimum: float, flag: str) -> Number:
     if not value >= minimum:
         raise UserError(f"{flag} {value} is too small: expected at least {minimum}")
     return value
+
+
+def new_folder(folder: Path) -> Path:
+    """Return ``folder``, which can be written, and is not there or is empty.
+
+    Raises:
+        UserError: it is there, or it cannot be written.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"'{folder}' is there already: give another --output")
+    writable_folder(folder.parent)
+    return folder
 
 
 def class_labels(text: str, num_classes: int) -> list[int]:

@@ -22,6 +22,10 @@ from errors import UserError
 __all__ = ["UserError", "quantize"]
 
 if find_spec("diffusers") is not None:
-    from ditas.hand_over import DitasConfig, DitasQuantizer, register
-    register()
-    __all__ += ["DitasConfig", "DitasQuantizer"]
+    from ditas import dit, hand_over
+    from ditas.dit import DitasDiT, DitasDiTPipeline, DitasPatchDecoder
+    from ditas.hand_over import DitasConfig, DitasQuantizer
+    dit.register()
+    hand_over.register()
+    __all__ += ["DitasConfig", "DitasDiT", "DitasDiTPipeline", "DitasPatchDecoder",
+                "DitasQuantizer"]

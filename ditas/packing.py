@@ -92,13 +92,6 @@ class PackedLinear(nn.Module):
         return destination
 
 
-def packed_linear(
-    computing: nn.Module, layer: QuantizedLayer, old: nn.Linear | nn.Conv2d
-) -> PackedLinear:
-    """Make what a linear or patch convolution becomes."""
-    return PackedLinear(computing, packed(layer, old.bias), old.weight.flatten(1).shape)
-
-
 def welcome_adapters() -> None:
     """Let peft, if it is installed, put adapters beside the linears of quantised models."""
     if find_spec("peft") is not None:

@@ -1,12 +1,13 @@
 """Put what a recipe found into the module that it was found for."""
-import torch
+from collections.abc import Callable
+
 from torch import nn
 
 from architectures.registry import architecture_of
 from ditas.backends import choose_backend
 from ditas.layouts import Data, as_data, divided_arguments, layout_of, linears_with_row_scales
 from ditas.outcome import Outcome, outcome_of
-from ditas.packing import PackedLinear, packed_linear, welcome_adapters
+from ditas.packing import PackedLinear, Tensors, packed, welcome_adapters
 from ditas.request import Request
 from errors import UserError
 from quant.activations.attention import Operands
@@ -21,6 +22,9 @@ from quant.layers.fold import fold
 from quant.layers.quantised import QuantizedLayer
 from quant.pipeline import Result
 
+# What linears become, by their names.
+Layers = dict[str, QuantizedLayer]
+
 
 def check_not_quantised(module: nn.Module) -> None:
     """Refuse a module that holds quantised linears.
@@ -32,44 +36,68 @@ def check_not_quantised(module: nn.Module) -> None:
         raise UserError(f"this {type(module).__name__} is quantised already: load it anew first")
 
 
-def put_in(module: nn.Module, request: Request, result: Result) -> Outcome:
-    """Fold the factors, and put the quantised layers where the linears were."""
+def put_in(
+    module: nn.Module, request: Request, result: Result, no_way_back: Callable[[], None]
+) -> Outcome:
+    """Put what was found into the module that it was found for; say what became of it.
+
+    Args:
+        no_way_back: called before the first linear goes.
+    """
     outcome = outcome_of(module, request, result)
     give_new_values(module, result)
-
-    # Where factors fold, float parameters around the linears change.
-    before = {name for name, _ in module.named_parameters()}
-    layers = fold(module, result.layers)
-    operands = folded_operands(module, layers, result.operands)
-    added = [name.removesuffix(".bias") for name, _ in module.named_parameters()
-             if name not in before and name.removesuffix(".bias") not in layers]
-
-    # The modules that compute, beside what a file needs of them.
-    index, device = find_timestep_index(layers, operands), unnumbered(device_of(module))
-    kinds = names_by_type(module, layers)
-    backend = choose_backend(request, list(layers.values()), next(iter(kinds)), device)
-    computing = {}
-    for kind, names in kinds.items():
-        same = {name: layers[name] for name in names}
-        computing |= make_modules(module, same, backend, kind, device, False, index)
-    modules = {name: packed_linear(computing[name], layer, module.get_submodule(name))
-               for name, layer in layers.items()}
-    put_modules(module, modules, operands, index, device)
-    welcome_adapters()
-
-    if hasattr(module, "register_to_config"):
-        # It is diffusers' own, which is thus installed.
-        from ditas.hand_over import sign
-        sign(module, request, None if index or operands else stored_form(module, layers, added))
+    put_layers(module, request, result.layers, result.operands, no_way_back)
     return outcome
 
 
+def put_layers(
+    module: nn.Module,
+    request: Request,
+    layers: Layers,
+    operands: dict[str, Operands],
+    no_way_back: Callable[[], None] = lambda: None,
+) -> None:
+    """Fold the factors, and put quantised layers where linears were; ``layers`` is emptied.
+
+    Of the linears' float weights only shape and type are looked at. In memory each of them goes
+    before the next layer is expanded to what computes it.
+    """
+    # Where factors fold, float parameters around the linears change.
+    before = {name for name, _ in module.named_parameters()}
+    folded = fold(module, layers)
+    layers.clear()
+    operands = folded_operands(module, folded, operands)
+    added = [name.removesuffix(".bias") for name, _ in module.named_parameters()
+             if name not in before and name.removesuffix(".bias") not in folded]
+
+    # All that may be refused comes before the first linear goes.
+    index, device = find_timestep_index(folded, operands), unnumbered(device_of(module))
+    kinds = {name: module.get_submodule(name).weight.dtype for name in folded}
+    backend = choose_backend(request, list(folded.values()), next(iter(kinds.values())), device)
+    in_file = {name: packed(layer, module.get_submodule(name).bias)
+               for name, layer in folded.items()}
+    stored = None if index or operands else stored_form(module, folded, in_file, added)
+    welcome_adapters()
+
+    no_way_back()
+    for name, kind in kinds.items():
+        layer, old = {name: folded.pop(name)}, module.get_submodule(name)
+        computing = make_modules(module, layer, backend, kind, device, False, index)[name]
+        new = PackedLinear(computing, in_file.pop(name), old.weight.flatten(1).shape)
+        module.set_submodule(name, new)
+        del old
+    put_modules(module, {}, operands, index, device)
+    if hasattr(module, "register_to_config"):
+        # It is diffusers' own, which is thus installed.
+        from ditas.hand_over import sign
+        sign(module, request, stored)
+
+
 def stored_form(
-    module: nn.Module, layers: dict[str, QuantizedLayer], added_biases: list[str]
+    module: nn.Module, layers: Layers, in_file: dict[str, Tensors], added_biases: list[str]
 ) -> Data:
-    """Describe a quantised module, so that a file of its tensors can be read."""
-    layouts = {name: layout_of(layer, module.get_submodule(name).in_file)
-               for name, layer in layers.items()}
+    """Describe a module with folded factors, so that a file of its tensors can be read."""
+    layouts = {name: layout_of(layer, in_file[name]) for name, layer in layers.items()}
     return {
         "layouts": as_data(layouts),
         "added_biases": added_biases,
@@ -86,7 +114,7 @@ def give_new_values(module: nn.Module, result: Result) -> None:
 
 
 def folded_operands(
-    module: nn.Module, layers: dict[str, QuantizedLayer], operands: dict[str, Operands]
+    module: nn.Module, layers: Layers, operands: dict[str, Operands]
 ) -> dict[str, Operands]:
     """Fold the quantisers of attentions whose values come divided now."""
     architecture = architecture_of(module)
@@ -95,13 +123,3 @@ def folded_operands(
                for attention in architecture.attentions(module)}
     return {name: quantisers.fold() if layers[outputs[name]].smoothing.is_none else quantisers
             for name, quantisers in operands.items()}
-
-
-def names_by_type(
-    module: nn.Module, layers: dict[str, QuantizedLayer]
-) -> dict[torch.dtype, list[str]]:
-    """Sort the linears that become layers by the type of their numbers."""
-    kinds: dict[torch.dtype, list[str]] = {}
-    for name in layers:
-        kinds.setdefault(module.get_submodule(name).weight.dtype, []).append(name)
-    return kinds

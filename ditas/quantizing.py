@@ -49,13 +49,13 @@ def quantize(
     request = read_request(recipe, flags)
     check_type(module, request)
     check_not_quantised(module)
-    with unchanged_on_failure(module), torch.no_grad():
+    with unchanged_on_failure(module) as no_way_back, torch.no_grad():
         module.eval()
         calls = [] if drive is None else record_calls(module, drive)
         user_value(look_into, module, calls)
         select(module, request)
         result = user_value(run_recipe, module, request, calls)
-        return put_in(module, request, result)
+        return put_in(module, request, result, no_way_back)
 
 
 def check_type(module: nn.Module, request: Request) -> None:

@@ -94,6 +94,25 @@ def read_request(recipe_name: str, flags: dict[str, Any]) -> Request:
         exclude=_expression(others["exclude"], "exclude"))
 
 
+def request_of_label(label: str, weight_bits: int, act_bits: int) -> Request:
+    """Read what ``cli.recipe_flags.labelled`` wrote: ``ditas:lowrank=0,weight=gptq``.
+
+    Raises:
+        UserError: as ``read_request``.
+    """
+    name, _, text = label.partition(":")
+    flags: dict[str, Any] = {"weight_bit": weight_bits, "act_bit": act_bits}
+    for item in filter(None, text.split(",")):
+        flag, equals, value = item.partition("=")
+        if equals:
+            last = flag.replace("-", "_")
+            flags[last] = value
+        else:
+            # A list of several values.
+            flags[last] += f",{item}"
+    return read_request(name, flags)
+
+
 def _expression(text: str, name: str) -> str:
     try:
         re.compile(text)

@@ -38,7 +38,6 @@ from quant.calibration.observers import (
 )
 from quant.calibration.trajectory import Trajectory, joint_weight
 from quant.calibration.watch import Balance, Watch
-from quant.numerics.tokens import matrix
 from quant.numerics.uniform import QuantSpec
 from quant.recipe import (
     BitWidths,
@@ -215,7 +214,7 @@ def _new_search(task: Task, weights: WeightPart, name: str, factors: Tensor) -> 
     bias = None if linear.bias is None else linear.bias.float()
     spec = act_spec(task.recipe, task.bits.activations)
     return AlphaSearch(
-        matrix(linear), bias, factors, weight_spec(task.recipe, task.bits.weights), spec,
+        linear.weight.flatten(1), bias, factors, weight_spec(task.recipe, task.bits.weights), spec,
         weights.shared(name), fastest(linear.weight.device, spec))
 
 

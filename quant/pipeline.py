@@ -246,7 +246,8 @@ def _layers(
                 kept = without_search(smoothing[site.name])
                 for name, weight in weights.items():
                     offset = _offset(task, name, smoothing[site.name])
-                    layers[name] = QuantizedLayer(weight, acts[site.name], kept, offset=offset)
+                    layers[name] = QuantizedLayer(
+                        weight.stowed(), acts[site.name], kept, offset=offset)
                 bar.update()
     return layers
 
@@ -286,7 +287,7 @@ def weight_only_layers(model: nn.Module, recipe: Recipe) -> dict[str, QuantizedL
         for name in site.linears:
             linear = model.get_submodule(name)
             spec = adaln_spec(recipe.adaln_bits, linear.in_features)
-            weight = without_branch(quantize_weight(matrix(linear), spec))
+            weight = without_branch(quantize_weight(matrix(linear), spec)).stowed()
             layers[name] = QuantizedLayer(weight, act=None)
     return layers
 

@@ -1,4 +1,5 @@
 """``ditas.quantize``: any module with repeated blocks, in place, or not at all."""
+import weakref
 from functools import cache
 
 import pytest
@@ -16,7 +17,7 @@ from config import RECIPES
 from ditas import placing
 from evaluation.metrics import sqnr_db
 from quant.calibration.arguments import batched_arguments, clock_of
-from quant.install import install
+from quant.install import install, make_modules
 from quant.layers.fold import fold
 from quant.pipeline import quantize_model
 from quant.recipe import BitWidths
@@ -75,7 +76,7 @@ def run_on(model: nn.Module, example: Example):
 
 
 @pytest.mark.parametrize("name", BY_NAME)
-def test_any_transformer_is_quantised(name):
+def test_any_transformer_is_quantised_and_comes_back(name, tmp_path):
     model = explored_example(name)
     expected = output(model, name)
     done = ditas.quantize(model, run_on(model, BY_NAME[name]), "rtn", weight_bit=8, backend="fake")
@@ -84,6 +85,8 @@ def test_any_transformer_is_quantised(name):
     assert len(set(linears)) == len(linears) >= 8
     for linear in linears:
         assert not isinstance(model.get_submodule(linear), nn.Linear)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(output(type(model).from_pretrained(tmp_path), name), output(model, name))
 
 
 @pytest.mark.parametrize("name", BY_NAME)
@@ -217,6 +220,21 @@ def test_a_module_is_left_as_it_was(place, monkeypatch):
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert "quantization_config" not in model.config
+
+
+def test_float_weights_go_one_by_one(monkeypatch):
+    model, _, drive = stack_and_drive()
+    weights = [weakref.ref(part.weight) for part in model.modules() if isinstance(part, nn.Linear)]
+    alive = []
+
+    def counting(*args):
+        # Cycles do not keep them either.
+        alive.append(sum(weight() is not None for weight in weights))
+        return make_modules(*args)
+
+    monkeypatch.setattr(placing, "make_modules", counting)
+    ditas.quantize(model, drive, "ditas", group_size=16)
+    assert alive == [6, 5, 4, 3, 2, 1]
 
 
 def test_the_outcome_is_readable():

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quant.checkpoint.tensors import pack, unpack
+from quant.numerics.stowed import pack, stow, unpack
+from quant.numerics.uniform import QuantSpec, quantize
 
 
 @given(st.integers(1, 8), st.integers(0, 200), st.integers(0, 2 ** 32 - 1))
@@ -23,3 +24,14 @@ def test_packing_is_lossless_and_dense(bits, count, seed):
 def test_a_stream_of_the_wrong_length_is_refused():
     with pytest.raises(ValueError, match="expected 6 bytes"):
         unpack(torch.zeros(5, dtype=torch.uint8), 4, (3, 4))
+
+
+@pytest.mark.parametrize("bits, bytes_kept", [(4, 6 * 16 // 2), (3, 6 * 16 * 3 // 8), (8, 6 * 16)])
+def test_stowed_codes_are_the_same(bits, bytes_kept):
+    torch.manual_seed(0)
+    weight = quantize(torch.randn(6, 16), QuantSpec(bits, "group", 8))
+    stowed = stow(weight)
+    assert torch.equal(stowed.codes, weight.codes)
+    assert torch.equal(stowed.dequantize(), weight.dequantize())
+    kept = [value for value in vars(stowed).values() if isinstance(value, torch.Tensor)]
+    assert sum(value.nbytes for value in kept if value.dtype == torch.uint8) == bytes_kept

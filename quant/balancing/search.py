@@ -42,7 +42,7 @@ class AlphaSearch:
     """Accumulates the loss of every candidate for one layer while its inputs pass by.
 
     Args:
-        weight: (O, I) float weight.
+        weight: (O, I) float weight; of another type than float32 it is copied while it is used.
         bias: (O,), which the outputs hold, or None.
         factors: (A, I) smoothing factors of each candidate.
         weight_spec: how a candidate quantises ``W diag(s)``.
@@ -60,7 +60,8 @@ class AlphaSearch:
             act: QuantSpec, shared: Tensor | None, arithmetic: Arithmetic = DEFINITION):
         self.loss = torch.zeros(len(factors), dtype=torch.float64, device=weight.device)
         self._weight = weight
-        self._bias = weight.new_zeros(len(weight)) if bias is None else bias.detach()
+        no_bias = torch.zeros(len(weight), device=weight.device)
+        self._bias = no_bias if bias is None else bias.detach()
         self._factors = factors
         self._weight_spec = weight_spec
         self._act = act.per_step()
@@ -99,14 +100,16 @@ class AlphaSearch:
     def _project(self, shared: Tensor) -> None:
         """Compare R with the projected weight from now on, in place of B with the weight."""
         basis, self._shared = torch.linalg.qr(shared)
-        self._target = basis.T @ self._weight
+        weight = self._weight.float()
+        self._target = basis.T @ weight
         # The projected outputs are computed from the inputs, without a bias.
-        self._bias = self._weight.new_zeros(self._weight.shape[1])
-        residual = (self._weight - basis @ self._target).double()
+        self._bias = torch.zeros(weight.shape[1], device=weight.device)
+        residual = (weight - basis @ self._target).double()
         self._residual = residual.T @ residual
 
     def _candidates(self) -> Candidates:
         if self._shared is None:
-            return self._arithmetic.candidates(self._weight, self._factors, self._weight_spec)
+            weight = self._weight.float()
+            return self._arithmetic.candidates(weight, self._factors, self._weight_spec)
         values = self._shared.expand(len(self._factors), -1, -1)
         return Candidates(self._factors, values, columns=self._factors)

@@ -5,7 +5,6 @@ Names are relative to a quantised linear or an attention; ``store`` puts that na
 from collections.abc import Callable
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from quant.activations.softmax import PowersOfRootTwo
 from quant.layers.quantised import QuantizedLayer
 from quant.numerics.floating import FloatWeight, half_unless_overflow
 from quant.numerics.smoothing import Smoothing
+from quant.numerics.stowed import Stowed, pack, unpack
 from quant.numerics.uniform import OFF_BITS, Quantized, QuantSpec, grouped
 from quant.weights.low_rank import LowRankWeight
 
@@ -25,33 +25,6 @@ FOLDED = "folded_"
 
 # Takes a stored tensor away by its name, as float32; a ``ValueError`` if its shape is not this one.
 Take = Callable[[str, tuple[int, ...]], Tensor]
-
-
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Write codes below ``2^bits`` as a bit stream, little end first.
-
-    Returns:
-        uint8, ``ceil(numel * bits / 8)`` bytes.
-    """
-    shifts = np.arange(bits, dtype=np.uint8)
-    planes = (codes.reshape(-1, 1).cpu().numpy() >> shifts) & 1  # (numel, bits)
-    return torch.from_numpy(np.packbits(planes.astype(np.uint8), bitorder="little"))
-
-
-def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
-    """Read what ``pack`` wrote: uint8 codes of the given shape.
-
-    Raises:
-        ValueError: the stream's length does not fit the shape.
-    """
-    count = int(np.prod(shape))
-    wanted = -(-count * bits // 8)
-    if packed.dtype != torch.uint8 or packed.numel() != wanted:
-        raise ValueError(f"expected {wanted} bytes for {count} codes of {bits} bits, "
-                         f"got {packed.numel()} of {packed.dtype}")
-    planes = np.unpackbits(packed.numpy(), bitorder="little", count=count * bits)
-    codes = np.packbits(planes.reshape(count, bits), axis=1, bitorder="little")
-    return torch.from_numpy(codes.reshape(shape))
 
 
 def write_zero(zero: Tensor, spec: QuantSpec) -> Tensor:
@@ -76,8 +49,9 @@ def write_base(weight: Quantized | FloatWeight) -> Tensors:
     """
     if isinstance(weight, FloatWeight):
         return {"weight": half_unless_overflow(weight.values)}
+    is_packed = isinstance(weight, Stowed)
     tensors = {
-        "codes": pack(weight.codes, weight.spec.bits),
+        "codes": weight.packed if is_packed else pack(weight.codes, weight.spec.bits),
         "zero": write_zero(weight.zero, weight.spec),
         "scale": weight.scale,
     }

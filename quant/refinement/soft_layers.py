@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from quant.activations.quantisers import Activation, TimestepIndex, activation_module
 from quant.layers.quantised import QuantizedLayer
-from quant.numerics.uniform import OFF_BITS, grouped
+from quant.numerics.uniform import OFF_BITS, Quantized, grouped
 
 # The sigmoid is stretched, so that h reaches 0 and 1 (Louizos et al., 2018).
 STRETCH = (-0.1, 1.1)
@@ -125,7 +125,8 @@ class SoftLinear(nn.Module):
     def harden(self) -> QuantizedLayer:
         """Return the layer with every weight rounded the way it leans, and the learned step."""
         codes = (self.codes + self.gap * (self.v >= 0)).to(torch.uint8)
-        base = replace(self.layer.weight.base, codes=codes)
+        old = self.layer.weight.base
+        base = Quantized(codes, old.scale, old.zero, old.spec, old.step)
         act = self.layer.act
         if isinstance(self.act, LearnedStep):
             act = replace(act, scale=self.act.scale.detach())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quant.numerics.floating import FloatWeight
+from quant.numerics.stowed import stow
 from quant.numerics.uniform import Quantized
 from quant.weights.rounding import WeightQuantizer
 from quant.weights.two_level import LIMIT
@@ -42,6 +43,12 @@ class LowRankWeight:
     def dense(self) -> Tensor:
         """Compute the whole weight (O, I), float32."""
         return torch.addmm(self.base.dequantize(), self.left, self.right)
+
+    def stowed(self) -> "LowRankWeight":
+        """Return the same weight, with codes that take their own width in memory."""
+        if isinstance(self.base, FloatWeight):
+            return self
+        return LowRankWeight(stow(self.base), self.left, self.right)
 
     def integer_branch(self, original: Tensor, moment: Tensor | None = None) -> "LowRankWeight":
         """Round the branch, so that one integer product serves the quantised part and the branch.

@@ -1,0 +1,105 @@
+"""The story of ``--export diffusers``: a checkpoint goes out as the folder of a pipeline."""
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cli.parser import find_card
+from cli.settings import cpu_threads, export_folder
+from cli.stages import stage
+from cli.threads import default_threads
+from cli.values import new_folder
+from download import stable_diffusion_vae
+from errors import UserError
+from files.atomic import atomic_folder
+from models import ModelCard
+from quant import checkpoint
+
+EXPORTS = ("diffusers",)
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """The checked command line of QuantDiT.py with ``--path``."""
+
+    path: Path  # of the checkpoint
+    folder: Path  # that is written
+    vae: str  # ema or mse: which Stable Diffusion VAE decodes the latents
+    threads: int  # CPU threads
+
+
+def export_settings(args: argparse.Namespace) -> ExportSettings:
+    """Check the command line.
+
+    Raises:
+        UserError: there is no such checkpoint, the folder is there already, or a flag has no effect
+            on an export.
+    """
+    if args.export is None:
+        raise UserError("--path names a checkpoint that is there: "
+                        "add --export diffusers, or sample from it with sample_merge_TAS.py")
+    for name in ("model", "ckpt", "weight_bit", "act_bit", "inspect", "report"):
+        if getattr(args, name):
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} has no effect on --path, whose checkpoint says it: drop it")
+    path = checkpoint.find(args.path)
+    folder = Path(args.output) if args.output else export_folder(path)
+    return ExportSettings(
+        path, new_folder(folder), args.vae, cpu_threads(args.threads, default_threads()))
+
+
+def export(settings: ExportSettings) -> None:
+    """Write the folder, and say how to load it.
+
+    Raises:
+        UserError: the checkpoint is damaged or cannot be exported, or there is no VAE.
+    """
+    torch.set_num_threads(settings.threads)
+    with stage("export"):
+        export_checkpoint(settings.path, settings.folder, settings.vae)
+
+
+@torch.no_grad()
+def export_checkpoint(path: Path, folder: Path, vae: str) -> None:
+    """Write a checkpoint as the folder of a pipeline, which samples as the checkpoint does.
+
+    Raises:
+        UserError: as ``export``.
+    """
+    # They load diffusers.
+    from diffusers import DDPMScheduler
+
+    from ditas.dit import DitasDiTPipeline, packed_dit
+    stored = checkpoint.read(path)
+    card = find_card(stored.header.model)
+    # The schedule and the steps of ``diffusion.schedule``.
+    scheduler = DDPMScheduler(
+        beta_start=1e-4, beta_end=2e-2, beta_schedule="linear", clip_sample=False,
+        variance_type="learned_range", timestep_spacing="linspace")
+    transformer = packed_dit(stored)
+    if transformer.config.quantization_config.stored is None:
+        raise UserError(f"'{path}' has ranges per timestep or quantised operands of attention, "
+                        "which no folder of diffusers can hold yet: sample it here")
+    pipeline = DitasDiTPipeline(transformer, load_vae(card, vae), scheduler)
+    with atomic_folder(folder) as temporary:
+        pipeline.save_pretrained(temporary)
+    print(f"wrote {folder}, in Python: import ditas; from diffusers import DiffusionPipeline; "
+          f"DiffusionPipeline.from_pretrained('{folder}')(class_labels=[0, 1]).images")
+
+
+def load_vae(card: ModelCard, vae: str) -> nn.Module:
+    """Load what turns a model's latents into images, as a part of a pipeline.
+
+    Raises:
+        UserError: as ``download.load_decoder``.
+    """
+    if card.decoder == "digits":
+        # Its decoder is a pixel shuffle.
+        from ditas.dit import DitasPatchDecoder
+        return DitasPatchDecoder(out_channels=1, patch_size=2)
+    if card.decoder == "emoji":
+        from examples.emoji.autoencoder import load_autoencoder
+        return load_autoencoder()
+    return stable_diffusion_vae(vae)

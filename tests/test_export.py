@@ -1,0 +1,166 @@
+"""``--export diffusers``: a checkpoint as a folder, which samples what the checkpoint does."""
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import call, error_line
+from test_hand_over import in_a_fresh_process
+
+import ditas
+import QuantDiT
+import sample_merge_TAS
+from diffusion import ImageNoise
+from models import GUIDED_CHANNELS
+from quant import checkpoint
+
+LABELS = [3, 0, 7]
+STEPS, SEED, GUIDANCE = 6, 5, 4.0
+
+
+@pytest.fixture(autouse=True)
+def _in_a_fresh_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """Write a checkpoint of DiT-Digits and its folder; they are not to be changed."""
+    folder = tmp_path_factory.mktemp("export")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        call(QuantDiT, "--model", "DiT-Digits-Outliers", "--recipe", "smoothquant",
+             "--adaln-weight-bit", "8", "--num-sampling-steps", "2", "--class-labels", "3,7",
+             "--output", "digits", "--export", "diffusers")
+    return folder / "digits.safetensors", folder / "digits-diffusers"
+
+
+def load(folder: Path):
+    from diffusers import DiffusionPipeline
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sampled_files(path: Path) -> np.ndarray:
+    """Sample with sample_merge_TAS.py: (N, H, W, 3) uint8."""
+    call(sample_merge_TAS, "--path", path, "--num-fid-samples", len(LABELS), "--class-labels",
+         ",".join(map(str, LABELS)), "--num-sampling-steps", STEPS, "--global-seed", SEED,
+         "--cfg-scale", GUIDANCE, "--per-proc-batch-size", len(LABELS))
+    return np.load(next(Path("samples").glob("*.npz")))["arr_0"]
+
+
+# A value that is rounded elsewhere may get another code, and from there on an image is another one.
+# So these have activations of 16 bits.
+@pytest.mark.parametrize("name, shape, tone", [
+    ("DiT-Digits", (4, 8, 8), slice(0, 1)),
+    ("DiT-Emoji", (4, 16, 16), slice(0, 3)),
+])
+def test_a_folder_draws_the_images_of_its_checkpoint(name, shape, tone, monkeypatch):
+    call(QuantDiT, "--model", name, "--recipe", "rtn", "--act-bit", "16", "--class-labels", "1",
+         "--num-sampling-steps", "2", "--output", "made")
+    call(QuantDiT, "--path", "made", "--export", "diffusers", "--output", "folder")
+    expected = sampled_files(Path("made.safetensors"))[..., tone]
+
+    noise = ImageNoise(SEED, range(len(LABELS)), shape)
+    for place in ("ditas.dit", "diffusers.schedulers.scheduling_ddpm"):
+        monkeypatch.setattr(f"{place}.randn_tensor", lambda *args, **kwargs: noise())
+    images = load(Path("folder"))(
+        LABELS, guidance_scale=GUIDANCE, num_inference_steps=STEPS, output_type="np").images
+    assert images.shape == expected.shape
+    assert np.abs(images * 255 - expected).max() <= 1
+    assert expected.std() > 20
+
+
+def test_its_transformer_computes_what_the_checkpoint_does(digits):
+    path, folder = digits
+    transformer = load(folder).transformer
+    _, model = checkpoint.load(path, folded=True)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 4, 8, 8, generator=generator)
+    t, labels = torch.tensor([700, 300, 20]), torch.tensor([1, 2, 10])
+    # Simulated or on integers, whichever is faster here: they are equal but for rounding.
+    torch.testing.assert_close(transformer(x, t, labels), model(x, t, labels), rtol=0, atol=1e-3)
+
+
+def test_codes_are_packed_and_embedders_are_there_once(digits):
+    from safetensors.torch import load_file
+    tensors = load_file(digits[1] / "transformer/diffusion_pytorch_model.safetensors")
+    assert tensors["blocks.0.attn.qkv.weight"].dtype == torch.uint8
+    assert tensors["blocks.0.attn.qkv.weight"].numel() == 3 * 128 * 128 // 2
+    assert [key for key in tensors if key.endswith("t_embedder.mlp.2.weight")] == [
+        "t_embedder.mlp.2.weight"]
+
+
+def test_guidance_leaves_the_last_channel_alone(digits):
+    pipeline = load(digits[1])
+    x, labels = torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
+    t = torch.tensor(300)
+    unguided, guided = (pipeline._predict(x, t, labels, scale) for scale in (1.0, 4.0))
+    assert torch.allclose(guided[:, GUIDED_CHANNELS:], unguided[:, GUIDED_CHANNELS:], atol=1e-2)
+    assert not torch.allclose(guided[:, 0], unguided[:, 0], atol=1e-1)
+
+
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
+def test_other_schedulers_sample(scheduler, digits):
+    import diffusers
+    pipeline = load(digits[1])
+    kind = getattr(diffusers, scheduler)
+    pipeline.scheduler = kind.from_config({**pipeline.scheduler.config, "variance_type": None})
+    sample = [pipeline(LABELS, generator=torch.Generator().manual_seed(seed),
+                       num_inference_steps=4, output_type="pt").images for seed in (1, 1, 2)]
+    assert torch.equal(sample[0], sample[1])
+    assert not torch.equal(sample[0], sample[2])
+
+
+LOAD = """
+import sys
+import torch
+import ditas
+from diffusers import AutoModel, DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])
+images = pipeline([3, 0], num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
+print(type(pipeline).__name__, [image.size for image in images])
+print(type(AutoModel.from_pretrained(sys.argv[1], subfolder="transformer")).__name__)
+"""
+
+
+def test_a_fresh_process_loads_it(digits):
+    printed = in_a_fresh_process(LOAD, str(digits[1]))
+    assert printed.split("\n")[:2] == ["DitasDiTPipeline [(16, 16), (16, 16)]", "DitasDiT"]
+
+
+def test_a_folder_is_saved_again(digits, tmp_path):
+    pipeline = load(digits[1])
+    pipeline.save_pretrained(tmp_path / "again")
+    for name in ("transformer", "vae"):
+        file = f"{name}/diffusion_pytorch_model.safetensors"
+        assert (tmp_path / "again" / file).read_bytes() == (digits[1] / file).read_bytes()
+
+
+@pytest.mark.parametrize("argv, message", [
+    (("--path", "{path}"), "add --export diffusers"),
+    (("--path", "none", "--export", "diffusers"), "checkpoint 'none' does not exist"),
+    (("--path", "{path}", "--export", "diffusers"), "digits-diffusers' is there already"),
+    (("--path", "{path}", "--export", "diffusers", "--model", "DiT-Digits"),
+     "--model has no effect on --path"),
+    (("--path", "{path}", "--export", "diffusers", "--inspect"), "--inspect has no effect on"),
+])
+def test_a_mistake_is_one_line(argv, message, digits, capsys):
+    words = [word.format(path=digits[0]) for word in argv]
+    assert message in error_line(capsys, lambda: call(QuantDiT, *words))
+
+
+def test_a_pipelines_folder_is_one_already(digits, capsys):
+    line = error_line(
+        capsys, lambda: call(QuantDiT, "--model", digits[1], "--export", "diffusers"))
+    assert "--export is for the models of this repository" in line
+
+
+def test_labels_of_checkpoints_are_read():
+    from ditas.request import request_of_label
+    request = request_of_label("qdit:group-sizes=32,64,population=4", 4, 8)
+    assert request.recipe.group_sizes == (32, 64)
+    assert request.recipe.population == 4
+    with pytest.raises(ditas.UserError, match="recipe none is not available"):
+        request_of_label("none", 4, 8)
