@@ -97,6 +97,15 @@ def replayed(noise: np.ndarray):
     return lambda: torch.tensor(next(draws))
 
 
+# Begun last, they would run alone while the other workers are done.
+LONGEST = ("test_survival", "test_whole_pipelines")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
 def random_model(seed: int = 0, **kwargs) -> DiT:
     """Make a small DiT whose every tensor is random."""
     torch.manual_seed(seed)
