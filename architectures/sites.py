@@ -123,10 +123,15 @@ class Site:
 
     @property
     def follows_norm(self) -> bool:
-        """Whether its activation comes from a modulated LayerNorm with a shift."""
+        """Whether its activation comes from a modulated LayerNorm with a shift.
+
+        Where entries of a parameter are divided, too, nobody knows which of them shift.
+        """
         modulations = [place for place in self.folds
                        if isinstance(place, Modulation | SharedModulation)]
-        return bool(modulations) and all(place.shift is not None for place in modulations)
+        entries = any(isinstance(place, Entries) for place in self.folds)
+        shifts = all(place.shift is not None for place in modulations)
+        return bool(modulations) and shifts and not entries
 
 
 @dataclass(frozen=True)
