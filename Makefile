@@ -16,7 +16,10 @@ test: $(READY)
 	$(PYTEST)
 
 # Tests of processes, files and pictures, and the longest (learned rounding), are left to make test.
-OTHER := adapters checkpoint cli compare compare_pipelines diffusers_use diffusers_versions digits discover ditas download efficientnet emoji emoji_runs end_to_end evaluate explored export hand_over images inspect pipeline_sampling pipelines pixart quality report sampling survival triton wheel whole_pipelines
+OTHER := adapters checkpoint cli compare compare_pipelines diffusers_use diffusers_versions \
+    digits discover ditas download efficientnet emoji emoji_runs end_to_end evaluate explored \
+    export hand_over images inspect pipeline_sampling pipelines pixart quality report sampling \
+    survival triton wheel whole_pipelines
 NUMERICAL := $(filter-out $(OTHER:%=tests/test_%.py),$(wildcard tests/test_*.py)) -k "not come_nearer"
 
 # The instruction set of PyTorch's own operators (ATEN), or of its products (oneDNN).

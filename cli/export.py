@@ -6,7 +6,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cli.parser import find_card
+from cli.parser import find_card, refuse_flags
+from cli.quantize_flags import PIPELINE_FLAGS, make_parser
+from cli.recipe_flags import given_flags
 from cli.settings import cpu_threads, export_folder
 from cli.stages import stage
 from cli.threads import default_threads
@@ -17,7 +19,11 @@ from files.atomic import atomic_folder
 from models import ModelCard
 from quant import checkpoint
 
-EXPORTS = ("diffusers",)
+# What only quantising reads.
+UNREAD = (
+    "model", "image_size", "num_classes", "ckpt", "weight_bit", "act_bit", "recipe", "seed",
+    "num_sampling_steps", "cfg_scale", "class_labels", "svd", "inspect", "report", "report_layers",
+    "reference", "inception", "i3d", *PIPELINE_FLAGS)
 
 
 @dataclass(frozen=True)
@@ -40,10 +46,10 @@ def export_settings(args: argparse.Namespace) -> ExportSettings:
     if args.export is None:
         raise UserError("--path names a checkpoint that is there: "
                         "add --export diffusers, or sample from it with sample_merge_TAS.py")
-    for name in ("model", "ckpt", "weight_bit", "act_bit", "inspect", "report"):
-        if getattr(args, name):
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} has no effect on --path, whose checkpoint says it: drop it")
+    quantising = f"quantising, and '{args.path}' is quantised already"
+    refuse_flags(args, make_parser(), UNREAD, quantising)
+    for flag in given_flags(args):
+        raise UserError(f"--{flag.name} is for {quantising}: drop it")
     path = checkpoint.find(args.path)
     folder = Path(args.output) if args.output else export_folder(path)
     return ExportSettings(

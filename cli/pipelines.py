@@ -13,7 +13,9 @@ import torch
 
 from cli.call_arguments import Arguments, call_arguments, number_of_steps
 from cli.call_arguments import write as write_call
+from cli.parser import refuse_flags
 from cli.quantize import Quantized
+from cli.quantize_flags import make_parser
 from cli.recipe_flags import bit_widths, build_recipe, given_flags
 from cli.settings import cpu_threads
 from cli.stages import stage
@@ -28,6 +30,10 @@ PROMPTS = Path(__file__).with_name("prompts.txt")
 PROMPTS_AT_A_TIME = 4
 INDEX = "model_index.json"  # which a pipeline's folder has
 COMPONENT = "transformer"  # what is quantised, if the command line does not say
+# What only models of this repository have.
+OTHERS_FLAGS = (
+    "image_size", "num_classes", "ckpt", "vae", "class_labels", "cfg_scale", "report",
+    "report_layers", "reference", "inception", "i3d", "export")
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,8 @@ def pipeline_settings(args: argparse.Namespace) -> PipelineSettings:
     Raises:
         UserError: a flag is wrong or is for other models, or the folder holds no pipeline.
     """
-    _refuse_flags_of_others(args)
+    others = f"the models of this repository, and '{args.model}' is a folder"
+    refuse_flags(args, make_parser(), OTHERS_FLAGS, others)
     folder = Path(args.model)
     bits = bit_widths(args)
     user_value(check_recipe, build_recipe(args), bits.activations)
@@ -88,17 +95,7 @@ def pipeline_settings(args: argparse.Namespace) -> PipelineSettings:
 def _offload(args: argparse.Namespace) -> bool:
     if args.offload and not torch.cuda.is_available():
         raise UserError("--offload keeps what does not run off the GPU, and there is none: drop it")
-    return bool(args.offload)
-
-
-def _refuse_flags_of_others(args: argparse.Namespace) -> None:
-    names = ("image_size", "num_classes", "ckpt", "class_labels", "cfg_scale", "report",
-             "report_layers", "reference", "inception", "i3d", "export")
-    for name in names:
-        if getattr(args, name) is not None:
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} is for the models of this repository, and '{args.model}' "
-                            "is a folder: drop it")
+    return args.offload
 
 
 def component_of(folder: Path, name: str) -> str:

@@ -3,12 +3,15 @@ import argparse
 import sys
 
 import config
-from cli.export import EXPORTS
 from cli.parser import Parser, add_model_flags, add_threads_flag, make_script_parser
 from cli.recipe_flags import add_recipe_flags
 from config import RECIPES
 from quant.weights.low_rank import SOLVERS
 
+# What a checkpoint can be exported to.
+EXPORTS = ("diffusers",)
+# What is read for the folder of a pipeline alone.
+PIPELINE_FLAGS = ("prompts", "component", "include", "exclude", "pipeline_args", "offload")
 # The published QuantDiT.py accepts these and never reads them.
 IGNORED = (
     "results-dir",
@@ -71,7 +74,7 @@ def _add_pipeline_flags(parser: Parser) -> None:
         "--exclude", metavar="REGEX",
         help="linears that are not, nor those that share an input with them")
     group.add_argument(
-        "--offload", action="store_true", default=None,
+        "--offload", action="store_true",
         help="keep text encoders and VAE off the GPU while the transformer is quantised")
     group.add_argument(
         "--pipeline-args", metavar="JSON",

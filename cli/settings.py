@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import config
-from cli.parser import find_card
+from cli.parser import find_card, refuse_flags
+from cli.quantize_flags import PIPELINE_FLAGS, make_parser
 from cli.recipe_flags import bit_widths, build_recipe, recipe_label
 from cli.threads import default_threads
 from cli.values import at_least, class_labels, new_folder, user_value
@@ -79,7 +80,8 @@ def quantize_settings(args: argparse.Namespace) -> QuantizeSettings:
         UserError: a flag is unknown, out of range, or contradicts another.
     """
     model = choose_model(args)
-    _refuse_flags_of_pipelines(args, model)
+    others = f"the folder of a diffusers pipeline, and {model.name} is a model of this repository"
+    refuse_flags(args, make_parser(), PIPELINE_FLAGS, others)
     bits = bit_widths(args)
 
     # What the parts of the recipe and the trajectory say of each other.
@@ -141,15 +143,6 @@ def choose_model(args: argparse.Namespace) -> ModelChoice:
         weights=args.ckpt,
         vae=args.vae,
     )
-
-
-def _refuse_flags_of_pipelines(args: argparse.Namespace, model: ModelChoice) -> None:
-    for name in ("prompts", "component", "include", "exclude", "pipeline_args",
-                 "offload"):
-        if getattr(args, name) is not None:
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} is for the folder of a diffusers pipeline, and {model.name} "
-                            "is a model of this repository: drop it")
 
 
 def _check_video_judge(recipe: Recipe, model: ModelChoice) -> None:

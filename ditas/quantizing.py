@@ -29,7 +29,7 @@ Drive = Callable[[], object]
 def quantize(
     module: nn.Module, drive: Drive | None = None, recipe: str = "ditas", **flags
 ) -> Outcome:
-    """Quantise a module with repeated blocks, in place; if that fails it stays as it was.
+    """Quantise a module with repeated blocks, in place; what is refused leaves it as it was.
 
     Args:
         module: in float32 or bfloat16, on any device.

@@ -22,13 +22,12 @@ from sampling.pipeline import as_bytes
 STEPS = 2
 RECIPES = {"rtn": (), "ditas": ("--group-size", "16", "--lowrank", "4")}
 
-# It knows nothing of this repository but ``import ditas``.
+# It knows nothing of this repository but ``ditas``.
 DRAW = """
 import json, sys
 import numpy, torch
 import ditas
 from ditas.switching import switch_backend
-from errors import UserError
 from diffusers import DiffusionPipeline
 torch.set_num_threads(int(sys.argv[1]))
 words, arguments = json.loads(sys.argv[2]), json.loads(sys.argv[3])
