@@ -56,7 +56,6 @@ from comparison.runner import Comparison
 from comparison.settings import compare_settings
 from comparison.subject import Subject, TableRow
 from files.atomic import atomic, writable_folder
-from report.comparison import comparison_section
 from report.page import write_page
 
 
@@ -73,13 +72,12 @@ def main(args: argparse.Namespace) -> None:
         subject.check_reference()
 
     # Fill the rows.
-    texts, table, sections = [], [], []
+    texts, table, parts = [], [], []
     for subject, comparison in zip(subjects, comparisons):
         rows = comparison.rows()
         texts.append(as_text(subject, rows))
         table += [[*subject.setting, *row.cells()] for row in rows]
-        if settings.report is not None:
-            sections.append(comparison_section(subject, rows))
+        parts.append((subject, rows))
 
     # Show them.
     text = "\n".join(texts)
@@ -89,6 +87,9 @@ def main(args: argparse.Namespace) -> None:
     print(f"\n{text}")
     print(f"wrote {markdown_file} and {csv_file}")
     if settings.report is not None:
+        # matplotlib takes a second to import.
+        from report.comparison import comparison_section
+        sections = [comparison_section(*part) for part in parts]
         title = f"Comparison of recipes on {settings.model}"
         page = write_page(
             writable_folder(settings.report), title, subjects[0].describe(), sections)

@@ -41,10 +41,8 @@ from quant.pipeline import Result, quantize_model
 from quant.recipe import BitWidths
 from quant.refinement.allocation import GroupSearch
 from quant.refinement.group_sizes import mean_group_size
-from report.figures import group_allocation
 from report.layers import IMAGES, Observed, default_layers, observe, places_of
 from report.page import Section, write_page
-from report.quantisation import quantisation_figures
 
 PICTURE_IMAGES = 16
 PICTURE_BATCH = 8  # images at a time, for what activations take of memory
@@ -233,6 +231,8 @@ def tell_of_groups(settings: QuantizeSettings, model: nn.Module, result: Result)
 
 def draw_evolution(model: nn.Module, result: Result, output: Path) -> None:
     """Draw how group sizes were chosen."""
+    # matplotlib takes a second to import.
+    from report.figures import group_allocation
     sites = architecture_of(model).sites(model, "all")
     places = {site.name: site for site in sites}
     figure = output.with_suffix(".evolution.png")
@@ -301,6 +301,8 @@ def write_report(
     settings: QuantizeSettings, shown: Shown, pair: Image.Image, steps: int,
 ) -> None:
     """Write the figures and the page that shows them."""
+    # matplotlib takes a second to import.
+    from report.quantisation import quantisation_figures
     figures = quantisation_figures(shown.observed, settings.recipe, shown.result, pair)
     choice = settings.model
     title = f"{choice.name}, W{settings.weight_bits}A{settings.act_bits}, {settings.label}"
