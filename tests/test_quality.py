@@ -19,7 +19,7 @@ from quant.pipeline import quantize_model
 from quant.recipe import BitWidths
 
 STEPS = 50
-COUNT = 32
+COUNT = 16
 
 
 def load_twin():
