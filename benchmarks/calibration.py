@@ -42,7 +42,7 @@ from benchmarks.subjects import (
     Start,
     block_linears,
     calibration_start,
-    load_digits,
+    load_bundled,
 )
 from config import RECIPES, Recipe
 from diffusion import Schedule, make_schedule
@@ -62,7 +62,7 @@ STEPS = 50  # of a calibration trajectory
 
 def calibration() -> None:
     schedule = make_schedule(str(STEPS))
-    model = load_digits()
+    model = load_bundled()
     print("\n| recipe | published way, s | ours, s (once before, twice after) "
           "| ratio to the median | same α | losses agree to |")
     print("|---|---|---|---|---|---|")
@@ -83,7 +83,7 @@ def calibration() -> None:
 
 
 def alphas() -> None:
-    model = load_digits("DiT-Digits-Outliers")
+    model = load_bundled("DiT-Digits-Outliers")
     recipe = RECIPES["ditas-published"]
     bits = BitWidths(WEIGHT_BITS, ACT_BITS)
 

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from benchmarks.sections import run_sections
 from benchmarks.subjects import (
     Start,
-    block_linears,
     block_sites,
     calibration_start,
-    load_digits,
+    load_bundled,
+    output_sqnr,
     randomise,
 )
 from config import RECIPES, Recipe, calibration_cfg_scale
@@ -43,8 +43,7 @@ from models import DiT
 from quant import parts
 from quant.balancing.candidates import Candidates
 from quant.balancing.compiled import FUSED
-from quant.calibration.trajectory import Trajectory, record, replay
-from quant.calibration.watch import Watch
+from quant.calibration.trajectory import record
 from quant.install import install
 from quant.layers.fold import fold
 from quant.layers.quantised import QuantizedLayer
@@ -52,7 +51,6 @@ from quant.numerics.uniform import QuantSpec
 from quant.pipeline import quantize_model
 from quant.recipe import BitWidths
 from quant.weights.rounding import quantize_weight
-from report.layers import OutputErrors
 
 IMAGES = 64  # of the twin's samples
 SEEDS = (0,)  # of its calibration noise
@@ -113,7 +111,7 @@ def quantise(
 @torch.no_grad()
 def twin() -> None:
     schedule = make_schedule("50")
-    model = load_digits("DiT-Digits-Outliers")
+    model = load_bundled("DiT-Digits-Outliers")
     reference = twin_latents(model, schedule)
     print("\nDiT-Digits-Outliers (outliers put in by construction), W4A8, "
           f"{IMAGES} images, 50 steps, means over calibration seeds {SEEDS}")
@@ -125,7 +123,7 @@ def twin() -> None:
         for seed in SEEDS:
             start = calibration_start(model, 16, seed)
             layers = quantise(model, label, recipe, schedule, start)
-            fresh = load_digits("DiT-Digits-Outliers")
+            fresh = load_bundled("DiT-Digits-Outliers")
             latents = twin_latents(install(fresh, fold(fresh, layers)), schedule)
             together.append(sqnr_db(reference, latents))
             single += [sqnr_db(a, b) for a, b in zip(reference, latents)]
@@ -164,26 +162,12 @@ def layers(recipes: dict[str, Recipe], depth: int) -> None:
     print("|---|---|---|---|---|---|")
     for label, recipe in recipes.items():
         quantised = quantise(model, label, recipe, schedule, calibration_start(model, 4, 0))
-        decibels = output_sqnr(model, quantised, held_out)
+        decibels = output_sqnr(model, quantised, held_out, 4096)
         means = [mean(decibels.values())]
         for role in ROLES:
             means.append(mean(value for name, value in decibels.items() if name.endswith(role)))
         cells = " | ".join(f"{value:.2f}" for value in means)
         print(f"| {label} | {cells} |", flush=True)
-
-
-def output_sqnr(
-    model: DiT,
-    quantised: dict[str, QuantizedLayer],
-    trajectory: Trajectory,
-) -> dict[str, float]:
-    """Measure the SQNR in dB of each layer's output, bias aside, on a trajectory's inputs."""
-    errors = OutputErrors(block_linears(model), quantised)
-    watch = Watch()
-    for name in quantised.keys() & block_linears(model).keys():
-        watch.add(name, OutputErrors, partial(errors.observer, name))
-    replay(model, trajectory, watch, 4096, "held out")
-    return errors.decibels()
 
 
 if __name__ == "__main__":

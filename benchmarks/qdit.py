@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.sections import run_sections
-from benchmarks.subjects import calibration_start, load_digits
+from benchmarks.subjects import calibration_start, load_bundled
 from config import RECIPES, Recipe, calibration_cfg_scale
 from diffusion import ddpm_step, make_schedule
 from diffusion.generate import Sampling, generate_latents
@@ -77,7 +77,7 @@ FLOATING = {
 @torch.no_grad()
 def compare(recipes: dict[str, Recipe], bits: BitWidths) -> None:
     """Print how far latents are from the float model's, for several recipes."""
-    model = load_digits(MODEL)
+    model = load_bundled(MODEL)
     reference = latents(model)
     print(f"\n{MODEL} (outliers put in by construction), W{bits.weights}A{bits.activations}, "
           f"{IMAGES} images, {STEPS} steps")
@@ -86,7 +86,7 @@ def compare(recipes: dict[str, Recipe], bits: BitWidths) -> None:
     print("|---|---|---|---|---|---|")
     for label, recipe in recipes.items():
         result = quantise(model, recipe, bits)
-        fresh = load_digits(MODEL)
+        fresh = load_bundled(MODEL)
         layers = fold(fresh, result.layers)
         operands = {name: quantisers.fold() for name, quantisers in result.operands.items()}
         quantised = latents(install(fresh, layers, operands=operands))

@@ -27,7 +27,7 @@ wait_gently()  # before torch loads, which reads it once
 import torch
 
 from benchmarks.sections import run_sections
-from benchmarks.subjects import load_digits
+from benchmarks.subjects import load_bundled
 from diffusion import ddpm_step, make_schedule
 from diffusion.generate import batch_indices, decode_images, generate_latents, labels_for
 from download import load_decoder
@@ -100,7 +100,7 @@ def run_program(body: str, images: Path, out: Path) -> tuple[float, float]:
 
 
 def waiting() -> None:
-    model = load_digits()
+    model = load_bundled()
     decode = load_decoder(DiT_models["DiT-Digits"], "ema", torch.device("cpu"))
     with tempfile.TemporaryDirectory() as place:
         folder = ImageFolder(Path(place), "0" * 16, 16)

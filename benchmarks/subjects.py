@@ -1,6 +1,7 @@
 """What the benchmarks measure on: models, and where their calibration starts."""
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +13,17 @@ from diffusion import Schedule
 from diffusion.generate import guided_drive, latent_noise
 from download import load_model
 from models import DiT, DiT_models
-from quant.calibration.trajectory import Drive
+from quant.calibration.trajectory import Drive, Trajectory, replay
+from quant.calibration.watch import Watch
+from quant.layers.quantised import QuantizedLayer
+from report.layers import OutputErrors
 
 
-def load_digits(name: str = "DiT-Digits") -> DiT:
+def load_bundled(name: str = "DiT-Digits") -> DiT:
     """Load a bundled model on the CPU."""
-    return load_model(name, DiT_models[name], 16, 10, None, torch.device("cpu"))
+    card = DiT_models[name]
+    size = card.image_sizes[0]
+    return load_model(name, card, size, card.num_classes, None, torch.device("cpu"))
 
 
 @torch.no_grad()
@@ -62,3 +68,23 @@ def calibration_start(model: DiT, images: int, seed: int = 0) -> Start:
     """Make the start of a calibration trajectory: noise, and every class in turn."""
     noise = latent_noise(model, seed, range(images))
     return Start(noise(), noise, torch.arange(images) % model.num_classes)
+
+
+def output_sqnr(
+    model: DiT,
+    quantised: dict[str, QuantizedLayer],
+    trajectory: Trajectory,
+    tokens: int = 1024,
+) -> dict[str, float]:
+    """Measure the SQNR in dB of each layer's output, bias aside, on a trajectory's inputs.
+
+    Args:
+        tokens: of the trajectory, in one call of the model.
+    """
+    linears = block_linears(model)
+    errors = OutputErrors(linears, quantised)
+    watch = Watch()
+    for name in linears:
+        watch.add(name, OutputErrors, partial(errors.observer, name))
+    replay(model, trajectory, watch, tokens, "layers")
+    return errors.decibels()
