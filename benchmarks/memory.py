@@ -51,13 +51,21 @@ def peak(name: str, peaks: dict[str, float], before: float) -> Iterator[None]:
     peaks[name] = resident("VmHWM") - before
 
 
-def random_pixart(width: int, depth: int, kind: torch.dtype) -> nn.Module:
-    """Make a PixArt whose every parameter is random; nothing is made twice."""
+def random_pixart(
+    width: int, depth: int, kind: torch.dtype, head: int = 64, side: int = 8
+) -> nn.Module:
+    """Make a PixArt whose every parameter is random; nothing is made twice.
+
+    Args:
+        head: width of an attention's head.
+        side: of the latents.
+    """
     from diffusers import PixArtTransformer2DModel
     with torch.device("meta"):
         model = PixArtTransformer2DModel(
-            num_attention_heads=width // 64, attention_head_dim=64, in_channels=4, out_channels=8,
-            num_layers=depth, sample_size=8, patch_size=2, cross_attention_dim=width,
+            num_attention_heads=width // head, attention_head_dim=head, in_channels=4,
+            out_channels=8, num_layers=depth, sample_size=side, patch_size=2,
+            cross_attention_dim=width,
             caption_channels=TEXT_WIDTH, use_additional_conditions=False).to(kind)
     model = model.to_empty(device="cpu").eval()
     generator = torch.Generator().manual_seed(0)

@@ -1,12 +1,17 @@
-"""From a file's tensors to quantised linears, while diffusers loads a model."""
+"""From a file to quantised linears: while diffusers loads a model, and when it is first called."""
+import warnings
+
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
-from ditas.backends import choose_backend, computing_linear
+from ditas.backends import computing_linear, faster_backend, obstacle
 from ditas.layouts import Data, Layout, add_bias, from_data
 from ditas.packing import PackedLinear, unpacked, welcome_adapters
 from ditas.request import Request
 from errors import UserError
+from quant.backend import resolve
+from quant.install import unnumbered, with_stand_in
 from quant.layers.fold import ROW_SCALES, DividedArgument, argument_of
 from quant.layers.quantised import QuantizedLayer
 from quant.numerics.tokens import matrix
@@ -31,15 +36,6 @@ class AwaitedLinear(nn.Module):
         self.layout = layout
         for name in layout.tensors:
             self.register_buffer(name, torch.empty(0, device="meta"))
-
-    def layer(self) -> tuple[QuantizedLayer, Tensor | None]:
-        """Read the layer and the linear's bias.
-
-        Raises:
-            ValueError, KeyError: a tensor is missing or of another shape.
-        """
-        layout = self.layout
-        return unpacked(dict(self._buffers), self.shape, layout.weight, layout.activation())
 
 
 def put_awaited(model: nn.Module, stored: Data) -> None:
@@ -81,7 +77,77 @@ def take(model: nn.Module, tensor_name: str, value: Tensor, device: torch.device
     owner.register_buffer(name, value.to(device))
 
 
-def build_linears(model: nn.Module, request: Request) -> None:
+class Arithmetic:
+    """What the linears of a loaded model compute in; chosen when the first of them is needed.
+
+    Args:
+        backend: ``fake``, ``integer``, or ``auto`` until both are timed.
+        linears: those of the model, some of which are timed.
+    """
+
+    def __init__(self, backend: str, linears: list["StowedLinear"]):
+        self.backend = backend
+        self._linears = linears
+
+    def settle(self, kind: torch.dtype, device: torch.device) -> str:
+        """Choose ``fake`` or ``integer``."""
+        if self.backend == "auto":
+            layers = (linear.layer()[0] for linear in self._linears)
+            self.backend = faster_backend(layers, kind, device)
+        self._linears = []
+        return self.backend
+
+
+class StowedLinear(LazyModuleMixin, PackedLinear):
+    """A quantised linear as the file has it; its first call expands it to what computes.
+
+    So a model is loaded in the time and the memory of its file, and is expanded where it computes.
+    It is a lazy module of PyTorch, which torch.compile expands before it looks inside.
+
+    Args:
+        awaited: with all of its tensors, which are copied.
+        arithmetic: shared by all linears of the model.
+    """
+
+    cls_to_become = PackedLinear
+
+    def __init__(self, awaited: AwaitedLinear, arithmetic: Arithmetic):
+        in_file = {name: value.clone() for name, value in awaited._buffers.items()}
+        stand_in = with_stand_in(nn.Module(), awaited.kind, awaited.device)
+        with warnings.catch_warnings():
+            # Of lazy modules PyTorch says that they may change.
+            warnings.simplefilter("ignore", UserWarning)
+            super().__init__(stand_in, in_file, awaited.shape)
+        self.layout = awaited.layout
+        self.window = awaited.window
+        self.arithmetic = arithmetic
+
+    @property
+    def is_patches(self) -> bool:
+        return self.window is not None
+
+    def layer(self) -> tuple[QuantizedLayer, Tensor | None]:
+        """Read the layer and the linear's bias.
+
+        Raises:
+            ValueError, KeyError: a tensor is missing or of another shape.
+        """
+        return unpacked(self.in_file, self.weight.shape, self.layout.weight,
+                        self.layout.activation())
+
+    # Whatever the first call is for, its tensors serve all later ones.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def initialize_parameters(self, x: Tensor) -> None:
+        """Expand the linear on the device of its first input."""
+        kind, device = self.weight.dtype, unnumbered(x.device)
+        backend = self.arithmetic.settle(kind, device)
+        layer, bias = self.layer()
+        self.computing = computing_linear(layer, bias, backend, kind, device, self.window)
+        del self.layout, self.window, self.arithmetic
+
+
+def stow_linears(model: nn.Module, request: Request) -> None:
     """Put quantised linears where they are awaited.
 
     Raises:
@@ -89,22 +155,29 @@ def build_linears(model: nn.Module, request: Request) -> None:
     """
     awaited = {name: module for name, module in model.named_modules()
                if isinstance(module, AwaitedLinear)}
+    linears: list[StowedLinear] = []
+    device = next(iter(awaited.values())).device
+    backend = resolve(request.backend, obstacle(request), device, lambda: "auto")
+    arithmetic = Arithmetic(backend, linears)
+    for name, module in awaited.items():
+        linears.append(StowedLinear(module, arithmetic))
+        model.set_submodule(name, linears[-1])
+        check_tensors(linears[-1], model)
+    welcome_adapters()
+    own_values(model)
+
+
+def check_tensors(linear: StowedLinear, model: nn.Module) -> None:
+    """Make sure that a linear can be expanded.
+
+    Raises:
+        UserError: tensors are missing or of another shape.
+    """
     try:
-        layers = {name: module.layer() for name, module in awaited.items()}
+        linear.layer()
     except (KeyError, ValueError, RuntimeError, TypeError) as error:
         raise UserError(f"the tensors of this {type(model).__name__} do not fit its "
                         f"quantization_config ({error}): save the model again") from None
-    first = next(iter(awaited.values()))
-    backend = choose_backend(
-        request, [layer for layer, _ in layers.values()], first.kind, first.device)
-    for name, module in awaited.items():
-        layer, bias = layers.pop(name)
-        linear = computing_linear(
-            layer, bias, backend, module.kind, module.device, module.window)
-        tensors = {key: value.clone() for key, value in module._buffers.items()}
-        model.set_submodule(name, PackedLinear(linear, tensors, module.shape))
-    welcome_adapters()
-    own_values(model)
 
 
 def own_values(model: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """Which arithmetic a quantised module runs in."""
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +31,16 @@ def choose_backend(
     Raises:
         UserError: the backend that was asked for does not go with the recipe.
     """
-    timed = [layer for layer in layers if layer.act is not None][:TIMED_LAYERS]
-    measure = partial(faster, timed, TIMED_TOKENS, kind, device, packed=False)
+    measure = partial(faster_backend, layers, kind, device)
     return resolve(request.backend, obstacle(request), device, measure)
+
+
+def faster_backend(
+    layers: Iterable[QuantizedLayer], kind: torch.dtype, device: torch.device
+) -> str:
+    """Time the first of the layers in both arithmetics; return the better one's name."""
+    of_integers = (layer for layer in layers if layer.act is not None)
+    return faster(list(islice(of_integers, TIMED_LAYERS)), TIMED_TOKENS, kind, device, packed=False)
 
 
 def obstacle(request: Request) -> str | None:

@@ -13,7 +13,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from ditas.awaited import build_linears, owner_of, put_awaited, take
+from ditas.awaited import owner_of, put_awaited, stow_linears, take
 from ditas.layouts import Data
 from ditas.quantizing import quantize
 from ditas.request import Request, read_request
@@ -107,7 +107,7 @@ class DitasQuantizer(DiffusersQuantizer):
         return self.pre_quantized and owner_of(model, param_name) is not None
 
     def check_quantized_param_shape(self, *args, **kwargs) -> bool:
-        """Leave shapes to ``build_linears``."""
+        """Leave shapes to ``stow_linears``."""
         return True
 
     def create_quantized_param(
@@ -126,7 +126,7 @@ class DitasQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> nn.Module:
         config = self.quantization_config
         if self.pre_quantized:
-            build_linears(model, config.request())
+            stow_linears(model, config.request())
         else:
             quantize(model, None, config.recipe, **config.flags)
             self.quantization_config = model.config.quantization_config

@@ -5,10 +5,12 @@ says which.
 """
 from torch import nn
 
+from ditas.awaited import StowedLinear
 from ditas.backends import computing_linear, obstacle
 from ditas.layouts import from_data
 from ditas.packing import PackedLinear, unpacked
 from quant.backend import resolve
+from quant.install import unnumbered
 from quant.layers.linear import PatchLinear, QuantLinear
 from quant.layers.weight_only import WeightOnlyLinear
 
@@ -20,8 +22,12 @@ def is_quantised(module: nn.Module) -> bool:
 
 def backend_of(model: nn.Module) -> str:
     """Tell in which arithmetic a quantised model computes: ``fake`` or ``integer``."""
-    linears = (part.computing for part in model.modules() if isinstance(part, PackedLinear))
-    return "fake" if all(_simulates(linear) for linear in linears) else "integer"
+    linears = [part for part in model.modules() if isinstance(part, PackedLinear)]
+    stowed = next((linear for linear in linears if isinstance(linear, StowedLinear)), None)
+    if stowed is not None:
+        # The others, if any, were expanded in it.
+        return stowed.arithmetic.settle(stowed.weight.dtype, unnumbered(stowed.weight.device))
+    return "fake" if all(_simulates(linear.computing) for linear in linears) else "integer"
 
 
 def switch_backend(model: nn.Module, backend: str) -> None:
@@ -39,6 +45,9 @@ def switch_backend(model: nn.Module, backend: str) -> None:
         return
     for name, layout in from_data(config.stored["layouts"]).items():
         old = model.get_submodule(name)
+        if isinstance(old, StowedLinear):
+            old.arithmetic.backend = backend
+            continue
         layer, bias = unpacked(old.in_file, old.weight.shape, layout.weight, layout.activation())
         window = old.computing.patch if old.is_patches else None
         old.computing = computing_linear(

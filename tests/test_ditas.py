@@ -1,5 +1,6 @@
 """``ditas.quantize``: any module with repeated blocks, in place, or not at all."""
 import weakref
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -13,14 +14,13 @@ from architectures.explored import ExploredArchitecture, explore
 from architectures.registry import describe
 from architectures.sites import Call
 from architectures.tracing import random_parameters, tensors_of
-from config import RECIPES
 from ditas import placing
+from ditas.request import read_request
 from evaluation.metrics import sqnr_db
 from quant.calibration.arguments import batched_arguments, clock_of
 from quant.install import install, make_modules
 from quant.layers.fold import fold
 from quant.pipeline import quantize_model
-from quant.recipe import BitWidths
 
 # The classes that the docs promise; DiT and PixArt are known by hand.
 BY_NAME = {example.name: example for example in EXAMPLES[:17]}
@@ -76,7 +76,7 @@ def run_on(model: nn.Module, example: Example):
 
 
 @pytest.mark.parametrize("name", BY_NAME)
-def test_any_transformer_is_quantised_and_comes_back(name, tmp_path):
+def test_linears_of_any_transformer_are_quantised(name):
     model = explored_example(name)
     expected = output(model, name)
     done = ditas.quantize(model, run_on(model, BY_NAME[name]), "rtn", weight_bit=8, backend="fake")
@@ -85,17 +85,16 @@ def test_any_transformer_is_quantised_and_comes_back(name, tmp_path):
     assert len(set(linears)) == len(linears) >= 8
     for linear in linears:
         assert not isinstance(model.get_submodule(linear), nn.Linear)
-    model.save_pretrained(tmp_path)
-    assert torch.equal(output(type(model).from_pretrained(tmp_path), name), output(model, name))
 
 
+@pytest.mark.parametrize("recipe, flags", [("rtn", {}), ("ditas", {"group_size": WHOLE_ROWS})])
 @pytest.mark.parametrize("name", BY_NAME)
-def test_arithmetics_and_folding_agree_in_any_transformer(name):
-    recipe = RECIPES["ditas"]
-    recipe = type(recipe)(**{**vars(recipe), "rounds": 2, "weight_group": WHOLE_ROWS})
+def test_any_transformer_folds_computes_and_comes_back(name, recipe, flags, tmp_path):
+    request = read_request(recipe, {**flags, "weight_bit": 8, "backend": "fake"})
+    request = replace(request, recipe=replace(request.recipe, rounds=2))
     model = explored_example(name)
     result = quantize_model(
-        model, recipe, BitWidths(8, 8), lambda _: run_on(model, BY_NAME[name])())
+        model, request.recipe, request.bits, lambda _: run_on(model, BY_NAME[name])())
 
     def installed(backend: str, is_folded: bool = False) -> Tensor:
         copy = explored_example(name)
@@ -105,10 +104,18 @@ def test_arithmetics_and_folding_agree_in_any_transformer(name):
     simulated = installed("fake")
     kept = sqnr_db(output(model, name), simulated)
     assert kept > 30
+    folded = installed("fake", is_folded=True)
     # Codes flip where values lie on the middle between two, and others after them. Were all to
     # flip, the error would be that of two roundings that know nothing of each other.
-    for other in (installed("reference"), installed("fake", is_folded=True)):
+    for other in (installed("reference"), folded):
         assert sqnr_db(simulated, other) > kept - 6
+
+    # What was calibrated once is put in, saved and read again.
+    placing.put_in(model, request, result, lambda: None)
+    given = output(model, name)
+    assert torch.equal(given, folded)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(output(type(model).from_pretrained(tmp_path), name), given)
 
 
 class Block(nn.Module):

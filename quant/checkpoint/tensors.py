@@ -70,10 +70,10 @@ def read_base(
         return FloatWeight(take("weight", shape))
     view, dims = grouped(torch.empty(shape, device="meta"), spec)
     per_group = tuple(view.amin(dims, keepdim=True).shape)
-    codes = unpack(tensors.pop(f"{name}.codes"), spec.bits, shape)
+    packed = tensors.pop(f"{name}.codes")
     zero = read_zero(tensors, name, spec, per_group)
     step = take("step", (shape[0], 1)) if spec.convention == "two-level" else None
-    return Quantized(codes, take("scale", per_group), zero, spec, step)
+    return Stowed(packed, shape, take("scale", per_group), zero, spec, step)
 
 
 def write_branch(weight: LowRankWeight) -> Tensors:

@@ -126,10 +126,11 @@ def integer_weight(layer: QuantizedLayer) -> IntegerWeight:
 def nibbles(layer: QuantizedLayer) -> Nibbles | None:
     """Pack the codes of a layer at 4 bits; None where they are wider or a row cannot be halved."""
     quantized = layer.weight.base
-    rows, columns = quantized.codes.shape
+    codes = quantized.codes
+    rows, columns = codes.shape
     if quantized.spec.bits > 4 or columns % 2:
         return None
-    low, high = quantized.codes.chunk(2, 1)
+    low, high = codes.chunk(2, 1)
     zero = quantized.zero.reshape(rows, -1, 1).to(torch.int8)
     scale = torch.ones_like(zero)
     if quantized.step is not None:

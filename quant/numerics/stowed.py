@@ -3,9 +3,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quant.numerics.uniform import Quantized
+from quant.numerics.uniform import Quantized, QuantSpec
 
 BYTE = 8
+# Eight codes of a byte each, or of fewer bits side by side, are moved as one number.
+WORD = np.dtype("<u8")
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -14,9 +16,15 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     Returns:
         uint8, ``ceil(numel * bits / 8)`` bytes.
     """
-    shifts = np.arange(bits, dtype=np.uint8)
-    planes = (codes.reshape(-1, 1).cpu().numpy() >> shifts) & 1  # (numel, bits)
-    return torch.from_numpy(np.packbits(planes.astype(np.uint8), bitorder="little"))
+    count = codes.numel()
+    in_bytes = np.zeros(-(-count // BYTE) * BYTE, np.uint8)
+    in_bytes[:count] = codes.reshape(-1).cpu().numpy()
+    words = in_bytes.view(WORD)
+    for half in (1, 2, 4):
+        low, high, gap = _halves(half, bits)
+        words = (words & low) | (words >> gap & high)
+    stream = words.view(np.uint8).reshape(-1, BYTE)[:, :bits].reshape(-1)
+    return torch.from_numpy(stream[:-(-count * bits // BYTE)].copy())
 
 
 def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
@@ -25,32 +33,67 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
     Raises:
         ValueError: the stream's length does not fit the shape.
     """
+    check_stream(packed, bits, shape)
     count = int(np.prod(shape))
-    wanted = -(-count * bits // 8)
+    groups = -(-count // BYTE)
+    stream = np.zeros(groups * bits + WORD.itemsize, np.uint8)
+    stream[:len(packed)] = packed.numpy()
+    # A word from every place where eight codes begin; what lies above these is masked away.
+    words = np.ndarray((groups,), WORD, stream, strides=(bits,)).copy()
+    for half in (4, 2, 1):
+        low, high, gap = _halves(half, bits)
+        moved = words & high
+        moved <<= gap
+        words &= low
+        words |= moved
+    return torch.from_numpy(words.view(np.uint8)[:count].reshape(shape))
+
+
+def check_stream(packed: Tensor, bits: int, shape: tuple[int, ...]) -> None:
+    """Make sure that a bit stream is as long as its codes.
+
+    Raises:
+        ValueError: it is not.
+    """
+    count = int(np.prod(shape))
+    wanted = -(-count * bits // BYTE)
     if packed.dtype != torch.uint8 or packed.numel() != wanted:
         raise ValueError(f"expected {wanted} bytes for {count} codes of {bits} bits, "
                          f"got {packed.numel()} of {packed.dtype}")
-    planes = np.unpackbits(packed.numpy(), bitorder="little", count=count * bits)
-    codes = np.packbits(planes.reshape(count, bits), axis=1, bitorder="little")
-    return torch.from_numpy(codes.reshape(shape))
+
+
+def _halves(half: int, bits: int) -> tuple[np.uint64, np.uint64, np.uint64]:
+    """Tell the bits of the lower and of the upper ``half`` codes among twice as many.
+
+    Returns:
+        Masks of the lower and the upper ones in a word of eight codes, in which each half lies at
+        its final place and its codes side by side; and how far the upper ones are from there.
+    """
+    side_by_side = (1 << half * bits) - 1
+    starts = range(0, 8 * BYTE, 2 * half * BYTE)
+    low = sum(side_by_side << start for start in starts)
+    return np.uint64(low), np.uint64(low << half * bits), np.uint64(half * (BYTE - bits))
 
 
 class Stowed(Quantized):
     """A quantised tensor whose codes lie on the CPU at their width, and are unpacked when read.
 
-    Attributes:
+    Args:
         packed: as ``pack`` gives them.
+        shape: of the codes.
+        scale, zero, spec, step: as in ``Quantized``.
+
+    Raises:
+        ValueError: the stream's length does not fit the shape.
     """
 
-    def __init__(self, quantized: Quantized):
-        parts = {
-            "packed": pack(quantized.codes, quantized.spec.bits),
-            "scale": quantized.scale,
-            "zero": quantized.zero,
-            "spec": quantized.spec,
-            "step": quantized.step,
-            "_shape": tuple(quantized.codes.shape),
-        }
+    def __init__(
+        self, packed: Tensor, shape: tuple[int, ...], scale: Tensor, zero: Tensor,
+        spec: QuantSpec, step: Tensor | None = None,
+    ):
+        check_stream(packed, spec.bits, shape)
+        parts = {"packed": packed, "_shape": tuple(shape), "scale": scale, "zero": zero,
+                 "spec": spec, "step": step}
         # It is frozen, as every quantised tensor.
         for name, value in parts.items():
             object.__setattr__(self, name, value)
@@ -65,4 +108,6 @@ def stow(quantized: Quantized) -> Quantized:
     """Pack the codes of a tensor, if they are of fewer than 8 bits."""
     if quantized.spec.bits >= BYTE:
         return quantized
-    return Stowed(quantized)
+    packed = pack(quantized.codes, quantized.spec.bits)
+    return Stowed(packed, quantized.codes.shape, quantized.scale, quantized.zero,
+                  quantized.spec, quantized.step)

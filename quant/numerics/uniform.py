@@ -236,20 +236,22 @@ class Quantized:
         """
         if self.step is None and self.spec.granularity != "channel":
             return None
-        view, _ = grouped(self.codes, self.spec)
+        codes = self.codes
+        view, _ = grouped(codes, self.spec)
         if self.step is None:
             return view - self.zero, self.scale.flatten()
-        values = (view - self.zero) * self.scale
-        return values.reshape(self.codes.shape), self.step.flatten()
+        values = (view - self.zero).mul_(self.scale)
+        return values.reshape(codes.shape), self.step.flatten()
 
     def dequantize(self) -> Tensor:
         """Turn the codes back into values, float32, the shape of ``codes``."""
         if self.step is not None:
             values, step = self.integers()
             return values * step[:, None]
-        view, _ = grouped(self.codes, self.spec)
+        codes = self.codes
+        view, _ = grouped(codes, self.spec)
         values = (view.to(self.scale.dtype) - self.zero) * self.scale
-        return ungrouped(values, self.codes.shape)
+        return ungrouped(values, codes.shape)
 
     def scale_columns(self, factors: Tensor) -> "Quantized":
         """Multiply input channels by ``factors`` (I,) through the scales, without a new code.
