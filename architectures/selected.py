@@ -2,9 +2,9 @@
 import re
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
-from architectures.sites import Architecture, AttentionSite, Call, Site, Unit
+from architectures.sites import Architecture, AttentionSite, Site, Unit
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,10 @@ class SelectedArchitecture:
         return self.base.batched
 
     @property
+    def clock(self) -> str:
+        return self.base.clock
+
+    @property
     def advance(self):
         return self.base.advance
 
@@ -49,9 +53,6 @@ class SelectedArchitecture:
 
     def blocks(self, model: nn.Module) -> list[str]:
         return self.base.blocks(model)
-
-    def timesteps(self, call: Call) -> Tensor:
-        return self.base.timesteps(call)
 
     def output_units(self, model: nn.Module) -> list[Unit]:
         return self.base.output_units(model)

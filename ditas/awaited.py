@@ -1,15 +1,30 @@
-"""From a file's tensors to quantised linears, while diffusers loads a model."""
+"""From a file's tensors to what is quantised, while diffusers loads a model."""
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from ditas.backends import choose_backend, computing_linear
-from ditas.layouts import Data, Layout, add_bias, from_data
-from ditas.packing import PackedLinear, unpacked, welcome_adapters
+from ditas.layouts import Data, Layout, OperandLayout, add_bias, from_data
+from ditas.packing import (
+    RANGES,
+    PackedLinear,
+    Tensors,
+    put_operands,
+    unpacked,
+    welcome_adapters,
+)
 from ditas.request import Request
 from errors import UserError
+from quant.activations.attention import Operands
+from quant.activations.quantisers import TimestepIndex, watch_timesteps
+from quant.checkpoint.tensors import TIMESTEPS, read_operands
 from quant.layers.fold import ROW_SCALES, DividedArgument, argument_of
 from quant.layers.quantised import QuantizedLayer
 from quant.numerics.tokens import matrix
+
+# A linear of a file, and the bias of the linear that it replaces.
+ReadLinear = tuple[QuantizedLayer, Tensor | None]
 
 
 class AwaitedLinear(nn.Module):
@@ -32,14 +47,33 @@ class AwaitedLinear(nn.Module):
         for name in layout.tensors:
             self.register_buffer(name, torch.empty(0, device="meta"))
 
-    def layer(self) -> tuple[QuantizedLayer, Tensor | None]:
-        """Read the layer and the linear's bias.
+    def layer(self, timesteps: Tensors) -> ReadLinear:
+        """Read the layer and the linear's bias; ``timesteps`` as of ``unpacked``.
 
         Raises:
             ValueError, KeyError: a tensor is missing or of another shape.
         """
         layout = self.layout
-        return unpacked(dict(self._buffers), self.shape, layout.weight, layout.activation())
+        return unpacked(
+            dict(self._buffers), self.shape, layout.weight, layout.activation(), timesteps)
+
+
+class AwaitedOperands(nn.Module):
+    """Stands where the quantised operands of an attention will be; it holds their ranges."""
+
+    def __init__(self, layout: OperandLayout):
+        super().__init__()
+        self.layout = layout
+        self.register_buffer(RANGES, torch.empty(0, device="meta"))
+
+    def operands(self, timesteps: Tensors) -> Operands:
+        """Read the operands, without factors; ``timesteps`` as of ``unpacked``.
+
+        Raises:
+            ValueError, KeyError: the ranges are missing or of another shape.
+        """
+        tensors = {".operands": self._buffers[RANGES], **timesteps}
+        return read_operands(tensors, "", 4, self.layout.spec, self.layout.has_powers)
 
 
 def put_awaited(model: nn.Module, stored: Data) -> None:
@@ -51,6 +85,12 @@ def put_awaited(model: nn.Module, stored: Data) -> None:
     try:
         for name, layout in from_data(stored["layouts"]).items():
             model.set_submodule(name, AwaitedLinear(model.get_submodule(name), layout))
+        # Folders of the first version have neither of the two.
+        for name, data in stored.get("operands", {}).items():
+            model.get_submodule(name).operands = AwaitedOperands(OperandLayout.from_data(data))
+        if stored.get("clock") is not None:
+            empty = torch.empty(0, device="meta")
+            watch_timesteps(model, TimestepIndex(empty), stored["clock"])
         for name in stored["added_biases"]:
             add_bias(model.get_submodule(name), "meta")
         for block, arguments in stored["divided_arguments"].items():
@@ -68,8 +108,8 @@ def owner_of(model: nn.Module, tensor_name: str) -> nn.Module | None:
     """Find the module whose tensor stays as the file has it; None: it is an ordinary one."""
     name, _, tensor = tensor_name.rpartition(".")
     owner = model.get_submodule(name)
-    is_ours = isinstance(owner, AwaitedLinear | DividedArgument) or tensor == ROW_SCALES
-    return owner if is_ours else None
+    kinds = AwaitedLinear | AwaitedOperands | DividedArgument | TimestepIndex
+    return owner if isinstance(owner, kinds) or tensor == ROW_SCALES else None
 
 
 def take(model: nn.Module, tensor_name: str, value: Tensor, device: torch.device) -> None:
@@ -81,16 +121,18 @@ def take(model: nn.Module, tensor_name: str, value: Tensor, device: torch.device
     owner.register_buffer(name, value.to(device))
 
 
-def build_linears(model: nn.Module, request: Request) -> None:
-    """Put quantised linears where they are awaited.
+def build(model: nn.Module, request: Request) -> None:
+    """Put quantised linears, and operands of attentions, where they are awaited.
 
     Raises:
         UserError: tensors are missing or of another shape, or the backend does not go with them.
     """
-    awaited = {name: module for name, module in model.named_modules()
-               if isinstance(module, AwaitedLinear)}
+    awaited = _modules_of(model, AwaitedLinear)
+    index = getattr(model, "timestep_index", None)
+    timesteps = {} if index is None else {TIMESTEPS: index.timesteps}
     try:
-        layers = {name: module.layer() for name, module in awaited.items()}
+        layers = {name: module.layer(timesteps) for name, module in awaited.items()}
+        operands = _read_operands(model, layers, timesteps)
     except (KeyError, ValueError, RuntimeError, TypeError) as error:
         raise UserError(f"the tensors of this {type(model).__name__} do not fit its "
                         f"quantization_config ({error}): save the model again") from None
@@ -100,11 +142,30 @@ def build_linears(model: nn.Module, request: Request) -> None:
     for name, module in awaited.items():
         layer, bias = layers.pop(name)
         linear = computing_linear(
-            layer, bias, backend, module.kind, module.device, module.window)
+            layer, bias, backend, module.kind, module.device, module.window, index)
         tensors = {key: value.clone() for key, value in module._buffers.items()}
         model.set_submodule(name, PackedLinear(linear, tensors, module.shape))
+    put_operands(model, operands, index, first.device)
     welcome_adapters()
     own_values(model)
+
+
+def _read_operands(
+    model: nn.Module, layers: dict[str, ReadLinear], timesteps: Tensors
+) -> dict[str, Operands]:
+    """Read the operands of attentions, by their names; what awaited them goes."""
+    operands = {}
+    for name, module in _modules_of(model, AwaitedOperands).items():
+        attention = name.removesuffix(".operands")
+        layer, _ = layers[module.layout.reader]
+        factors = layer.smoothing.factors
+        operands[attention] = replace(module.operands(timesteps), factors=factors)
+        del model.get_submodule(attention).operands
+    return operands
+
+
+def _modules_of(model: nn.Module, kind: type[nn.Module]) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
 
 
 def own_values(model: nn.Module) -> None:
