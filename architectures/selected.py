@@ -23,8 +23,7 @@ class SelectedArchitecture:
     def sites(self, model: nn.Module, scope: str) -> list[Site]:
         inside = set(self.base.sites(model, scope))
         return [site for site in self.base.sites(model, "all")
-                if (site in inside or _matches(self.include, site))
-                and not _matches(self.exclude, site)]
+                if is_chosen(site, site in inside, self.include, self.exclude)]
 
     def attentions(self, model: nn.Module) -> list[AttentionSite]:
         names = {site.name for site in self.sites(model, "all")}
@@ -56,6 +55,16 @@ class SelectedArchitecture:
 
     def output_units(self, model: nn.Module) -> list[Unit]:
         return self.base.output_units(model)
+
+
+def is_chosen(site: Site, is_inside: bool, include: str, exclude: str) -> bool:
+    """Tell whether a site is quantised.
+
+    Args:
+        is_inside: it belongs to the recipe's scope.
+        include, exclude: as of ``SelectedArchitecture``.
+    """
+    return (is_inside or _matches(include, site)) and not _matches(exclude, site)
 
 
 def _matches(expression: str, site: Site) -> bool:
