@@ -8,12 +8,13 @@
     # any part of any recipe
     python QuantDiT.py --model DiT-Digits-Outliers \\
         --recipe rtn --balance tas --alpha grid --act-granularity token
-    # the transformer of a diffusers pipeline, in a folder; writes a folder that diffusers loads
-    python QuantDiT.py --model FOLDER --prompts prompts.txt --output my-model
+    # the transformer of a diffusers pipeline, in a folder or on the hub; writes a folder that
+    # diffusers loads
+    python QuantDiT.py --model FOLDER_OR_ID --prompts prompts.txt --output my-model
     # a checkpoint as the folder of a pipeline
     python QuantDiT.py --path results/model.safetensors --export diffusers
     # what is inside any transformer of diffusers; a config.json is enough
-    python QuantDiT.py --model FOLDER --inspect
+    python QuantDiT.py --model FOLDER_OR_ID --inspect
 """
 from cli.threads import wait_gently
 
@@ -24,6 +25,7 @@ from functools import partial
 
 from cli import quantize_flags
 from cli.export import export, export_settings
+from cli.hub import is_hub_id
 from cli.inspect import inspect_settings, print_inspection
 from cli.parser import Parser, run
 from cli.pipelines import is_pipeline, pipeline_settings, quantize_pipeline
@@ -38,7 +40,7 @@ def main(args: argparse.Namespace) -> None:
         return
     if args.path is not None:
         work = partial(export, export_settings(args))
-    elif is_pipeline(args):
+    elif is_pipeline(args) or is_hub_id(args.model):
         work = partial(quantize_pipeline, pipeline_settings(args))
     else:
         work = partial(quantize, quantize_settings(args))

@@ -14,15 +14,13 @@ class DiffusersArchitecture:
     """
 
     class_name: str
+    clock = "timestep"
 
     def blocks(self, model: nn.Module) -> list[str]:
         return [f"transformer_blocks.{i}" for i in range(len(model.transformer_blocks))]
 
     def advance(self, call: Call, output: Tensor) -> Call:
         return {**call, "hidden_states": output}
-
-    def timesteps(self, call: Call) -> Tensor:
-        return call["timestep"]
 
     def configuration(self, model: nn.Module) -> dict[str, Any]:
         return {key: value for key, value in model.config.items() if not key.startswith("_")}

@@ -137,8 +137,10 @@ class _Explorer:
                          if name_of(node) == "linear"
                          and trace.names.get(behind_casts(node.args[1])) in weights]
         markers = [node for node in trace.graph.graph.nodes if node.target is ARGUMENT]
-        # What linears outside the blocks give to blocks as a vector per image.
-        self._vectors = {_origin(marker) for marker in markers if self._is_vector(marker)}
+        # What linears outside the blocks give to blocks as a vector per image. Sums are left out:
+        # most are those of embedders, whose linears modulate nothing themselves.
+        terms = [_terms(marker.args[0]) for marker in markers if self._is_vector(marker)]
+        self._vectors = {linears[0] for linears in terms if len(linears) == 1}
 
     def discovery(self) -> Discovery:
         groups = self._groups()
@@ -259,9 +261,9 @@ class _Explorer:
         return groups, answers
 
     def _is_vector(self, marker: fx.Node) -> bool:
-        """Tell whether an argument of a block is a vector per image that a linear made."""
-        node = _origin(marker)
-        return name_of(node) == "linear" and self._is_per_image(node)
+        """Tell whether an argument of a block is a vector per image: a linear's, or their sum."""
+        return all(name_of(term) == "linear" and self._is_per_image(term)
+                   for term in _terms(marker.args[0]))
 
     def _describe(
         self, edits: Edits | None, group: Group, reason: str
@@ -302,12 +304,13 @@ def joined(linears: tuple[str, ...]) -> str:
     return f"{place}.{ends}" if place else ends
 
 
-def _origin(marker: fx.Node) -> fx.Node:
-    """Find what made the argument that passes a marker, whatever moved it since."""
-    node = marker.args[0]
+def _terms(node: fx.Node) -> list[fx.Node]:
+    """Find what made a node's values, whatever moved them since; of a sum, what made its terms."""
     while is_rearranged(node) and isinstance(node.args[0], fx.Node):
         node = node.args[0]
-    return node
+    if name_of(node) != "add" or not all(isinstance(term, fx.Node) for term in node.args):
+        return [node]
+    return [part for term in node.args for part in _terms(term)]
 
 
 def _unique(nodes: list[fx.Node]) -> tuple[fx.Node, ...]:

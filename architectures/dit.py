@@ -30,6 +30,7 @@ class DiTArchitecture:
 
     name = "dit"
     batched = ("x", "t", "y")
+    clock = "t"
 
     def sites(self, model: DiT, scope: str) -> list[Site]:
         blocks = [site for name in self.blocks(model) for site in _block_sites(model, name)]
@@ -59,9 +60,6 @@ class DiTArchitecture:
 
     def output_units(self, model: DiT) -> list[Unit]:
         return [module_unit("final_layer", tuple(linears_of(_output_sites())))]
-
-    def timesteps(self, call: Call) -> Tensor:
-        return call["t"]
 
     def configuration(self, model: DiT) -> dict[str, Any]:
         block = model.blocks[0]

@@ -22,7 +22,7 @@ class ExploredArchitecture:
     Attributes:
         discovery: blocks, sites and folds of the whole model.
         batched: arguments with an entry per image.
-        clock: the argument that holds the timesteps; empty: none does.
+        clock: as of ``Architecture``.
     """
 
     discovery: Discovery
@@ -39,10 +39,6 @@ class ExploredArchitecture:
 
     def blocks(self, model: nn.Module) -> list[str]:
         return list(self.discovery.blocks)
-
-    def timesteps(self, call: Call) -> Tensor:
-        """Return the timesteps of a call; of one without, a single 0."""
-        return torch.as_tensor(call.get(self.clock, 0)).reshape(-1)
 
     def attentions(self, model: nn.Module) -> list[AttentionSite]:
         return list(self.discovery.attentions)

@@ -2,9 +2,9 @@
 import re
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
-from architectures.sites import Architecture, AttentionSite, Call, Site, Unit
+from architectures.sites import Architecture, AttentionSite, Site, Unit
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,7 @@ class SelectedArchitecture:
     def sites(self, model: nn.Module, scope: str) -> list[Site]:
         inside = set(self.base.sites(model, scope))
         return [site for site in self.base.sites(model, "all")
-                if (site in inside or _matches(self.include, site))
-                and not _matches(self.exclude, site)]
+                if is_chosen(site, site in inside, self.include, self.exclude)]
 
     def attentions(self, model: nn.Module) -> list[AttentionSite]:
         names = {site.name for site in self.sites(model, "all")}
@@ -40,6 +39,10 @@ class SelectedArchitecture:
         return self.base.batched
 
     @property
+    def clock(self) -> str:
+        return self.base.clock
+
+    @property
     def advance(self):
         return self.base.advance
 
@@ -50,11 +53,18 @@ class SelectedArchitecture:
     def blocks(self, model: nn.Module) -> list[str]:
         return self.base.blocks(model)
 
-    def timesteps(self, call: Call) -> Tensor:
-        return self.base.timesteps(call)
-
     def output_units(self, model: nn.Module) -> list[Unit]:
         return self.base.output_units(model)
+
+
+def is_chosen(site: Site, is_inside: bool, include: str, exclude: str) -> bool:
+    """Tell whether a site is quantised.
+
+    Args:
+        is_inside: it belongs to the recipe's scope.
+        include, exclude: as of ``SelectedArchitecture``.
+    """
+    return (is_inside or _matches(include, site)) and not _matches(exclude, site)
 
 
 def _matches(expression: str, site: Site) -> bool:

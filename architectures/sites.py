@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 SCOPES = ("blocks", "adaln", "inner", "all")
@@ -181,10 +182,13 @@ class Architecture(Protocol):
         name: in checkpoints.
         batched: arguments of the model with an entry per image, tensors or dicts of them; others
             are the same for all.
+        clock: the argument of the model that holds the timestep of every image, or one for all;
+            empty: none does.
     """
 
     name: str
     batched: tuple[str, ...]
+    clock: str
 
     def sites(self, model: nn.Module, scope: str) -> list[Site]:
         """List all that a scope quantises, in the order in which a forward pass meets it.
@@ -204,9 +208,6 @@ class Architecture(Protocol):
 
     def attentions(self, model: nn.Module) -> list[AttentionSite]:
         """List the attentions of all blocks in forward order."""
-
-    def timesteps(self, call: Call) -> Tensor:
-        """Return the timestep (N,) of every image of a call of the model."""
 
     def run_temporal(self, model: nn.Module, call: Call) -> tuple[Tensor, ...]:
         """Compute all that timestep and condition alone decide, (N, ...) each.
@@ -238,6 +239,11 @@ def single(
 def call_of(module: nn.Module, args: tuple, kwargs: dict) -> Call:
     """Give the arguments of a module's ``forward`` their names."""
     return dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+
+
+def timesteps_of(call: Call, clock: str) -> Tensor:
+    """Return the timesteps of a call, (N,), or (1,) of one for all; without a clock a 0."""
+    return torch.as_tensor(call.get(clock, 0)).reshape(-1)
 
 
 def inside(place: str, *ends: str) -> tuple[str, ...]:

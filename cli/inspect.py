@@ -3,15 +3,19 @@ import argparse
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from architectures.inspection import Inspection, inspect
+from architectures.selected import is_chosen
 from architectures.sites import Site
+from cli.hub import fetch_file, not_given
+from cli.pipelines import INDEX
 from cli.recipe_flags import bit_widths, build_recipe
-from cli.values import user_value
+from cli.values import expression, user_value
 from config import Recipe
 from errors import UserError
 from models import DiT_models
@@ -39,6 +43,13 @@ class InspectSettings:
     recipe: Recipe
     weight_bits: int
     act_bits: int
+    include: str  # expression of linears that are quantised whatever the scope
+    exclude: str  # of those that are not
+
+    def quantises(self, site: Site) -> bool:
+        """Tell whether a site is quantised as the recipe says."""
+        is_inside = site.role in SCOPE_ROLES[self.recipe.scope]
+        return is_chosen(site, is_inside, self.include, self.exclude)
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,8 @@ def inspect_settings(args: argparse.Namespace) -> InspectSettings:
         recipe=build_recipe(args),
         weight_bits=bits.weights,
         act_bits=bits.activations,
+        include=expression(args.include or "", "--include"),
+        exclude=expression(args.exclude or "", "--exclude"),
         configuration=read_configuration(args.model),
     )
 
@@ -84,16 +97,21 @@ def read_configuration(place: str) -> dict[str, Any]:
     if place in DiT_models:
         raise UserError(f"--inspect looks into models of diffusers, and {place} is one of this "
                         "repository: expected a folder or an id of the hub")
-    if not folder.is_dir():
-        return _read_from_hub(place)
-    pipeline = folder / "model_index.json"
-    if pipeline.exists():
-        folder = folder / _component(_read(pipeline), place)
-    file = folder / "config.json"
-    if not file.exists():
-        raise UserError(f"'{place}' holds no model_index.json and no config.json: expected the "
-                        "folder of a diffusers pipeline or of its transformer")
-    return _read(file)
+    is_folder = folder.is_dir()
+    find = partial(_find_in_folder, folder) if is_folder else partial(fetch_file, place)
+    index = find(INDEX)
+    part = "" if index is None else f"{_component(_read(index), place)}/"
+    file = find(f"{part}config.json")
+    if file is not None:
+        return _read(file)
+    if not is_folder:
+        raise not_given(place, f"it has no {INDEX} and no config.json, or is not in the cache")
+    raise UserError(f"'{place}' holds no {INDEX} and no config.json: expected the "
+                    "folder of a diffusers pipeline or of its transformer")
+
+
+def _find_in_folder(folder: Path, file: str) -> Path | None:
+    return folder / file if (folder / file).exists() else None
 
 
 def _component(index: dict[str, Any], place: str) -> str:
@@ -114,23 +132,6 @@ def _read(file: Path) -> dict[str, Any]:
     return content
 
 
-def _read_from_hub(name: str) -> dict[str, Any]:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import logging
-    # Its retries are not what the person at the terminal has to read.
-    logging.set_verbosity_error()
-    try:
-        index = _read(Path(hf_hub_download(name, "model_index.json")))
-        component = _component(index, name)
-        return _read(Path(hf_hub_download(name, f"{component}/config.json")))
-    except UserError:
-        raise
-    except Exception as error:  # of the network, of the hub, of a name that is none
-        kind = type(error).__name__
-        raise UserError(f"'{name}' is no folder, and the hub did not give it ({kind}): "
-                        "download it, and give its folder with --model") from None
-
-
 def print_inspection(settings: InspectSettings) -> None:
     """Print the table of a model's sites, and its sums.
 
@@ -146,7 +147,7 @@ def print_inspection(settings: InspectSettings) -> None:
         print(f"| {' | '.join(cells)} |")
     before, after = sum(line.before for line in lines), sum(line.after for line in lines)
     whole = sum(parameter.numel() for parameter in found.model.parameters()) * FLOAT_BITS // 8
-    print(f"{_sum_of_folds(found)}; {whole / 1e6:.1f} MB before, "
+    print(f"{_sum_of_folds(found, settings)}; {whole / 1e6:.1f} MB before, "
           f"{(whole - before + after) / 1e6:.1f} MB after, at {FLOAT_BITS} bits elsewhere")
 
 
@@ -163,21 +164,24 @@ def line_of(site: Site, found: Inspection, settings: InspectSettings) -> Line:
     if None not in specs:
         after = sum(quantised_bits(module, spec) for module, spec in zip(modules, specs)) // 8
         bits = f"W{specs[0].bits}A{_act_bits(site, settings)}"
-    return Line(site.pattern, _shapes(modules), _place(site, found), bits, before, after)
+    place = _place(site, found) if settings.quantises(site) else "-"
+    return Line(site.pattern, _shapes(modules), place, bits, before, after)
 
 
 def weight_spec_of(site: Site, module: nn.Module, settings: InspectSettings) -> QuantSpec | None:
     """Say how a site's weight is quantised; None: it is not."""
     recipe = settings.recipe
-    if site.role in SCOPE_ROLES[recipe.scope]:
+    if settings.quantises(site):
         return weight_spec(recipe, settings.weight_bits)
-    if site.role == "modulation" and has_weight_only_adaln(recipe, settings.weight_bits):
+    is_weight_only = (site.role == "modulation"
+                      and has_weight_only_adaln(recipe, settings.weight_bits))
+    if is_chosen(site, is_weight_only, settings.include, settings.exclude):
         return adaln_spec(recipe.adaln_bits, module.in_features)
     return None
 
 
 def _act_bits(site: Site, settings: InspectSettings) -> int:
-    if site.role not in SCOPE_ROLES[settings.recipe.scope]:
+    if not settings.quantises(site):
         return FLOAT_BITS
     return act_spec(settings.recipe, settings.act_bits, site.per_image).bits
 
@@ -213,8 +217,8 @@ def _of_lists(blocks: tuple[str, ...]) -> str:
     return f"{len(blocks)} blocks ({', '.join(counts)})"
 
 
-def _sum_of_folds(found: Inspection) -> str:
-    inside = [site for site in found.sites if site.role == "block"]
+def _sum_of_folds(found: Inspection, settings: InspectSettings) -> str:
+    inside = [site for site in found.sites if site.role == "block" and settings.quantises(site)]
     linears = sum(len(site.linears) for site in inside)
     folding = sum(len(site.linears) for site in inside if site.name in found.places)
     return f"{folding} of {linears} linears of the blocks fold"

@@ -13,6 +13,7 @@ import torch
 
 from cli.call_arguments import Arguments, call_arguments, number_of_steps
 from cli.call_arguments import write as write_call
+from cli.hub import fetch_file, fetch_parts, is_hub_id, not_given
 from cli.parser import refuse_flags
 from cli.quantize import Quantized
 from cli.quantize_flags import make_parser
@@ -20,7 +21,7 @@ from cli.recipe_flags import bit_widths, build_recipe, given_flags
 from cli.settings import cpu_threads
 from cli.stages import stage
 from cli.threads import default_threads
-from cli.values import at_least, new_folder, user_value
+from cli.values import at_least, expression, new_folder, user_value
 from errors import UserError
 from files.atomic import atomic_folder
 from models import DiT_models
@@ -38,9 +39,10 @@ OTHERS_FLAGS = (
 
 @dataclass(frozen=True)
 class PipelineSettings:
-    """The checked command line of QuantDiT.py for a pipeline's folder."""
+    """The checked command line of QuantDiT.py for a pipeline."""
 
-    folder: Path
+    model: str  # its folder, or its id on the hub
+    folder: Path  # that holds at least what says of which parts it consists
     component: str  # the part that is quantised
     recipe: str  # a key of config.RECIPES
     flags: dict[str, Any]  # of the recipe, as ditas.quantize takes them
@@ -63,18 +65,19 @@ def pipeline_settings(args: argparse.Namespace) -> PipelineSettings:
     Raises:
         UserError: a flag is wrong or is for other models, or the folder holds no pipeline.
     """
-    others = f"the models of this repository, and '{args.model}' is a folder"
+    others = f"the models of this repository, and '{args.model}' is none of them"
     refuse_flags(args, make_parser(), OTHERS_FLAGS, others)
-    folder = Path(args.model)
+    folder = folder_of(args.model)
     bits = bit_widths(args)
     user_value(check_recipe, build_recipe(args), bits.activations)
     given = {flag.name.replace("-", "_"): text for flag, text in given_flags(args).items()}
-    chosen = {name: getattr(args, name) for name in ("include", "exclude")
-              if getattr(args, name) is not None}
+    chosen = {name: expression(getattr(args, name), f"--{name}")
+              for name in ("include", "exclude") if getattr(args, name) is not None}
     steps = args.num_sampling_steps
     output = args.output or (
-        f"results/{folder.name}-W{bits.weights}A{bits.activations}-{args.recipe}")
+        f"results/{Path(args.model).name}-W{bits.weights}A{bits.activations}-{args.recipe}")
     return PipelineSettings(
+        model=args.model,
         folder=folder,
         component=component_of(folder, args.component or COMPONENT),
         recipe=args.recipe,
@@ -92,6 +95,31 @@ def pipeline_settings(args: argparse.Namespace) -> PipelineSettings:
     )
 
 
+def folder_of(model: str) -> Path:
+    """Return the folder of a pipeline; of one on the hub, what of it can be had at once.
+
+    Raises:
+        UserError: the hub does not give it.
+    """
+    if not is_hub_id(model):
+        return Path(model)
+    index = fetch_file(model, INDEX)
+    if index is None:
+        raise not_given(model, f"it has no {INDEX}, or is not in the cache")
+    return index.parent
+
+
+def whole_folder(settings: PipelineSettings) -> Path:
+    """Return the folder with all that it takes to sample, downloaded if it must be.
+
+    Raises:
+        UserError: the hub does not give it.
+    """
+    if not is_hub_id(settings.model):
+        return settings.folder
+    return fetch_parts(settings.model, parts_of(read_index(settings.folder)))
+
+
 def _offload(args: argparse.Namespace) -> bool:
     if args.offload and not torch.cuda.is_available():
         raise UserError("--offload keeps what does not run off the GPU, and there is none: drop it")
@@ -105,13 +133,18 @@ def component_of(folder: Path, name: str) -> str:
         UserError: it is not, or the folder holds no pipeline.
     """
     parts = read_index(folder)
-    # A part that may be missing is [null, null] where it is.
-    known = [key for key, value in parts.items() if isinstance(value, list) and any(value)]
+    known = parts_of(parts)
     if name not in known:
         kind = parts.get("_class_name", "pipeline")
         raise UserError(f"'{folder}' is a {kind} without a {name}: "
                         f"expected --component to be one of {', '.join(known)}")
     return name
+
+
+def parts_of(index: dict[str, Any]) -> list[str]:
+    """Name the parts that a pipeline has."""
+    # One that may be missing is [null, null] where it is.
+    return [key for key, value in index.items() if isinstance(value, list) and any(value)]
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -162,7 +195,7 @@ def quantize_pipeline(settings: PipelineSettings) -> Quantized:
     import ditas
     torch.set_num_threads(settings.threads)
     with stage("load"):
-        pipeline = load_pipeline(settings.folder)
+        pipeline = load_pipeline(whole_folder(settings))
     if torch.cuda.is_available() and not settings.offload:
         pipeline.to("cuda")
     drive = partial(sample, pipeline, settings)

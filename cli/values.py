@@ -1,4 +1,5 @@
 """Check single values of a command line."""
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
@@ -32,6 +33,19 @@ def one_of(value: Value, allowed: Iterable[Value], flag: str) -> Value:
         names = ", ".join(map(str, allowed))
         raise UserError(f"{flag} {value} is not available: expected one of {names}")
     return value
+
+
+def expression(text: str, flag: str) -> str:
+    """Return ``text``, a regular expression.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        re.compile(text)
+    except (re.error, TypeError) as error:
+        raise UserError(f"{flag} '{text}' is no regular expression: {error}") from None
+    return text
 
 
 def at_least(value: Number, minimum: float, flag: str) -> Number:

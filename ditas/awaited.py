@@ -1,16 +1,27 @@
 """From a file to quantised linears: while diffusers loads a model, and when it is first called."""
 import warnings
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from ditas.backends import computing_linear, faster_backend, obstacle
-from ditas.layouts import Data, Layout, add_bias, from_data
-from ditas.packing import PackedLinear, unpacked, welcome_adapters
+from ditas.layouts import Data, Layout, OperandLayout, add_bias, from_data
+from ditas.packing import (
+    RANGES,
+    PackedLinear,
+    Tensors,
+    put_operands,
+    unpacked,
+    welcome_adapters,
+)
 from ditas.request import Request
 from errors import UserError
+from quant.activations.attention import Operands
+from quant.activations.quantisers import TimestepIndex, watch_timesteps
 from quant.backend import resolve
+from quant.checkpoint.tensors import TIMESTEPS, read_operands
 from quant.install import unnumbered, with_stand_in
 from quant.layers.fold import ROW_SCALES, DividedArgument, argument_of
 from quant.layers.quantised import QuantizedLayer
@@ -38,6 +49,24 @@ class AwaitedLinear(nn.Module):
             self.register_buffer(name, torch.empty(0, device="meta"))
 
 
+class AwaitedOperands(nn.Module):
+    """Stands where the quantised operands of an attention will be; it holds their ranges."""
+
+    def __init__(self, layout: OperandLayout):
+        super().__init__()
+        self.layout = layout
+        self.register_buffer(RANGES, torch.empty(0, device="meta"))
+
+    def operands(self, timesteps: Tensors) -> Operands:
+        """Read the operands, without factors; ``timesteps`` as of ``unpacked``.
+
+        Raises:
+            ValueError, KeyError: the ranges are missing or of another shape.
+        """
+        tensors = {".operands": self._buffers[RANGES], **timesteps}
+        return read_operands(tensors, "", 4, self.layout.spec, self.layout.has_powers)
+
+
 def put_awaited(model: nn.Module, stored: Data) -> None:
     """Make room in a skeleton for all that a file holds.
 
@@ -47,6 +76,12 @@ def put_awaited(model: nn.Module, stored: Data) -> None:
     try:
         for name, layout in from_data(stored["layouts"]).items():
             model.set_submodule(name, AwaitedLinear(model.get_submodule(name), layout))
+        # Folders of the first version have neither of the two.
+        for name, data in stored.get("operands", {}).items():
+            model.get_submodule(name).operands = AwaitedOperands(OperandLayout.from_data(data))
+        if stored.get("clock") is not None:
+            empty = torch.empty(0, device="meta")
+            watch_timesteps(model, TimestepIndex(empty), stored["clock"])
         for name in stored["added_biases"]:
             add_bias(model.get_submodule(name), "meta")
         for block, arguments in stored["divided_arguments"].items():
@@ -64,8 +99,8 @@ def owner_of(model: nn.Module, tensor_name: str) -> nn.Module | None:
     """Find the module whose tensor stays as the file has it; None: it is an ordinary one."""
     name, _, tensor = tensor_name.rpartition(".")
     owner = model.get_submodule(name)
-    is_ours = isinstance(owner, AwaitedLinear | DividedArgument) or tensor == ROW_SCALES
-    return owner if is_ours else None
+    kinds = AwaitedLinear | AwaitedOperands | DividedArgument | TimestepIndex
+    return owner if isinstance(owner, kinds) or tensor == ROW_SCALES else None
 
 
 def take(model: nn.Module, tensor_name: str, value: Tensor, device: torch.device) -> None:
@@ -83,11 +118,21 @@ class Arithmetic:
     Args:
         backend: ``fake``, ``integer``, or ``auto`` until both are timed.
         linears: those of the model, some of which are timed.
+        timestep_index: the model's, where ranges depend on the timestep.
     """
 
-    def __init__(self, backend: str, linears: list["StowedLinear"]):
+    def __init__(
+        self, backend: str, linears: list["StowedLinear"], timestep_index: TimestepIndex | None
+    ):
         self.backend = backend
+        self.timestep_index = timestep_index
         self._linears = linears
+
+    @property
+    def timesteps(self) -> Tensors:
+        """Those of all ranges of the model, as ``unpacked`` wants them."""
+        index = self.timestep_index
+        return {} if index is None else {TIMESTEPS: index.timesteps}
 
     def settle(self, kind: torch.dtype, device: torch.device) -> str:
         """Choose ``fake`` or ``integer``."""
@@ -133,7 +178,7 @@ class StowedLinear(LazyModuleMixin, PackedLinear):
             ValueError, KeyError: a tensor is missing or of another shape.
         """
         return unpacked(self.in_file, self.weight.shape, self.layout.weight,
-                        self.layout.activation())
+                        self.layout.activation(), self.arithmetic.timesteps)
 
     # Whatever the first call is for, its tensors serve all later ones.
     @torch.inference_mode(False)
@@ -143,41 +188,52 @@ class StowedLinear(LazyModuleMixin, PackedLinear):
         kind, device = self.weight.dtype, unnumbered(x.device)
         backend = self.arithmetic.settle(kind, device)
         layer, bias = self.layer()
-        self.computing = computing_linear(layer, bias, backend, kind, device, self.window)
+        self.computing = computing_linear(
+            layer, bias, backend, kind, device, self.window, self.arithmetic.timestep_index)
         del self.layout, self.window, self.arithmetic
 
 
-def stow_linears(model: nn.Module, request: Request) -> None:
-    """Put quantised linears where they are awaited.
+def stow(model: nn.Module, request: Request) -> None:
+    """Put quantised linears, and operands of attentions, where they are awaited.
 
     Raises:
         UserError: tensors are missing or of another shape, or the backend does not go with them.
     """
-    awaited = {name: module for name, module in model.named_modules()
-               if isinstance(module, AwaitedLinear)}
+    awaited = _modules_of(model, AwaitedLinear)
     linears: list[StowedLinear] = []
     device = next(iter(awaited.values())).device
     backend = resolve(request.backend, obstacle(request), device, lambda: "auto")
-    arithmetic = Arithmetic(backend, linears)
+    arithmetic = Arithmetic(backend, linears, getattr(model, "timestep_index", None))
     for name, module in awaited.items():
         linears.append(StowedLinear(module, arithmetic))
         model.set_submodule(name, linears[-1])
-        check_tensors(linears[-1], model)
+    try:
+        for linear in linears:
+            # It is read again when it is called first.
+            linear.layer()
+        operands = _read_operands(model, arithmetic.timesteps)
+    except (KeyError, ValueError, RuntimeError, TypeError) as error:
+        raise UserError(f"the tensors of this {type(model).__name__} do not fit its "
+                        f"quantization_config ({error}): save the model again") from None
+    put_operands(model, operands, arithmetic.timestep_index, device)
     welcome_adapters()
     own_values(model)
 
 
-def check_tensors(linear: StowedLinear, model: nn.Module) -> None:
-    """Make sure that a linear can be expanded.
+def _read_operands(model: nn.Module, timesteps: Tensors) -> dict[str, Operands]:
+    """Read the operands of attentions, by their names; what awaited them goes."""
+    operands = {}
+    for name, module in _modules_of(model, AwaitedOperands).items():
+        attention = name.removesuffix(".operands")
+        layer, _ = model.get_submodule(module.layout.reader).layer()
+        factors = layer.smoothing.factors
+        operands[attention] = replace(module.operands(timesteps), factors=factors)
+        del model.get_submodule(attention).operands
+    return operands
 
-    Raises:
-        UserError: tensors are missing or of another shape.
-    """
-    try:
-        linear.layer()
-    except (KeyError, ValueError, RuntimeError, TypeError) as error:
-        raise UserError(f"the tensors of this {type(model).__name__} do not fit its "
-                        f"quantization_config ({error}): save the model again") from None
+
+def _modules_of(model: nn.Module, kind: type[nn.Module]) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
 
 
 def own_values(model: nn.Module) -> None:

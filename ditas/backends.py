@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ditas.request import Request
+from quant.activations.quantisers import TimestepIndex
 from quant.backend import faster, resolve
 from quant.install import make_linear, with_stand_in
 from quant.integer.weight import integer_obstacle
@@ -57,9 +58,10 @@ def computing_linear(
     kind: torch.dtype,  # of what is not integer
     device: torch.device,
     window: tuple[int, int] | None,  # of a patch convolution
+    timestep_index: TimestepIndex | None,
 ) -> nn.Module:
     """Make the module that computes a quantised linear or patch convolution."""
-    linear = make_linear(layer, layer.bias(bias), backend, kind, device, False, None)
+    linear = make_linear(layer, layer.bias(bias), backend, kind, device, False, timestep_index)
     if window is not None:
         linear = PatchLinear(linear, window)
     return with_stand_in(linear.to(device), kind, device)

@@ -13,7 +13,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from ditas.awaited import owner_of, put_awaited, stow_linears, take
+from ditas.awaited import owner_of, put_awaited, stow, take
 from ditas.layouts import Data
 from ditas.quantizing import quantize
 from ditas.request import Request, read_request
@@ -103,11 +103,11 @@ class DitasQuantizer(DiffusersQuantizer):
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict, **kwargs
     ) -> bool:
-        """Tell whether a tensor belongs to a quantised linear or to what folding left."""
+        """Tell whether a tensor belongs to what is quantised or to what folding left."""
         return self.pre_quantized and owner_of(model, param_name) is not None
 
     def check_quantized_param_shape(self, *args, **kwargs) -> bool:
-        """Leave shapes to ``stow_linears``."""
+        """Leave shapes to ``stow``."""
         return True
 
     def create_quantized_param(
@@ -126,7 +126,7 @@ class DitasQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> nn.Module:
         config = self.quantization_config
         if self.pre_quantized:
-            stow_linears(model, config.request())
+            stow(model, config.request())
         else:
             quantize(model, None, config.recipe, **config.flags)
             self.quantization_config = model.config.quantization_config
@@ -134,8 +134,7 @@ class DitasQuantizer(DiffusersQuantizer):
 
     @property
     def is_serializable(self) -> bool:
-        # Ranges per timestep and attention's operands cannot be written yet.
-        return self.quantization_config.stored is not None
+        return True
 
     @property
     def is_trainable(self) -> bool:
@@ -146,11 +145,11 @@ class DitasQuantizer(DiffusersQuantizer):
         return True
 
 
-def sign(model: nn.Module, request: Request, stored: Data | None) -> None:
+def sign(model: nn.Module, request: Request, stored: Data) -> None:
     """Let a model of diffusers know that it is quantised, as one that was loaded does.
 
     Args:
-        stored: how it is written into a file; None: it cannot be.
+        stored: how it is written into a file.
     """
     config = DitasConfig(request.recipe_name, request.flags, stored)
     model.register_to_config(quantization_config=config)

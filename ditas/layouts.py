@@ -5,7 +5,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from quant.activations.attention import Operands
 from quant.activations.quantisers import Activation
+from quant.activations.softmax import PowersOfRootTwo
 from quant.layers.fold import ROW_SCALES, DividedArgument
 from quant.layers.quantised import QuantizedLayer
 from quant.numerics.uniform import QuantSpec
@@ -29,6 +31,37 @@ class Layout:
 
     def activation(self) -> Activation | None:
         return None if self.act is None else Activation(self.act)
+
+
+@dataclass(frozen=True)
+class OperandLayout:
+    """How the operands of an attention are quantised, but for the ranges.
+
+    Attributes:
+        spec: bits and what shares a range.
+        has_powers: the probabilities are powers of the square root of 2.
+        reader: the linear that reads the averaged values. Where it divides its input, values are
+            divided before they are quantised, too.
+    """
+
+    spec: QuantSpec
+    has_powers: bool
+    reader: str
+
+    @classmethod
+    def from_data(cls, data: Data) -> "OperandLayout":
+        """Read what ``asdict`` wrote.
+
+        Raises:
+            KeyError, TypeError: it is damaged.
+        """
+        return cls(QuantSpec(**data["spec"]), data["has_powers"], data["reader"])
+
+
+def operand_layout(operands: Operands, reader: str) -> OperandLayout:
+    """Say how the operands of an attention are laid out."""
+    has_powers = isinstance(operands.probabilities, PowersOfRootTwo)
+    return OperandLayout(operands.query.spec, has_powers, reader)
 
 
 def layout_of(layer: QuantizedLayer, tensors: dict[str, Any]) -> Layout:

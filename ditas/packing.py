@@ -9,13 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant.activations.quantisers import Activation
-from quant.checkpoint.tensors import read_layer, write_layer
+from quant.activations.attention import Operands, QuantOperands, quantize_operands
+from quant.activations.quantisers import Activation, TimestepIndex
+from quant.checkpoint.tensors import read_layer, write_layer, write_operands
 from quant.layers.linear import PatchLinear
 from quant.layers.quantised import QuantizedLayer
 from quant.numerics.uniform import OFF_BITS, QuantSpec
 
 Tensors = dict[str, Tensor]
+
+# The tensor of a file that holds the ranges of an attention's operands.
+RANGES = "ranges"
 
 
 def packed(layer: QuantizedLayer, bias: Tensor | None) -> Tensors:
@@ -35,14 +39,21 @@ def packed(layer: QuantizedLayer, bias: Tensor | None) -> Tensors:
 
 
 def unpacked(
-    tensors: Tensors, shape: torch.Size, spec: QuantSpec, act: Activation | None
+    tensors: Tensors,
+    shape: torch.Size,
+    spec: QuantSpec,
+    act: Activation | None,
+    timesteps: Tensors,
 ) -> tuple[QuantizedLayer, Tensor | None]:
     """Read what ``packed`` wrote of a weight (O, I).
+
+    Args:
+        timesteps: ``TIMESTEPS`` with those of the whole model, or nothing.
 
     Raises:
         ValueError, KeyError: a tensor is missing or of another shape.
     """
-    named = {f".{name}": value for name, value in tensors.items()}
+    named = {f".{name}": value for name, value in tensors.items()} | timesteps
     bias = named.pop(".bias", None)
     if spec.bits != OFF_BITS:
         named[".codes"] = named.pop(".weight")
@@ -54,12 +65,31 @@ def packed_bytes(layer: QuantizedLayer) -> int:
     return sum(value.nbytes for value in packed(layer, None).values())
 
 
-class PackedLinear(nn.Module):
-    """A quantised linear in a model: it computes with one module, and is saved as other tensors.
+class Packed(nn.Module):
+    """A module that is saved as other tensors than it computes with.
+
+    Attributes:
+        in_file: the tensors that it is saved as, on the CPU.
+    """
+
+    in_file: Tensors
+
+    def state_dict(
+        self, *, destination: dict[str, Any] | None = None, prefix: str = "",
+        keep_vars: bool = False,
+    ) -> dict[str, Any]:
+        """Give what a file needs in the place of what computes."""
+        destination = {} if destination is None else destination
+        destination.update({f"{prefix}{name}": value for name, value in self.in_file.items()})
+        return destination
+
+
+class PackedLinear(Packed):
+    """A quantised linear in a model.
 
     Args:
         computing: the module that computes it, with a stand-in (``quant.install``).
-        in_file: the tensors that it is saved as, on the CPU.
+        in_file: as of ``Packed``.
         shape: (O, I).
     """
 
@@ -82,14 +112,25 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.computing(x)
 
-    def state_dict(
-        self, *, destination: dict[str, Any] | None = None, prefix: str = "",
-        keep_vars: bool = False,
-    ) -> dict[str, Any]:
-        """Give what a file needs in the place of what computes."""
-        destination = {} if destination is None else destination
-        destination.update({f"{prefix}{name}": value for name, value in self.in_file.items()})
-        return destination
+
+class PackedOperands(Packed, QuantOperands):
+    """The quantised operands of an attention in a model."""
+
+    def __init__(self, operands: Operands, timestep_index: TimestepIndex | None):
+        super().__init__(operands, timestep_index)
+        self.in_file = {RANGES: write_operands(operands).cpu()}
+
+
+def put_operands(
+    model: nn.Module,
+    operands: dict[str, Operands],
+    timestep_index: TimestepIndex | None,
+    device: torch.device,
+) -> None:
+    """Quantise the operands of attentions, by their names."""
+    for name, quantisers in operands.items():
+        module = PackedOperands(quantisers, timestep_index).to(device)
+        quantize_operands(model.get_submodule(name), module)
 
 
 def welcome_adapters() -> None:

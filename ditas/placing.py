@@ -1,21 +1,29 @@
 """Put what a recipe found into the module that it was found for."""
 from collections.abc import Callable
+from dataclasses import asdict
 
 from torch import nn
 
 from architectures.registry import architecture_of
 from ditas.backends import choose_backend
-from ditas.layouts import Data, as_data, divided_arguments, layout_of, linears_with_row_scales
+from ditas.layouts import (
+    Data,
+    as_data,
+    divided_arguments,
+    layout_of,
+    linears_with_row_scales,
+    operand_layout,
+)
 from ditas.outcome import Outcome, outcome_of
-from ditas.packing import PackedLinear, Tensors, packed, welcome_adapters
+from ditas.packing import PackedLinear, Tensors, packed, put_operands, welcome_adapters
 from ditas.request import Request
 from errors import UserError
 from quant.activations.attention import Operands
+from quant.activations.quantisers import watch_timesteps
 from quant.install import (
     device_of,
     find_timestep_index,
     make_modules,
-    put_modules,
     unnumbered,
 )
 from quant.layers.fold import fold
@@ -66,7 +74,9 @@ def put_layers(
     before = {name for name, _ in module.named_parameters()}
     folded = fold(module, layers)
     layers.clear()
-    operands = folded_operands(module, folded, operands)
+    readers = readers_of(module)
+    operands = {name: quantisers.fold() if folded[readers[name]].smoothing.is_none else quantisers
+                for name, quantisers in operands.items()}
     added = [name.removesuffix(".bias") for name, _ in module.named_parameters()
              if name not in before and name.removesuffix(".bias") not in folded]
 
@@ -76,7 +86,13 @@ def put_layers(
     backend = choose_backend(request, list(folded.values()), next(iter(kinds.values())), device)
     in_file = {name: packed(layer, module.get_submodule(name).bias)
                for name, layer in folded.items()}
-    stored = None if index or operands else stored_form(module, folded, in_file, added)
+    stored = {
+        **stored_form(module, folded, in_file, added),
+        "operands": {name: asdict(operand_layout(quantisers, readers[name]))
+                     for name, quantisers in operands.items()},
+        # The argument on which ranges depend; null: they do not.
+        "clock": None if index is None else architecture_of(module).clock,
+    }
     welcome_adapters()
 
     no_way_back()
@@ -86,7 +102,9 @@ def put_layers(
         new = PackedLinear(computing, in_file.pop(name), old.weight.flatten(1).shape)
         module.set_submodule(name, new)
         del old
-    put_modules(module, {}, operands, index, device)
+    put_operands(module, operands, index, device)
+    if index is not None:
+        watch_timesteps(module, index.to(device), stored["clock"])
     if hasattr(module, "register_to_config"):
         # It is diffusers' own, which is thus installed.
         from ditas.hand_over import sign
@@ -113,13 +131,9 @@ def give_new_values(module: nn.Module, result: Result) -> None:
             parameter.data = parameter.data.clone()
 
 
-def folded_operands(
-    module: nn.Module, layers: Layers, operands: dict[str, Operands]
-) -> dict[str, Operands]:
-    """Fold the quantisers of attentions whose values come divided now."""
+def readers_of(module: nn.Module) -> dict[str, str]:
+    """Name the linear that reads the averaged values of every attention."""
     architecture = architecture_of(module)
-    readers = {site.name: site.linears[0] for site in architecture.sites(module, "all")}
-    outputs = {attention.name: readers[attention.output]
-               for attention in architecture.attentions(module)}
-    return {name: quantisers.fold() if layers[outputs[name]].smoothing.is_none else quantisers
-            for name, quantisers in operands.items()}
+    first = {site.name: site.linears[0] for site in architecture.sites(module, "all")}
+    return {attention.name: first[attention.output]
+            for attention in architecture.attentions(module)}

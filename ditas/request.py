@@ -1,12 +1,11 @@
 """What a caller of ``ditas.quantize`` asks for: the flags of QuantDiT.py as keywords."""
-import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
 import config
 from cli.recipe_flags import FLAGS, Flag, labelled, recipe_with
-from cli.values import one_of, user_value
+from cli.values import expression, one_of, user_value
 from config import Recipe
 from errors import UserError
 from quant.backend import BACKENDS
@@ -90,8 +89,8 @@ def read_request(recipe_name: str, flags: dict[str, Any]) -> Request:
         recipe_name, flags, recipe, labelled(recipe_name, given), bits,
         svd=one_of(others["svd"], SOLVERS, "svd"),
         backend=one_of(others["backend"], BACKENDS, "backend"),
-        include=_expression(others["include"], "include"),
-        exclude=_expression(others["exclude"], "exclude"))
+        include=expression(others["include"], "include"),
+        exclude=expression(others["exclude"], "exclude"))
 
 
 def request_of_label(label: str, weight_bits: int, act_bits: int) -> Request:
@@ -111,14 +110,6 @@ def request_of_label(label: str, weight_bits: int, act_bits: int) -> Request:
             # A list of several values.
             flags[last] += f",{item}"
     return read_request(name, flags)
-
-
-def _expression(text: str, name: str) -> str:
-    try:
-        re.compile(text)
-    except (re.error, TypeError) as error:
-        raise UserError(f"{name} '{text}' is no regular expression: {error}") from None
-    return text
 
 
 def _as_text(value: Any) -> str:

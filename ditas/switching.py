@@ -48,10 +48,12 @@ def switch_backend(model: nn.Module, backend: str) -> None:
         if isinstance(old, StowedLinear):
             old.arithmetic.backend = backend
             continue
-        layer, bias = unpacked(old.in_file, old.weight.shape, layout.weight, layout.activation())
+        # Ranges per timestep are static, and allow one arithmetic only.
+        layer, bias = unpacked(
+            old.in_file, old.weight.shape, layout.weight, layout.activation(), {})
         window = old.computing.patch if old.is_patches else None
         old.computing = computing_linear(
-            layer, bias, backend, old.weight.dtype, old.weight.device, window)
+            layer, bias, backend, old.weight.dtype, old.weight.device, window, None)
 
 
 def _simulates(linear: nn.Module) -> bool:

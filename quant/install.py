@@ -2,7 +2,8 @@
 import torch
 from torch import Tensor, nn
 
-from quant.activations.attention import Operands, quantize_operands
+from architectures.registry import architecture_of
+from quant.activations.attention import Operands, QuantOperands, quantize_operands
 from quant.activations.quantisers import TimestepIndex, watch_timesteps
 from quant.integer.weight import integer_weight, nibbles
 from quant.layers.linear import PatchLinear, QuantLinear
@@ -39,7 +40,14 @@ def install(
     # The float weights go before anything is moved or converted.
     for name in layers:
         model.set_submodule(name, nn.Identity())
-    put_modules(model.to(device, dtype), modules, operands, timestep_index, device)
+    model.to(device, dtype)
+    for name, module in modules.items():
+        model.set_submodule(name, module)
+    for name, quantisers in operands.items():
+        module = QuantOperands(quantisers, timestep_index).to(device)
+        quantize_operands(model.get_submodule(name), module)
+    if timestep_index is not None:
+        watch_timesteps(model, timestep_index.to(device), architecture_of(model).clock)
     return model.eval()
 
 
@@ -69,23 +77,6 @@ def with_stand_in(module: nn.Module, dtype: torch.dtype, device: torch.device) -
     stand_in = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
     module.register_parameter("stand_in", stand_in)
     return module
-
-
-def put_modules(
-    model: nn.Module,
-    modules: dict[str, nn.Module],
-    operands: dict[str, Operands],
-    timestep_index: TimestepIndex | None,
-    device: torch.device,
-) -> None:
-    """Put modules where linears were, and quantisers into attentions, in place."""
-    for name, module in modules.items():
-        model.set_submodule(name, module)
-    for name, quantisers in operands.items():
-        quantize_operands(model.get_submodule(name), quantisers, timestep_index)
-        model.get_submodule(name).operands.to(device)
-    if timestep_index is not None:
-        watch_timesteps(model, timestep_index.to(device))
 
 
 def device_of(model: nn.Module) -> torch.device:

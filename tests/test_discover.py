@@ -162,6 +162,59 @@ def test_a_vector_without_a_table_is_divided():
     assert tables and not any(tables)
 
 
+class Modulated(nn.Module):
+    """A block with a table, which a vector per image is added to."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(8, elementwise_affine=False)
+        self.table = nn.Parameter(torch.randn(2, 8))
+        self.before, self.after = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, vector: Tensor) -> Tensor:
+        shift, scale = (self.table + vector).chunk(2, dim=1)
+        return x + self.after(self.before(self.norm(x) * (1 + scale) + shift).tanh())
+
+
+class Embedded(nn.Module):
+    """Gives its blocks the sum of what two linears make; ``is_plain``: nothing else is added."""
+
+    def __init__(self, is_plain: bool):
+        super().__init__()
+        self.time, self.size = nn.Linear(4, 16), nn.Linear(4, 16)
+        self.layers = nn.ModuleList([Modulated(), Modulated()])
+        self.is_plain = is_plain
+
+    def forward(self, x: Tensor, time: Tensor, size: Tensor) -> Tensor:
+        vector = self.time(time).unflatten(1, (2, 8)) + self.size(size).unflatten(1, (2, 8))
+        if not self.is_plain:
+            vector = vector + x.mean(1, keepdim=True)
+        for layer in self.layers:
+            x = layer(x, vector)
+        return x
+
+
+@pytest.mark.parametrize("is_plain", [False, True])
+def test_a_sum_of_vectors_is_divided_if_linears_made_all_of_them(is_plain):
+    torch.manual_seed(0)
+    call = {"x": torch.randn(2, 3, 8), "time": torch.randn(2, 4), "size": torch.randn(2, 4)}
+    found = discover(Embedded(is_plain), call)
+    sites = {site.name: site for site in found.sites}
+    assert sites["time"].role == sites["size"].role == "vector"
+    if not is_plain:
+        assert found.reasons["layers.0.before"] == "vector enters the block"
+        return
+    assert sites["layers.1.before"].folds == (
+        SharedModulation("layers.1.table", 0, 1, "layers.1", "vector"),)
+    layers = random_layers(Embedded(is_plain), found.scope("blocks"))
+    divided, folded = (Embedded(is_plain) for _ in range(2))
+    folded.load_state_dict(divided.state_dict())
+    folded = install(folded, fold_sites(folded, layers, found.scope("blocks")))
+    with torch.no_grad():
+        expected = install(divided, layers)(**call)
+        assert relative(folded(**call), expected) < 1e-5
+
+
 class Block(nn.Module):
     """Squares what it reads beside folding it: no factor may go into ``before``."""
 

@@ -7,7 +7,7 @@ from architectures.discover import discover, find_blocks
 from architectures.examples import build, draw_call
 from architectures.explored import discover_shortened
 from architectures.registry import architecture_of
-from architectures.sites import linears_of
+from architectures.sites import linears_of, timesteps_of
 from architectures.twins import shortened
 from architectures.watched import watch
 from quant.calibration.arguments import batched_arguments, clock_of
@@ -64,7 +64,7 @@ def test_timesteps_are_found():
     found = clock_of([call, later])
     assert found == "timestep"
     model = explored_example(example.name)
-    assert torch.equal(architecture_of(model).timesteps(later), later["timestep"])
+    assert torch.equal(timesteps_of(later, architecture_of(model).clock), later["timestep"])
 
 
 def test_images_are_told_from_what_all_share():

@@ -84,6 +84,19 @@ def test_its_transformer_computes_what_the_checkpoint_does(digits):
     assert torch.equal(transformer(x, t, labels), model(x, t, labels))
 
 
+def test_ranges_per_timestep_and_operands_are_exported():
+    call(QuantDiT, "--model", "DiT-Digits", "--recipe", "ptq4dm", "--act-steps", "each",
+         "--attention", "uniform", "--num-sampling-steps", "3", "--class-labels", "3,7",
+         "--output", "made")
+    call(QuantDiT, "--path", "made", "--export", "diffusers", "--output", "folder")
+    transformer = load(Path("folder")).transformer
+    _, model = checkpoint.load(Path("made.safetensors"), folded=True)
+    assert torch.equal(transformer.timestep_index.timesteps, model.timestep_index.timesteps)
+    x, labels = torch.randn(3, 4, 8, 8), torch.tensor([1, 2, 10])
+    for t in model.timestep_index.timesteps:
+        assert torch.equal(transformer(x, t.expand(3), labels), model(x, t.expand(3), labels))
+
+
 def test_codes_are_packed_and_embedders_are_there_once(digits):
     from safetensors.torch import load_file
     tensors = load_file(digits[1] / "transformer/diffusion_pytorch_model.safetensors")

@@ -74,6 +74,41 @@ def test_bytes_are_those_of_the_weights(capsys):
     assert f"{megabytes:.1f} MB before, {megabytes:.1f} MB after" in lines[-1]
 
 
+def test_what_is_chosen_shows_in_the_table(capsys):
+    write("folder/config.json", FLUX)
+    flags = ("--model", "folder", "--recipe", "rtn")
+    before, (_, all_blocks) = table(capsys, *flags)
+    rows, (_, last) = table(
+        capsys, *flags, "--include", "x_embedder|norm1.linear", "--exclude", r"to_q$|proj_out")
+    changed = {row[0]: row[3:5] for row in rows if row not in before}
+    assert changed == {
+        "x_embedder": ["-", "W4A8"],
+        "transformer_blocks.*.norm1.linear": ["-", "W4A8"],
+        # What shares its input with a query goes with it.
+        "transformer_blocks.*.attn.to_q+to_k+to_v": ["-", "16"],
+        "single_transformer_blocks.*.proj_mlp+attn.to_q+attn.to_k+attn.to_v": ["-", "16"],
+        "single_transformer_blocks.*.proj_out": ["-", "16"],
+    }
+    megabytes = {row[0]: row[5:] for row in rows}
+    assert megabytes["transformer_blocks.*.attn.to_q+to_k+to_v"][0] == \
+        megabytes["transformer_blocks.*.attn.to_q+to_k+to_v"][1]
+    # Three of twelve linears go in a double block, all of a single one's.
+    assert all_blocks.startswith("50 of 61") and last.startswith("21 of 27 linears")
+
+
+def test_the_table_and_quantising_choose_the_same_linears(capsys):
+    import ditas
+    chosen = {"include": "norm_out|proj_mlp", "exclude": r"\.ff\.net\.2$"}
+    write("folder/config.json", {"_class_name": "FluxTransformer2DModel",
+                                 **SIZES["FluxTransformer2DModel"]})
+    rows, _ = table(capsys, "--model", "folder", "--recipe", "rtn",
+                    "--include", chosen["include"], "--exclude", chosen["exclude"])
+    example = next(example for example in EXAMPLES if example.name == "FluxTransformer2DModel")
+    done = ditas.quantize(build(example), None, "rtn", **chosen)
+    assert {row[0] for row in rows if row[4] == "W4A8"} == {
+        outcome.site.pattern for outcome in done.sites}
+
+
 def test_blocks_that_differ_are_told_apart():
     sizes = {**SIZES["SD3Transformer2DModel 3.5"], "num_layers": 6,
              "dual_attention_layers": (0, 1, 2)}
@@ -130,6 +165,7 @@ def test_a_hub_id_without_network_is_refused(capsys, monkeypatch):
     ([], "--inspect looks into a model of diffusers: give a folder with --model"),
     (["--model", "DiT-XL/2"], "DiT-XL/2 is one of this repository"),
     (["--model", ".", "--weight-bit", "1"], "--weight-bit 1 is not available"),
+    (["--model", ".", "--exclude", "("], "--exclude '(' is no regular expression"),
 ])
 def test_wrong_flags_are_refused(capsys, argv, message):
     assert message in error_line(capsys, lambda: call(QuantDiT, *argv, "--inspect"))

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from architectures.units import module_unit
 from config import RECIPES, Recipe
 from models import DiT
-from quant.activations.attention import Operands, quantize_operands
+from quant.activations.attention import Operands, QuantOperands, quantize_operands
 from quant.activations.quantisers import Activation, Static, TimestepIndex
 from quant.activations.softmax import PowersOfRootTwo
 from quant.install import install
@@ -314,7 +314,7 @@ def test_attention_of_16_bits_is_attention():
     expected = attention(x)
     fine = Activation(QuantSpec(16, "tensor"))
     factors = torch.rand(64) + 0.5
-    quantize_operands(attention, Operands(fine, fine, fine, fine, factors))
+    quantize_operands(attention, QuantOperands(Operands(fine, fine, fine, fine, factors)))
     assert torch.allclose(attention(x), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -323,7 +323,7 @@ def test_attention_of_8_bits_is_nearly_attention():
     expected = attention(x)
     static = Activation(QuantSpec(8, "tensor"), torch.tensor(0.02), torch.tensor(128.0))
     powers = PowersOfRootTwo(8, torch.tensor(1.0))
-    quantize_operands(attention, Operands(static, static, static, powers))
+    quantize_operands(attention, QuantOperands(Operands(static, static, static, powers)))
     assert 1e-4 < relative(attention(x), expected) < 0.2
 
 

@@ -14,13 +14,20 @@ from tiny_pipelines import PIPELINES, name_the_tokenizers, save
 import QuantDiT
 import sample_merge_TAS
 from cli import pipelines
+from diffusion.noise import image_generators
 from ditas.switching import switch_backend
 from errors import UserError
 from files.npz import read_arrays
 from sampling.pipeline import as_bytes
 
 STEPS = 2
-RECIPES = {"rtn": (), "ditas": ("--group-size", "16", "--lowrank", "4")}
+RECIPES = {
+    "rtn": (),
+    "ditas": ("--group-size", "16", "--lowrank", "4"),
+    # Ranges of every timestep, of linears and of attention's operands.
+    "ptq4dm": ("--act-steps", "each", "--attention", "uniform"),
+}
+SEED = 5
 
 # It knows nothing of this repository but ``ditas``.
 DRAW = """
@@ -42,7 +49,10 @@ for folder in sys.argv[4:]:
 
 @pytest.fixture(scope="module", params=PIPELINES)
 def quantised(request, tmp_path_factory):
-    """Quantise a pipeline with every recipe; returns name, folder and what each drew."""
+    """Quantise a pipeline with every recipe; returns name, folder and what each drew.
+
+    The last are the images that sampling shall give.
+    """
     name = request.param
     place = tmp_path_factory.mktemp(name)
     save(name, place / "float")
@@ -56,7 +66,8 @@ def quantised(request, tmp_path_factory):
                  "--prompts", place / "prompts.txt", "--num-sampling-steps", STEPS,
                  "--output", place / recipe, "--pipeline-args", json.dumps(PIPELINES[name][1]))
         name_the_tokenizers(place / recipe)
-        drawn[recipe] = draw(loaded[0], name)
+        drawn[recipe] = draw(loaded[0], name, plain_generators())
+        drawn[f"{recipe} {SEED}"] = draw(loaded[0], name, image_generators(SEED, range(3)))
     return name, place, drawn
 
 
@@ -66,9 +77,12 @@ def kept(loaded: list, folder: Path):
     return loaded[0]
 
 
-def draw(pipeline, name: str) -> np.ndarray:
+def plain_generators() -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(i) for i in range(len(WORDS))]
+
+
+def draw(pipeline, name: str, generators: list[torch.Generator]) -> np.ndarray:
     switch_backend(pipeline.transformer, "fake")
-    generators = [torch.Generator().manual_seed(i) for i in range(len(WORDS))]
     with torch.no_grad():
         return pipeline(WORDS, generator=generators, output_type="np", num_inference_steps=STEPS,
                         **PIPELINES[name][1])[0]
@@ -88,10 +102,11 @@ def test_a_fresh_process_draws_what_was_quantised(quantised):
 
 
 def test_sampling_draws_images_and_refuses_videos(quantised, tmp_path, monkeypatch, capsys):
-    name, place, _ = quantised
+    name, place, drawn = quantised
     monkeypatch.chdir(tmp_path)
-    words = ("--path", place / "ditas", "--prompts", place / "prompts.txt", "--backend", "fake",
-             "--num-fid-samples", 3, "--per-proc-batch-size", 2)
+    words = ("--path", place / "ptq4dm", "--prompts", place / "prompts.txt", "--backend", "fake",
+             "--global-seed", SEED, "--threads", torch.get_num_threads(), "--num-fid-samples", 3,
+             "--per-proc-batch-size", 3)
     if name == "Wan":
         line = error_line(capsys, lambda: call(sample_merge_TAS, *words))
         assert "a WanPipeline makes videos, and PNGs hold images" in line
@@ -100,6 +115,7 @@ def test_sampling_draws_images_and_refuses_videos(quantised, tmp_path, monkeypat
     call(sample_merge_TAS, *words)
     images = read_arrays(next(Path("samples").glob("*.npz")))["arr_0"]
     assert images.shape == (3, 16, 16, 3)
+    assert np.array_equal(images, as_bytes(drawn[f"ptq4dm {SEED}"], 3))
 
 
 def test_images_that_are_none_are_refused():

@@ -161,15 +161,13 @@ class QuantOperands(nn.Module):
                 "where they are quantised: let it (timm's does under TIMM_FUSED_ATTN=1)")
 
 
-def quantize_operands(
-    attention: nn.Module, operands: Operands, timestep_index: TimestepIndex | None = None
-) -> None:
+def quantize_operands(attention: nn.Module, operands: QuantOperands) -> None:
     """Quantise what enters the two products of an attention module, in place.
 
     Its submodule ``operands`` does it; a second call replaces that.
     """
     is_hooked = hasattr(attention, "operands")
-    attention.operands = QuantOperands(operands, timestep_index)
+    attention.operands = operands
     if not is_hooked:
         attention.register_forward_pre_hook(_open_operands)
         attention.register_forward_hook(_close_operands, always_call=True)

@@ -4,12 +4,12 @@ Every module here maps values (..., T, I) float32 to a pair: what enters the pro
 to multiply the product by (None: 1).
 """
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from architectures.registry import architecture_of
-from architectures.sites import call_of
+from architectures.sites import call_of, timesteps_of
 from quant.numerics.uniform import OFF_BITS, QuantSpec, signed_codes, ungrouped
 
 
@@ -63,14 +63,18 @@ class TimestepIndex(nn.Module):
         return per_step[self.index].reshape(-1, *[1] * (values.dim() - 1))
 
 
-def watch_timesteps(model: nn.Module, timestep_index: TimestepIndex) -> None:
-    """Keep the index up to date whenever the model is called."""
+def watch_timesteps(model: nn.Module, timestep_index: TimestepIndex, clock: str) -> None:
+    """Keep the index up to date whenever the model is called.
+
+    Args:
+        clock: as of ``Architecture``.
+    """
     model.timestep_index = timestep_index
-    model.register_forward_pre_hook(_update_index, with_kwargs=True)
+    model.register_forward_pre_hook(partial(_update_index, clock=clock), with_kwargs=True)
 
 
-def _update_index(model: nn.Module, args: tuple, kwargs: dict) -> None:
-    timesteps = architecture_of(model).timesteps(call_of(model, args, kwargs))
+def _update_index(model: nn.Module, args: tuple, kwargs: dict, clock: str) -> None:
+    timesteps = timesteps_of(call_of(model, args, kwargs), clock)
     model.timestep_index.update(timesteps)
 
 

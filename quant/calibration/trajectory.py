@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from architectures.registry import architecture_of
-from architectures.sites import Call, Site
+from architectures.sites import Call, Site, timesteps_of
 from quant.activations.attention import intercepted_attention
 from quant.calibration.calls import batch_size, can_stack, recorded_calls, stack, take
 from quant.calibration.step_maxima import StepMaxima
@@ -111,7 +111,7 @@ def record(
         raise ValueError("the calibration run never called the model")
     absmax = maxima.by_site(len(calls))
     _check_finite(absmax)
-    timesteps = torch.stack([architecture.timesteps(call).flatten()[0] for call in calls])
+    timesteps = torch.stack([timesteps_of(call, architecture.clock)[0] for call in calls])
     return Trajectory(tuple(calls), architecture.batched, timesteps, max(rows)), absmax
 
 

@@ -34,6 +34,7 @@ from quant.activations.quantisers import Activation
 from quant.backend import resolve
 from quant.checkpoint.header import HEADER_KEY, Header, read_header
 from quant.checkpoint.tensors import (
+    TIMESTEPS,
     read_layer,
     read_operands,
     write_layer,
@@ -72,7 +73,7 @@ def save(path: Path, model: nn.Module, result: Result, header: Header) -> None:
         tensors[f"{name}.operands"] = write_operands(operands)
     timestep_index = find_timestep_index(result.layers, result.operands)
     if timestep_index is not None:
-        tensors["timesteps"] = timestep_index.timesteps
+        tensors[TIMESTEPS] = timestep_index.timesteps
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     with atomic(path) as temporary:
         save_file(tensors, temporary, metadata={HEADER_KEY: header.to_json()})
@@ -119,7 +120,7 @@ def _assemble(header: Header, tensors: dict[str, Tensor], path: Path) -> Stored:
         shape = matrix(model.get_submodule(name)).shape
         layers[name] = read_layer(tensors, name, shape, spec, act)
     operands = _read_operands(tensors, header, model, layers)
-    tensors.pop("timesteps", None)
+    tensors.pop(TIMESTEPS, None)
     # The float weights are not there, and not needed: keep the skeleton without them.
     for name in layers:
         model.get_submodule(name).weight = None

@@ -20,6 +20,9 @@ from quant.weights.low_rank import LowRankWeight
 
 Tensors = dict[str, Tensor]
 
+# What the model is called with at each step, where ranges depend on it: once for all of them.
+TIMESTEPS = "timesteps"
+
 # Before the names of factors and shift that were folded away.
 FOLDED = "folded_"
 
@@ -149,7 +152,7 @@ def read_act(tensors: Tensors, name: str, act: Activation | None) -> Activation 
     """Read the static range of a quantiser that is otherwise known; dynamic ones have none."""
     if f"{name}.act" not in tensors:
         return act
-    timesteps = tensors["timesteps"] if tensors[f"{name}.act"].dim() == 2 else None
+    timesteps = tensors[TIMESTEPS] if tensors[f"{name}.act"].dim() == 2 else None
     shape = (2,) if timesteps is None else (2, len(timesteps))
     scale, zero = taker(tensors, name)("act", shape)
     return replace(act, scale=scale, zero=zero, timesteps=timesteps)
@@ -214,7 +217,7 @@ def read_operands(
         rows: 4, or 3 in format 3, in which powers of the square root of 2 began at 1.
         has_powers: the probabilities are quantised so.
     """
-    timesteps = tensors["timesteps"] if tensors[f"{name}.operands"].dim() == 3 else None
+    timesteps = tensors[TIMESTEPS] if tensors[f"{name}.operands"].dim() == 3 else None
     shape = (rows, 2) if timesteps is None else (rows, 2, len(timesteps))
     stored = taker(tensors, name)("operands", shape)
     query, key, value, *rest = (Activation(spec, *row, timesteps) for row in stored)

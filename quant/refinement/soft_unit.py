@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from architectures.sites import Unit
-from quant.activations.attention import Operands, quantize_operands
+from quant.activations.attention import Operands, QuantOperands, quantize_operands
 from quant.activations.quantisers import Activation, TimestepIndex
 from quant.install import device_of, with_stand_in
 from quant.layers.linear import PatchLinear, QuantLinear
@@ -71,7 +71,8 @@ class SoftUnit:
                     act = getattr(operands[name], operand)
                     learned[operand] = replace(act, scale=module.scale.detach())
             operands[name] = replace(operands[name], **learned)
-            quantize_operands(self._quantised.get_submodule(name), operands[name], self._index)
+            quantize_operands(
+                self._quantised.get_submodule(name), QuantOperands(operands[name], self._index))
 
     def _soft_linear(self, name: str, layer: QuantizedLayer) -> SoftLinear:
         linear = self._model.get_submodule(name)

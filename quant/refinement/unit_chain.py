@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import config
 from architectures.registry import architecture_of
-from architectures.sites import MODEL, Call, Unit, call_of
+from architectures.sites import MODEL, Call, Unit, call_of, timesteps_of
 from quant.activations.quantisers import TimestepIndex
 from quant.calibration.calls import batch_size
 
@@ -33,7 +33,8 @@ class UnitChain:
         self._next: Call | None = None
         self._timestep_index: TimestepIndex | None = getattr(model, "timestep_index", None)
         if self._timestep_index is not None:
-            self._steps = self._timestep_index.nearest(architecture.timesteps(inputs))  # (P,)
+            self._steps = self._timestep_index.nearest(  # (P,)
+                timesteps_of(inputs, architecture.clock))
 
     def enter(self, unit: Unit) -> None:
         """Go in front of a unit, whose predecessors have their final layers."""
