@@ -146,7 +146,7 @@ class Arithmetic:
 class StowedLinear(LazyModuleMixin, PackedLinear):
     """A quantised linear as the file has it; its first call expands it to what computes.
 
-    So a model is loaded in the time and the memory of its file, and is expanded where it computes.
+    So a model is loaded in the memory of its file, and is expanded where it computes.
     It is a lazy module of PyTorch, which torch.compile expands before it looks inside.
 
     Args:
