@@ -104,16 +104,13 @@ def test_any_transformer_folds_computes_and_comes_back(name, recipe, flags, tmp_
     simulated = installed("fake")
     kept = sqnr_db(output(model, name), simulated)
     assert kept > 30
-    folded = installed("fake", is_folded=True)
-    # Codes flip where values lie on the middle between two, and others after them. Were all to
-    # flip, the error would be that of two roundings that know nothing of each other.
-    for other in (installed("reference"), folded):
-        assert sqnr_db(simulated, other) > kept - 6
-
-    # What was calibrated once is put in, saved and read again.
+    arithmetics = installed("reference"), installed("fake", is_folded=True)
     placing.put_in(model, request, result, lambda: None)
     given = output(model, name)
-    assert torch.equal(given, folded)
+    # Codes flip where values lie on the middle between two, and others after them. Were all to
+    # flip, the error would be that of two roundings that know nothing of each other.
+    for other in (*arithmetics, given):
+        assert sqnr_db(simulated, other) > kept - 6
     model.save_pretrained(tmp_path)
     assert torch.equal(output(type(model).from_pretrained(tmp_path), name), given)
 
