@@ -4,6 +4,8 @@ import torch
 from test_ditas import output
 from test_hand_over import FLUX, quantised_example
 
+from ditas.packing import PackedLinear
+
 
 @pytest.fixture(scope="module")
 def quantised():
@@ -16,6 +18,10 @@ def folder(quantised, tmp_path_factory):
     place = tmp_path_factory.mktemp("use")
     quantised.save_pretrained(place)
     return place
+
+
+def packed_linears(model):
+    return [module for module in model.modules() if isinstance(module, PackedLinear)]
 
 
 def test_repeated_blocks_are_compiled(quantised, folder):
@@ -33,6 +39,9 @@ def test_a_device_map_is_followed(device_map, quantised, folder):
 
 def test_a_model_goes_to_bfloat16_but_for_its_steps(quantised, folder):
     loaded = type(quantised).from_pretrained(folder, torch_dtype=torch.bfloat16)
+    for linear in packed_linears(loaded):
+        # Its first call expands it.
+        linear(torch.zeros(1, 1, linear.in_features, dtype=torch.bfloat16))
     kinds = {name.rpartition(".")[2]: value.dtype for name, value in loaded.named_buffers()}
     assert kinds["step"] == kinds["bias"] == torch.float32
     assert {value.dtype for value in loaded.parameters()} == {torch.bfloat16}
