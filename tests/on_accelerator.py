@@ -14,6 +14,7 @@ from accelerator import NAME, accelerator
 from conftest import LATENT_SHAPE, checkpoint_header, noise_drive, random_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from config import RECIPES, Recipe
 from diffusion import ddpm_step, make_schedule
@@ -30,15 +31,6 @@ MODEL = "DiT-Tiny"
 WIDTH, DEPTH, HEADS, CLASSES = 64, 2, 4, 10
 STEPS = 2
 LABELS = (1, 7)
-# How near the latents of two files must be that were computed on different devices. A code at a
-# rounding tie falls either way there: one weight in a thousand costs 60 dB, and so does an
-# activation of 8 bits, which a scale's last bit turns. Four bits against float have some 20 dB.
-LEAST_SQNR_DB = 30
-# Share of values in a tensor of these files that may differ. GPTQ hands the error of a turned code
-# on to its row, and learned rounding turns several.
-TURNED = 0.2
-# A turned code of an activation moves the second moments that the layers after it are fitted to.
-RELATIVE = 0.01
 CPU = torch.device("cpu")
 
 
@@ -95,11 +87,32 @@ def sample(model: nn.Module) -> Tensor:
     return generate_latents(model, schedule, range(len(labels)), labels, 0, 1.5, ddpm_step)
 
 
+def least_sqnr_db(recipe: Recipe, equal_codes: bool) -> int:
+    """Say how near two files must be that were computed on different devices.
+
+    A weight's code at a tie falls either way there: one in a thousand costs 60 dB, and learned
+    rounding turns more of them. Four bits against float have some 20 dB.
+    """
+    if recipe.weight == "adaround":
+        return 30
+    return 90 if equal_codes else 40
+
+
 # The tests.
 
 @pytest.fixture(scope="module")
 def device() -> torch.device:
     return accelerator()[0]
+
+
+@pytest.fixture(autouse=True)
+def same_attention():
+    """Let both devices take PyTorch's plain attention; a CPU's own kernel has other last bits.
+
+    A code at a rounding tie would turn, and with a sequential Hessian all layers after it.
+    """
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -165,7 +178,7 @@ def test_recipes_do_on_an_accelerator_what_they_do_on_a_cpu(name, device, tmp_pa
         assert {layer.weight.left.device for layer in result.layers.values()} == {place}
         paths[place] = tmp_path / f"{place.type}.safetensors"
         save(paths[place], model, result, recipe)
-    assert_files_agree(paths[CPU], paths[device])
+    equal_codes = have_equal_codes(paths[CPU], paths[device])
 
     for folded in (False, True):
         expected = sample(load(paths[CPU], CPU, folded))
@@ -175,13 +188,23 @@ def test_recipes_do_on_an_accelerator_what_they_do_on_a_cpu(name, device, tmp_pa
         assert sqnr_db(expected, sample(model).cpu()) >= 90
         latents = sample(load(paths[device], device, folded))
         assert latents.device == device
-        assert sqnr_db(expected, latents.cpu()) >= LEAST_SQNR_DB
+        assert sqnr_db(expected, latents.cpu()) >= least_sqnr_db(recipe, equal_codes)
 
 
-def assert_files_agree(first: Path, second: Path) -> None:
-    """Check that values are equal, floats but for rounding errors, except for a few."""
+def have_equal_codes(first: Path, second: Path) -> bool:
+    """Check that codes are equal but for one in a hundred, floats but for rounding errors.
+
+    Returns:
+        Whether all codes are equal.
+    """
     expected, tensors = load_file(first), load_file(second)
+    equal = True
     assert expected.keys() == tensors.keys()
     for key, value in expected.items():
-        agree = torch.isclose(value.double(), tensors[key].double(), rtol=RELATIVE, atol=1e-6)
-        assert (~agree).double().mean() <= TURNED, key
+        if value.is_floating_point():
+            assert torch.allclose(value.float(), tensors[key].float(), rtol=1e-4, atol=1e-6), key
+        else:
+            turned = (value != tensors[key]).float().mean()
+            assert turned <= 0.01, key
+            equal = equal and turned == 0
+    return bool(equal)
