@@ -1,6 +1,6 @@
 """Measure how long loading a quantised transformer takes, and how much memory, against reading it.
 
-    python benchmarks/folders.py                 # two minutes; writes 173 MB to results/folders
+    python benchmarks/folders.py                 # writes 173 MB to results/folders
     python benchmarks/folders.py --depth 28      # as many blocks as PixArt-Sigma has
 
 The model is diffusers' PixArt of width 1152 with random parameters, ``rtn`` at W4A8, in bfloat16.
