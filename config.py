@@ -108,6 +108,13 @@ class Recipe:
     iterations: int = 20_000             # for each unit
     rounding_rate: float = 1e-3          # learning rate
 
+    # Tuning from end to end (ours): iterations in which codes and branches of all layers learn what
+    # the float model gives; 0: none.
+    tuning: int = 0
+
+    # Images that calibration samples, of classes or prompts in turn; None: 16, or one a prompt.
+    images: int | None = None
+
     # A group size per layer (Q-DiT).
     group_sizes: tuple[int, ...] = ()    # to choose from; empty: weight_group for all layers
     # How sizes are found: by "evolution", or as the integer program that makes the sum of the
@@ -261,6 +268,10 @@ RECIPES: dict[str, Recipe] = {
     ),
 }
 
+# Ours, too: that, tuned from end to end, on more images, because what is learned has to hold for
+# others.
+RECIPES["ditas-tuned"] = replace(RECIPES["ditas-plus"], tuning=500, images=96)
+
 # Flags that scale a published search or training down to a model of ten blocks, as in compare.py.
 small_model_budgets = {
     "ptq4dit": "iterations=150,rounding-rate=0.03",
@@ -290,6 +301,11 @@ reconstruction_batch = 32          # samples per iteration
 reconstruction_samples = 800       # images, each at one of the timesteps, to reconstruct blocks on
 
 
+# Tuning from end to end.
+tuning_batch = 32                  # images per iteration
+tuning_rate = 0.01                 # size of a step, in codes
+
+
 def lowrank_rank(recipe: Recipe, width: int) -> int:
     """Return the branch's rank for a layer whose smaller dimension is ``width``."""
     if recipe.rank is None:
@@ -299,7 +315,7 @@ def lowrank_rank(recipe: Recipe, width: int) -> int:
 
 def default_labels(num_classes: int, count: int = len(calibration_labels)) -> list[int]:
     """Return labels to calibrate with: the paper's for ImageNet, else spread over all classes."""
-    if num_classes == 1000:
+    if num_classes == 1000 and count <= len(calibration_labels):
         return list(calibration_labels[:count])
     if num_classes > count:
         return [i * num_classes // count for i in range(count)]

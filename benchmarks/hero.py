@@ -37,7 +37,8 @@ from models import DiT_models
 from quant import checkpoint
 
 BUNDLED = [name for name, card in DiT_models.items() if card.is_small]
-TITLES = {"rtn": "round to nearest", "ditas": "ditas", "ditas-plus": "ditas-plus"}
+TITLES = {"rtn": "round to nearest", "ditas": "ditas", "ditas-plus": "ditas-plus",
+          "ditas-tuned": "ditas-tuned"}
 IMAGES = 64        # behind the decibels
 DRAWN = 12         # the first of them, spread over the classes
 COLUMNS = 3        # images side by side in a panel

@@ -133,6 +133,8 @@ ALLOCATED = Needs(lambda recipe: bool(recipe.group_sizes), "a list of --group-si
 EVOLVED = Needs(_evolves, "a list of --group-sizes, and --allocate evolution")
 IN_GROUPS = Needs(
     lambda recipe: recipe.weight_granularity == "group", "--weight-granularity group")
+TWO_LEVEL = Needs(
+    lambda recipe: recipe.weight_scales == "two-level", "--weight-scales two-level")
 BY_MOMENTS = Needs(uses_moments, "--weight gptq, or --lowrank-metric output")
 CONDITIONED = Needs(lambda recipe: recipe.scope != "blocks", "--scope adaln or all")
 SMOOTHQUANT = Needs(lambda recipe: recipe.balance == "smoothquant", "--balance smoothquant")
@@ -210,6 +212,12 @@ FLAGS = (
     Flag("iterations", "iterations", _number(1), "of AdaRound, per unit", LEARNED),
     Flag("rounding_rate", "rounding-rate", _positive,
          "learning rate of AdaRound; fewer iterations need a higher one", LEARNED),
+    Flag("tuning", "tune", _number(0),
+         "iterations in which codes and branches learn, from end to end, what the float model "
+         "gives; 0 for none", TWO_LEVEL),
+    Flag("images", "calibration-images", _number(1),
+         "images that calibration samples, of classes or prompts in turn "
+         "(default: 16; of a pipeline one a prompt)"),
     Flag("group_sizes", "group-sizes", _sizes,
          "to choose from for every layer, such as 32,64,128; 'none' for one size"),
     Flag("allocate", "allocate", _choice("evolution", "ilp", "hessian"),

@@ -110,7 +110,7 @@ def quantize_settings(args: argparse.Namespace) -> QuantizeSettings:
         act_bits=bits.activations,
         svd=args.svd,
         steps=steps,
-        labels=_calibration_labels(args.class_labels, model.num_classes),
+        labels=_calibration_labels(args.class_labels, model.num_classes, recipe),
         seed=args.seed,
         cfg_scale=cfg_scale,
         output=output,
@@ -151,10 +151,11 @@ def _check_video_judge(recipe: Recipe, model: ModelChoice) -> None:
                         "give --judge fid (the bundled models have videos that stand in)")
 
 
-def _calibration_labels(text: str | None, num_classes: int) -> tuple[int, ...]:
+def _calibration_labels(text: str | None, num_classes: int, recipe: Recipe) -> tuple[int, ...]:
     if text:
         return tuple(class_labels(text, num_classes))
-    return tuple(config.default_labels(num_classes))
+    count = recipe.images or len(config.calibration_labels)
+    return tuple(config.default_labels(num_classes, count))
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:

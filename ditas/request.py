@@ -13,6 +13,7 @@ from quant.numerics.uniform import ACT_BITS, WEIGHT_BITS
 from quant.recipe import (
     BitWidths,
     check_recipe,
+    is_tuned,
     learns_rounding,
     needs_trajectory,
     runs_quantised_so_far,
@@ -62,7 +63,7 @@ class Request:
     def runs_copies(self) -> bool:
         """Whether the recipe looks at what a quantised copy of the model computes."""
         return (runs_quantised_so_far(self.recipe, self.bits) or bool(self.recipe.group_sizes)
-                or learns_rounding(self.recipe, self.bits))
+                or learns_rounding(self.recipe, self.bits) or is_tuned(self.recipe, self.bits))
 
 
 def read_request(recipe_name: str, flags: dict[str, Any]) -> Request:

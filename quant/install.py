@@ -79,6 +79,16 @@ def with_stand_in(module: nn.Module, dtype: torch.dtype, device: torch.device) -
     return module
 
 
+def put_linear(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put another module where a quantised linear is, or that of a patch convolution."""
+    old = model.get_submodule(name)
+    module = with_stand_in(module, torch.float32, device_of(model))
+    if isinstance(old, PatchLinear):
+        old.linear = module
+    else:
+        model.set_submodule(name, module)
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Find the device of a float model."""
     return next(model.parameters()).device

@@ -43,6 +43,7 @@ from quant.recipe import (
     BitWidths,
     act_spec,
     has_static_ranges,
+    is_tuned,
     learns_rounding,
     needs_trajectory,
     runs_quantised_so_far,
@@ -96,6 +97,11 @@ class Task:
     def learns_rounding(self) -> bool:
         """Whether blocks are reconstructed by AdaRound."""
         return learns_rounding(self.recipe, self.bits)
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether codes and branches are tuned from end to end."""
+        return is_tuned(self.recipe, self.bits)
 
     @property
     def weighs_layers(self) -> bool:

@@ -40,6 +40,7 @@ from quant.refinement.adaround import reconstruct
 from quant.refinement.allocation import Allocation, GroupSearch, choose_group_sizes
 from quant.refinement.evolution import Round
 from quant.refinement.sequential import QuantisedSoFar, stages_of
+from quant.refinement.tuning import tune
 from quant.weights.low_rank import without_branch
 from quant.weights.rounding import quantize_weight
 
@@ -134,6 +135,8 @@ def quantize_model(
         layers, operands = learn_rounding(task, first, layers, operands)
     if has_weight_only_adaln(recipe, bits.weights):
         layers |= weight_only_layers(model, recipe)
+    if task.is_tuned:
+        layers = tune(model, layers, first.trajectory, recipe.tuning)
     return Result(layers, operands, first.maxima, smoothing, allocation)
 
 

@@ -64,6 +64,11 @@ def learns_rounding(recipe: Recipe, bits: BitWidths) -> bool:
     return recipe.weight == "adaround" and not bits.leave_weights
 
 
+def is_tuned(recipe: Recipe, bits: BitWidths) -> bool:
+    """Tell whether codes and branches are tuned from end to end."""
+    return recipe.tuning > 0 and not bits.leave_weights
+
+
 def runs_quantised_so_far(recipe: Recipe, bits: BitWidths) -> bool:
     """Tell whether weights are quantised by what the layers before, quantised, give."""
     sequential = uses_moments(recipe) and recipe.hessian == "sequential"
@@ -73,7 +78,8 @@ def runs_quantised_so_far(recipe: Recipe, bits: BitWidths) -> bool:
 def needs_trajectory(recipe: Recipe, bits: BitWidths) -> bool:
     """Tell whether any part of a recipe has to see the model sample."""
     return (recipe.balance != "none" or has_static_ranges(recipe, bits) or weighs_layers(recipe)
-            or recipe.weight != "nearest" or recipe.metric == "output")
+            or recipe.weight != "nearest" or recipe.metric == "output"
+            or is_tuned(recipe, bits))
 
 
 def act_spec(
@@ -205,6 +211,11 @@ CONFLICTS = (
             recipe.weight_range != "minmax" and not _has_floating_scales(recipe)),
         because="weight ranges other than minmax are for floating scales",
         instead="--weight-scales float, or --weight-range minmax"),
+    Conflict(
+        when=lambda recipe, _: (
+            recipe.tuning > 0 and (recipe.weight_scales != "two-level" or recipe.is_static)),
+        because="tuning is for two-level weight scales and dynamic ranges of activations",
+        instead="--weight-scales two-level --act-range dynamic, or --tune 0"),
     Conflict(
         when=lambda recipe, _: recipe.metric == "output" and recipe.order == "lowrank-first",
         because="the low-rank branch cannot look at outputs in the order lowrank-first",

@@ -46,7 +46,8 @@ def quick(recipe: Recipe) -> Recipe:
         weight_group=min(recipe.weight_group, 32),
         group_sizes=(32, 64) if recipe.group_sizes else (),
         population=2,
-        generations=1)
+        generations=1,
+        tuning=min(recipe.tuning, 2))
 
 
 def tiny_model(device: torch.device) -> nn.Module:

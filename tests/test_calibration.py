@@ -48,8 +48,9 @@ def test_calibration_runs_at_most_two_trajectories(name):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     counts = count_images(model)
     recipe = RECIPES[name]
-    # Sequential moments run the model once more for every block, on few images.
-    recipe = replace(recipe, alphas=recipe.alphas[:2], rounds=1, group_sizes=(), hessian="float")
+    # Sequential moments run the model once more for every block, on few images; so does tuning.
+    recipe = replace(recipe, alphas=recipe.alphas[:2], rounds=1, group_sizes=(), hessian="float",
+                     tuning=0)
     if recipe.weight == "adaround":
         recipe = replace(recipe, weight="gptq")
     result = quantize_model(model, recipe, W4A8, noise_drive(steps, torch.arange(images)))

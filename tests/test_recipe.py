@@ -53,6 +53,7 @@ def test_every_recipe_is_sound(name):
     ("ditas", {"weight": "adaround"}, "--lowrank 0"),
     ("ditas", {"weight_range": "shrink"}, "--weight-scales float"),
     ("ditas-published", {"metric": "output"}, "--lowrank-metric weight"),
+    ("rtn", {"tuning": 1}, "--weight-scales two-level"),
     ("rtn", {"group_sizes": (32,)}, "--weight-granularity group"),
     ("ditas", {"scope": "adaln"}, "--adaln-weight-bit 16"),
     ("ditas", {"group_tail": "allow"}, "--weight-scales float"),

@@ -1,14 +1,13 @@
 """The layers of a unit while their rounding is learned: in the place of the quantised ones."""
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 from architectures.sites import Unit
 from quant.activations.attention import Operands, QuantOperands, quantize_operands
 from quant.activations.quantisers import Activation, TimestepIndex
-from quant.install import device_of, with_stand_in
-from quant.layers.linear import PatchLinear, QuantLinear
+from quant.install import put_linear
+from quant.layers.linear import QuantLinear
 from quant.layers.quantised import QuantizedLayer
 from quant.numerics.tokens import matrix
 from quant.refinement.soft_layers import LearnedStep, SoftLinear, StraightThrough, learnable
@@ -46,7 +45,7 @@ class SoftUnit:
         for name in layers:
             if name in unit.linears:
                 self.linears[name] = self._soft_linear(name, layers[name])
-                _put(quantised, name, self.linears[name])
+                put_linear(quantised, name, self.linears[name])
         self._attentions = [name for name in unit.attentions if name in operands]
         for name in self._attentions:
             self._soften_operands(name, operands[name])
@@ -62,7 +61,7 @@ class SoftUnit:
         for name, soft in self.linears.items():
             layers[name] = soft.harden()
             bias = layers[name].bias(self._model.get_submodule(name).bias)
-            _put(self._quantised, name, QuantLinear(
+            put_linear(self._quantised, name, QuantLinear(
                 layers[name], bias, timestep_index=self._index))
         for name in self._attentions:
             learned = {}
@@ -90,13 +89,3 @@ class SoftUnit:
 
     def _operands_of(self, attention: str) -> nn.Module:
         return self._quantised.get_submodule(attention).operands
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Replace a quantised linear, or that of a patch convolution."""
-    old = model.get_submodule(name)
-    module = with_stand_in(module, torch.float32, device_of(model))
-    if isinstance(old, PatchLinear):
-        old.linear = module
-    else:
-        model.set_submodule(name, module)
