@@ -13,7 +13,7 @@ from errors import UserError
 from quant.balancing.maxima import PUBLISHED_SEARCH_STEPS
 from quant.numerics.ranges import RANGES, TENSOR_RANGES
 from quant.numerics.uniform import ACT_BITS, WEIGHT_BITS
-from quant.recipe import ADALN_BITS, BitWidths, uses_moments
+from quant.recipe import ADALN_BITS, BitWidths, needs_trajectory, uses_moments
 
 Reader = Callable[[str, str], object]
 
@@ -133,6 +133,8 @@ ALLOCATED = Needs(lambda recipe: bool(recipe.group_sizes), "a list of --group-si
 EVOLVED = Needs(_evolves, "a list of --group-sizes, and --allocate evolution")
 IN_GROUPS = Needs(
     lambda recipe: recipe.weight_granularity == "group", "--weight-granularity group")
+CALIBRATED = Needs(
+    lambda recipe: needs_trajectory(recipe, BitWidths(4, 8)), "recipes that look at data")
 TWO_LEVEL = Needs(
     lambda recipe: recipe.weight_scales == "two-level", "--weight-scales two-level")
 BY_MOMENTS = Needs(uses_moments, "--weight gptq, or --lowrank-metric output")
@@ -217,7 +219,7 @@ FLAGS = (
          "gives; 0 for none", TWO_LEVEL),
     Flag("images", "calibration-images", _number(1),
          "images that calibration samples, of classes or prompts in turn "
-         "(default: 16; of a pipeline one a prompt)"),
+         "(default: the recipe's, 16, or of a pipeline one a prompt)", CALIBRATED),
     Flag("group_sizes", "group-sizes", _sizes,
          "to choose from for every layer, such as 32,64,128; 'none' for one size"),
     Flag("allocate", "allocate", _choice("evolution", "ilp", "hessian"),

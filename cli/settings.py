@@ -153,7 +153,8 @@ def _check_video_judge(recipe: Recipe, model: ModelChoice) -> None:
 
 def _calibration_labels(text: str | None, num_classes: int, recipe: Recipe) -> tuple[int, ...]:
     if text:
-        return tuple(class_labels(text, num_classes))
+        named = class_labels(text, num_classes)
+        return tuple(named[i % len(named)] for i in range(recipe.images or len(named)))
     count = recipe.images or len(config.calibration_labels)
     return tuple(config.default_labels(num_classes, count))
 

@@ -29,7 +29,8 @@ DEFAULTS = {
     "include": "",
     "exclude": "",
 }
-RECIPE_FLAGS = {flag.name.replace("-", "_"): flag for flag in FLAGS}
+# How many images there are is up to what the caller runs.
+RECIPE_FLAGS = {flag.name.replace("-", "_"): flag for flag in FLAGS if flag.field != "images"}
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,11 @@ def checkpoint_path(tmp_path_factory):
      "--group-size has no effect on this recipe"),
     (["--search-steps", "published", "--alpha", "0.5"],
      "--search-steps has no effect on this recipe: it is for --alpha grid"),
+    (["--recipe", "rtn", "--calibration-images", "4"],
+     "--calibration-images has no effect on this recipe: it is for recipes that look at data"),
+    (["--recipe", "qdit", "--tune", "4"],
+     "--tune has no effect on this recipe: it is for --weight-scales two-level"),
+    (["--tune", "-1"], "--tune -1"),
     (["--adaln-weight-bit", "6"], "--adaln-weight-bit 6 is not available"),
     (["--nonsense"], "nonsense"),
     (["--model", "DiT-Digits", "--image-size", "256"],
@@ -121,6 +126,18 @@ def test_sampling_refuses(capsys, argv, message):
 def test_flags_that_contradict_the_checkpoint_are_refused(capsys, checkpoint_path, flag, value):
     line = fails(capsys, "sample", "--path", checkpoint_path, flag, value)
     assert f"{flag} {value} contradicts" in line
+
+
+@pytest.mark.parametrize("argv, labels", [
+    ([], tuple(i % 10 for i in range(16))),
+    (["--calibration-images", "3"], (0, 3, 6)),
+    (["--class-labels", "7,2"], (7, 2)),
+    (["--class-labels", "7,2", "--calibration-images", "5"], (7, 2, 7, 2, 7)),
+    (["--recipe", "ditas-tuned"], tuple(i % 10 for i in range(96))),
+])
+def test_classes_take_turns_among_the_images_of_calibration(argv, labels):
+    args = QuantDiT.make_parser().parse_args(["--model", "DiT-Digits", *argv])
+    assert quantize_settings(args).labels == labels
 
 
 def test_parts_that_were_changed_show_in_the_name(capsys):
