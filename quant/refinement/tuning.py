@@ -24,6 +24,9 @@ Layers = dict[str, QuantizedLayer]
 # Added to an error, as a share of the signal, so that an error of zero has a logarithm.
 LEAST_ERROR = 1e-12
 
+# Batches on which what was learned has to be better than what it started from.
+JUDGED_BATCHES = 8
+
 # Adam's memory of gradients and of their squares.
 BETAS = (0.9, 0.95)
 
@@ -37,7 +40,7 @@ def tune(model: nn.Module, layers: Layers, trajectory: Trajectory, iterations: i
         trajectory: calls of the model, of whose images every iteration draws some.
 
     Returns:
-        Layers of the same scales.
+        Layers of the same scales; ``layers`` itself if images of the trajectory gain nothing.
 
     Raises:
         ValueError: the calls differ in more than their images.
@@ -51,7 +54,9 @@ def tune(model: nn.Module, layers: Layers, trajectory: Trajectory, iterations: i
             set_rates(optimizer, iteration / iterations)
             loss = step(model, quantised, call, optimizer)
             bar.set_postfix_str(f"{-loss:.1f} dB", refresh=False)
-    return layers | {name: linear.harden() for name, linear in tuned.items()}
+    learned = layers | {name: linear.harden() for name, linear in tuned.items()}
+    judges = [trajectory.take(draw(trajectory, generator)) for _ in range(JUDGED_BATCHES)]
+    return min(layers, learned, key=lambda found: loss_of(model, found, judges))
 
 
 def soft_copy(model: nn.Module, layers: Layers) -> tuple[nn.Module, dict[str, TunedLinear]]:
@@ -89,6 +94,15 @@ def step(
     loss.backward()
     optimizer.step()
     return loss.item()
+
+
+@torch.no_grad()
+def loss_of(model: nn.Module, layers: Layers, calls: list[Call]) -> float:
+    """Compute the loss of layers as they will be saved, in dB, over all calls."""
+    quantised = install(deepcopy(model), dict(layers))
+    losses = [noise_to_signal_db(tensors_of(quantised(**call)), tensors_of(model(**call)))
+              for call in calls]
+    return torch.stack(losses).mean().item()
 
 
 def noise_to_signal_db(outputs: list[Tensor], target: list[Tensor]) -> Tensor:
