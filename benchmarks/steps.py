@@ -64,6 +64,7 @@ RECIPES_BY_ROW = {
     "`ditas-plus`": PLUS,
     "`ditas-plus`, α searched": replace(PLUS, alphas=DITAS.alphas),
     "`ditas-plus` without the branch": replace(PLUS, rank=0),
+    "`ditas-tuned`": RECIPES["ditas-tuned"],
 }
 
 Layers = dict[str, QuantizedLayer]
@@ -84,13 +85,14 @@ def calls_of(model: nn.Module) -> Iterator[list[tuple]]:
         handle.remove()
 
 
-def drive_from(model: DiT, seed: int = 0) -> Drive:
+def drive_from(model: DiT, seed: int = 0, images: int = IMAGES) -> Drive:
     """Make a drive that samples a few images, from noise by the seed."""
-    return calibration_start(model, IMAGES, seed).drive(make_schedule(str(STEPS)))
+    return calibration_start(model, images, seed).drive(make_schedule(str(STEPS)))
 
 
 def quantise(model: DiT, recipe: Recipe) -> Layers:
-    return quantize_model(model, recipe, BitWidths(4, 8), drive_from(model)).layers
+    drive = drive_from(model, images=recipe.images or IMAGES)
+    return quantize_model(model, recipe, BitWidths(4, 8), drive).layers
 
 
 def best_of_each(model: DiT, recipe: Recipe, trajectory: Trajectory) -> Layers:
