@@ -188,6 +188,13 @@ def test_wrong_flags_are_refused(capsys, argv, message):
     assert message in error_line(capsys, lambda: call(QuantDiT, *argv, "--inspect"))
 
 
+def test_every_transformer_of_diffusers_is_surveyed_or_said_not_to_be():
+    import diffusers
+    left = survey.without_example()
+    assert "FluxTransformer2DModel" not in left
+    assert all(hasattr(diffusers, name) for name in left)
+
+
 def test_the_survey_prints_a_table(capsys):
     survey.main(["DiTTransformer2DModel"])
     printed = capsys.readouterr().out
