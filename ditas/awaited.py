@@ -95,17 +95,23 @@ def put_awaited(model: nn.Module, stored: Data) -> None:
                         f"{type(model).__name__} ({error}): save the model again") from None
 
 
-def owner_of(model: nn.Module, tensor_name: str) -> nn.Module | None:
-    """Find the module whose tensor stays as the file has it; None: it is an ordinary one."""
+def owner_of(modules: dict[str, nn.Module], tensor_name: str) -> nn.Module | None:
+    """Find the module whose tensor stays as the file has it; None: it is an ordinary one.
+
+    Args:
+        modules: of the model, by name.
+    """
     name, _, tensor = tensor_name.rpartition(".")
-    owner = model.get_submodule(name)
+    owner = modules.get(name)
     kinds = AwaitedLinear | AwaitedOperands | DividedArgument | TimestepIndex
     return owner if isinstance(owner, kinds) or tensor == ROW_SCALES else None
 
 
-def take(model: nn.Module, tensor_name: str, value: Tensor, device: torch.device) -> None:
-    """Give a tensor of the file to its owner."""
-    owner, name = owner_of(model, tensor_name), tensor_name.rpartition(".")[2]
+def take(
+    modules: dict[str, nn.Module], tensor_name: str, value: Tensor, device: torch.device
+) -> None:
+    """Give a tensor of the file to its owner among the modules of the model."""
+    owner, name = owner_of(modules, tensor_name), tensor_name.rpartition(".")[2]
     if isinstance(owner, AwaitedLinear):
         # Codes are unpacked on the CPU, and stay there.
         owner.device, device = torch.device(device), "cpu"
