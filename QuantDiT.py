@@ -25,7 +25,6 @@ from functools import partial
 
 from cli import quantize_flags
 from cli.export import export, export_settings
-from cli.hub import is_hub_id
 from cli.inspect import inspect_settings, print_inspection
 from cli.parser import Parser, run
 from cli.pipelines import is_pipeline, pipeline_settings, quantize_pipeline
@@ -40,7 +39,7 @@ def main(args: argparse.Namespace) -> None:
         return
     if args.path is not None:
         work = partial(export, export_settings(args))
-    elif is_pipeline(args) or is_hub_id(args.model):
+    elif is_pipeline(args):
         work = partial(quantize_pipeline, pipeline_settings(args))
     else:
         work = partial(quantize, quantize_settings(args))

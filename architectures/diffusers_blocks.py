@@ -3,7 +3,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from architectures.sites import Call
+from architectures.sites import Call, per_image_linears
 
 
 class DiffusersArchitecture:
@@ -21,6 +21,9 @@ class DiffusersArchitecture:
 
     def advance(self, call: Call, output: Tensor) -> Call:
         return {**call, "hidden_states": output}
+
+    def temporal(self, model: nn.Module) -> list[str]:
+        return per_image_linears(self.sites(model, "all"))
 
     def configuration(self, model: nn.Module) -> dict[str, Any]:
         return {key: value for key, value in model.config.items() if not key.startswith("_")}

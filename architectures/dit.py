@@ -14,6 +14,7 @@ from architectures.sites import (
     Site,
     Unit,
     linears_of,
+    per_image_linears,
     single,
     without_ends,
 )
@@ -50,6 +51,9 @@ class DiTArchitecture:
 
     def attentions(self, model: DiT) -> list[AttentionSite]:
         return [AttentionSite(f"{name}.attn", f"{name}.attn.proj") for name in self.blocks(model)]
+
+    def temporal(self, model: DiT) -> list[str]:
+        return per_image_linears(self.sites(model, "all"))
 
     def run_temporal(self, model: DiT, call: Call) -> tuple[Tensor, ...]:
         """Compute every modulation, (N, 6D) of the blocks and (N, 2D) of the final layer."""

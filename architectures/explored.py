@@ -9,7 +9,8 @@ from torch.utils import _pytree as pytree
 
 from architectures.discover import Discovery, discover, find_blocks
 from architectures.inspection import inspect, plain_sites
-from architectures.sites import AttentionSite, Call, Site, Unit
+from architectures.sites import AttentionSite, Call, Site, Unit, per_image_linears
+from architectures.temporal import Temporal, find_temporal
 from architectures.twins import moved, renamed, shortened
 from architectures.units import single_layers
 from architectures.watched import watch
@@ -23,16 +24,17 @@ class ExploredArchitecture:
         discovery: blocks, sites and folds of the whole model.
         batched: arguments with an entry per image.
         clock: as of ``Architecture``.
+        timestep: what it decides.
     """
 
     discovery: Discovery
     batched: tuple[str, ...]
     clock: str
+    timestep: Temporal = Temporal()
 
     name = "explored"
-    # What enters a block is recorded, and what the timestep decides cannot be run on its own.
+    # What enters a block is recorded.
     advance = None
-    run_temporal = None
 
     def sites(self, model: nn.Module, scope: str) -> list[Site]:
         return self.discovery.scope(scope)
@@ -42,6 +44,12 @@ class ExploredArchitecture:
 
     def attentions(self, model: nn.Module) -> list[AttentionSite]:
         return list(self.discovery.attentions)
+
+    def temporal(self, model: nn.Module) -> list[str]:
+        return list(self.timestep.linears)
+
+    def run_temporal(self, model: nn.Module, call: Call) -> tuple[Tensor, ...]:
+        return self.timestep.run(model, call)
 
     def output_units(self, model: nn.Module) -> list[Unit]:
         sites = self.discovery.sites
@@ -77,7 +85,8 @@ def explore(
     discovery = without_idle(found, set(order))
     if not discovery.scope("blocks"):
         raise ValueError(f"no linear of a block of {type(model).__name__} reads tokens")
-    return ExploredArchitecture(discovery, batched, clock)
+    timestep = find_temporal(model, call, per_image_linears(discovery.scope("all")))
+    return ExploredArchitecture(discovery, batched, clock, timestep)
 
 
 def discover_shortened(model: nn.Module, call: Call, blocks: list[str]) -> Discovery:

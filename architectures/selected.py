@@ -2,9 +2,9 @@
 import re
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
-from architectures.sites import Architecture, AttentionSite, Site, Unit
+from architectures.sites import Architecture, AttentionSite, Call, Site, Unit
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,14 @@ class SelectedArchitecture:
     def advance(self):
         return self.base.advance
 
-    @property
-    def run_temporal(self):
-        return self.base.run_temporal
-
     def blocks(self, model: nn.Module) -> list[str]:
         return self.base.blocks(model)
+
+    def temporal(self, model: nn.Module) -> list[str]:
+        return self.base.temporal(model)
+
+    def run_temporal(self, model: nn.Module, call: Call) -> tuple[Tensor, ...]:
+        return self.base.run_temporal(model, call)
 
     def output_units(self, model: nn.Module) -> list[Unit]:
         return self.base.output_units(model)

@@ -209,11 +209,11 @@ class Architecture(Protocol):
     def attentions(self, model: nn.Module) -> list[AttentionSite]:
         """List the attentions of all blocks in forward order."""
 
-    def run_temporal(self, model: nn.Module, call: Call) -> tuple[Tensor, ...]:
-        """Compute all that timestep and condition alone decide, (N, ...) each.
+    def temporal(self, model: nn.Module) -> list[str]:
+        """Name the linears that ``run_temporal`` runs; none: the model does not allow it."""
 
-        None in the place of this method: it cannot be computed on its own.
-        """
+    def run_temporal(self, model: nn.Module, call: Call) -> tuple[Tensor, ...]:
+        """Compute all that timestep and condition alone decide, (N, ...) each."""
 
     def output_units(self, model: nn.Module) -> list[Unit]:
         """List the units behind the blocks."""
@@ -254,6 +254,11 @@ def inside(place: str, *ends: str) -> tuple[str, ...]:
 def linears_of(sites: list[Site]) -> list[str]:
     """Name the linears of several sites, in their order."""
     return [name for site in sites for name in site.linears]
+
+
+def per_image_linears(sites: list[Site]) -> list[str]:
+    """Name the linears that read a vector per image."""
+    return linears_of([site for site in sites if site.per_image])
 
 
 def without_ends(sites: list[Site]) -> list[Site]:

@@ -78,6 +78,15 @@ def row_of(name: str, found: Discovery, seconds: float) -> Row:
     return Row(name, len(found.blocks), len(sites), counts, reasons, seconds)
 
 
+def without_example() -> list[str]:
+    """Name the transformers of the installed diffusers that nobody knows how to call here."""
+    from diffusers import ModelMixin
+    from diffusers.models import transformers
+    names = {name for name, kind in vars(transformers).items()
+             if isinstance(kind, type) and issubclass(kind, ModelMixin)}
+    return sorted(names - {example.class_name for example in EXAMPLES})
+
+
 def main(names: list[str]) -> None:
     """Print a table of the classes that are named, or of all, as Markdown."""
     examples = [example for example in EXAMPLES if not names or example.class_name in names]
@@ -92,6 +101,8 @@ def main(names: list[str]) -> None:
         folded = counts["weights"] + counts["vector"]
         print(f"\n{folded} of {counts.total()} linears of the blocks fold "
               f"({100 * folded / counts.total():.0f} %)")
+    if not names:
+        print(f"\nnot looked into: {', '.join(without_example())}")
 
 
 def _print(cells: tuple[str, ...]) -> None:

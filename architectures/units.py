@@ -19,8 +19,10 @@ def units(architecture: Architecture, model: nn.Module, kind: str) -> list[Unit]
     if kind == "blocks":
         return _blocks(architecture, model, sites)
     if kind == "temporal":
-        others = [site for site in sites if not site.per_image]
-        return [_temporal(architecture, sites), *_blocks(architecture, model, others)]
+        temporal = architecture.temporal(model)
+        first = Unit("timestep", tuple(temporal), MODEL, architecture.run_temporal)
+        others = [site for site in sites if set(temporal).isdisjoint(site.linears)]
+        return [first, *_blocks(architecture, model, others)]
     first = next(i for i, site in enumerate(sites) if site.block is not None)
     return [*single_layers(sites[:first]), *_blocks(architecture, model, sites),
             *architecture.output_units(model)]
@@ -34,12 +36,6 @@ def module_unit(name: str, linears: tuple[str, ...], **fields) -> Unit:
 def single_layers(sites: list[Site]) -> list[Unit]:
     """Make a unit of every linear."""
     return [module_unit(name, (name,)) for name in linears_of(sites)]
-
-
-def _temporal(architecture: Architecture, sites: list[Site]) -> Unit:
-    """Make a unit of the linears that read a vector per image."""
-    linears = linears_of([site for site in sites if site.per_image])
-    return Unit("timestep", tuple(linears), MODEL, architecture.run_temporal)
 
 
 def _blocks(architecture: Architecture, model: nn.Module, sites: list[Site]) -> list[Unit]:

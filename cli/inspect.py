@@ -13,7 +13,7 @@ from architectures.inspection import Inspection, inspect
 from architectures.selected import is_chosen
 from architectures.sites import Site
 from cli.hub import fetch_file, not_given
-from cli.pipelines import INDEX
+from cli.pipelines import INDEX, named_component
 from cli.recipe_flags import bit_widths, build_recipe
 from cli.values import expression, user_value
 from config import Recipe
@@ -83,12 +83,15 @@ def inspect_settings(args: argparse.Namespace) -> InspectSettings:
         act_bits=bits.activations,
         include=expression(args.include or "", "--include"),
         exclude=expression(args.exclude or "", "--exclude"),
-        configuration=read_configuration(args.model),
+        configuration=read_configuration(args.model, args.component),
     )
 
 
-def read_configuration(place: str) -> dict[str, Any]:
+def read_configuration(place: str, component: str | None) -> dict[str, Any]:
     """Read the configuration of the transformer in a folder, or of one on the hub.
+
+    Args:
+        component: of a pipeline; None: the first that is a transformer.
 
     Raises:
         UserError: there is none.
@@ -100,7 +103,9 @@ def read_configuration(place: str) -> dict[str, Any]:
     is_folder = folder.is_dir()
     find = partial(_find_in_folder, folder) if is_folder else partial(fetch_file, place)
     index = find(INDEX)
-    part = "" if index is None else f"{_component(_read(index), place)}/"
+    if index is None and component is not None:
+        raise UserError(f"--component names a part of a pipeline, and '{place}' is none: drop it")
+    part = "" if index is None else f"{_component(_read(index), place, component)}/"
     file = find(f"{part}config.json")
     if file is not None:
         return _read(file)
@@ -114,7 +119,9 @@ def _find_in_folder(folder: Path, file: str) -> Path | None:
     return folder / file if (folder / file).exists() else None
 
 
-def _component(index: dict[str, Any], place: str) -> str:
+def _component(index: dict[str, Any], place: str, given: str | None) -> str:
+    if given is not None:
+        return named_component(index, place, given)
     for name in COMPONENTS:
         if name in index:
             return name

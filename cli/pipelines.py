@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from cli.call_arguments import NAME as CALL
 from cli.call_arguments import Arguments, call_arguments, number_of_steps
 from cli.call_arguments import write as write_call
 from cli.hub import fetch_file, fetch_parts, is_hub_id, not_given
@@ -46,7 +47,7 @@ class PipelineSettings:
     component: str  # the part that is quantised
     recipe: str  # a key of config.RECIPES
     flags: dict[str, Any]  # of the recipe, as ditas.quantize takes them
-    prompts: tuple[str, ...]
+    prompts: tuple[str, ...]  # one an image
     arguments: Arguments  # of the pipeline's call
     seed: int  # of the first prompt's noise
     output: Path  # the folder that is written
@@ -55,8 +56,10 @@ class PipelineSettings:
 
 
 def is_pipeline(args: argparse.Namespace) -> bool:
-    """Tell whether ``--model`` names a folder, and no model of this repository."""
-    return args.model is not None and args.model not in DiT_models and Path(args.model).is_dir()
+    """Tell whether ``--model`` names a folder or an id of the hub, no model of this repository."""
+    if args.model is None or args.model in DiT_models:
+        return False
+    return Path(args.model).is_dir() or is_hub_id(args.model)
 
 
 def pipeline_settings(args: argparse.Namespace) -> PipelineSettings:
@@ -84,7 +87,8 @@ def pipeline_settings(args: argparse.Namespace) -> PipelineSettings:
         flags={
             "weight_bit": bits.weights, "act_bit": bits.activations, "svd": args.svd,
             **chosen, **given},
-        prompts=read_prompts(prompts_file(args.prompts, folder)),
+        prompts=repeated(
+            read_prompts(prompts_file(args.prompts, folder)), args.calibration_images),
         arguments=call_arguments(
             folder, args.pipeline_args,
             num_inference_steps=None if steps is None else number_of_steps(steps)),
@@ -106,18 +110,21 @@ def folder_of(model: str) -> Path:
     index = fetch_file(model, INDEX)
     if index is None:
         raise not_given(model, f"it has no {INDEX}, or is not in the cache")
+    for name in (CALL, PROMPTS.name):
+        fetch_file(model, name)
     return index.parent
 
 
-def whole_folder(settings: PipelineSettings) -> Path:
-    """Return the folder with all that it takes to sample, downloaded if it must be.
+def whole_folder(model: str, folder: Path) -> Path:
+    """Return the folder of a pipeline with all that it takes to sample, downloaded if it must be.
+
+    Args:
+        folder: as of ``folder_of``.
 
     Raises:
         UserError: the hub does not give it.
     """
-    if not is_hub_id(settings.model):
-        return settings.folder
-    return fetch_parts(settings.model, parts_of(read_index(settings.folder)))
+    return fetch_parts(model, parts_of(read_index(folder))) if is_hub_id(model) else folder
 
 
 def _offload(args: argparse.Namespace) -> bool:
@@ -132,11 +139,19 @@ def component_of(folder: Path, name: str) -> str:
     Raises:
         UserError: it is not, or the folder holds no pipeline.
     """
-    parts = read_index(folder)
-    known = parts_of(parts)
+    return named_component(read_index(folder), str(folder), name)
+
+
+def named_component(index: dict[str, Any], place: str, name: str) -> str:
+    """Return the name of a pipeline's part, which its index has.
+
+    Raises:
+        UserError: it has not.
+    """
+    known = parts_of(index)
     if name not in known:
-        kind = parts.get("_class_name", "pipeline")
-        raise UserError(f"'{folder}' is a {kind} without a {name}: "
+        kind = index.get("_class_name", "pipeline")
+        raise UserError(f"'{place}' is a {kind} without a {name}: "
                         f"expected --component to be one of {', '.join(known)}")
     return name
 
@@ -185,6 +200,18 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     return prompts
 
 
+def repeated(prompts: tuple[str, ...], images: int | None) -> tuple[str, ...]:
+    """Give every image of ``--calibration-images`` a prompt, in turn; None: one image a prompt.
+
+    Raises:
+        UserError: there are none.
+    """
+    if images is None:
+        return prompts
+    count = at_least(images, 1, "--calibration-images")
+    return tuple(prompts[image % len(prompts)] for image in range(count))
+
+
 def quantize_pipeline(settings: PipelineSettings) -> Quantized:
     """Write the folder of a pipeline whose transformer is quantised; print what was done.
 
@@ -195,7 +222,7 @@ def quantize_pipeline(settings: PipelineSettings) -> Quantized:
     import ditas
     torch.set_num_threads(settings.threads)
     with stage("load"):
-        pipeline = load_pipeline(whole_folder(settings))
+        pipeline = load_pipeline(whole_folder(settings.model, settings.folder))
     if torch.cuda.is_available() and not settings.offload:
         pipeline.to("cuda")
     drive = partial(sample, pipeline, settings)

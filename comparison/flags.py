@@ -24,7 +24,7 @@ def _add_row_flags(parser: Parser) -> None:
     """Add the flags that say what is compared."""
     parser.add_argument(
         "--model", default=config.default_model,
-        help="as in QuantDiT.py, or the folder of a text-to-image pipeline of diffusers "
+        help="as in QuantDiT.py, or a text-to-image pipeline of diffusers: its folder or hub id "
              f"(default: {config.default_model})")
     parser.add_argument(
         "--image-size", type=int, nargs="+",

@@ -1,11 +1,18 @@
-"""The checked command line of compare.py, for the folder of a pipeline."""
+"""The checked command line of compare.py, for a pipeline."""
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
 from cli.call_arguments import call_arguments, number_of_steps
 from cli.parser import refuse_flags
-from cli.pipelines import COMPONENT, component_of, prompts_file, read_prompts
+from cli.pipelines import (
+    COMPONENT,
+    component_of,
+    folder_of,
+    prompts_file,
+    read_prompts,
+    whole_folder,
+)
 from comparison.flags import PIPELINE_RECIPES, make_parser
 from comparison.settings import TableSettings, table_settings
 from errors import UserError
@@ -19,9 +26,10 @@ OTHERS_FLAGS = (
 
 @dataclass(frozen=True)
 class PipelineTableSettings(TableSettings):
-    """The checked command line of compare.py, for the folder of a pipeline.
+    """The checked command line of compare.py, for a pipeline.
 
     Attributes:
+        folder: of the pipeline, whole; ``model`` may be its id on the hub.
         prompts, calibration_prompts: files of what is drawn and of what recipes calibrate on.
         steps: of calibration and sampling, None for the folder's or the pipeline's own; several
             give a table each.
@@ -32,6 +40,7 @@ class PipelineTableSettings(TableSettings):
         clip: folder of a CLIP model; None for no CLIP score.
     """
 
+    folder: Path
     prompts: Path
     calibration_prompts: Path
     steps: tuple[str | None, ...]
@@ -47,9 +56,9 @@ def pipeline_settings(args: argparse.Namespace) -> PipelineTableSettings:
     Raises:
         UserError: a flag is wrong or is for other models, or the folder holds no pipeline.
     """
-    others = f"the models of this repository, and '{args.model}' is a folder"
+    others = f"the models of this repository, and '{args.model}' is none of them"
     refuse_flags(args, make_parser(""), OTHERS_FLAGS, others)
-    folder = Path(args.model)
+    folder = folder_of(args.model)
     component_of(folder, COMPONENT)
     for steps in args.num_sampling_steps or []:
         number_of_steps(steps)
@@ -70,7 +79,9 @@ def pipeline_settings(args: argparse.Namespace) -> PipelineTableSettings:
         guidance=tuple(args.cfg_scale or [None]),
         pipeline_args=args.pipeline_args,
         reference=_only_reference(args.reference),
-        clip=None if args.clip is None else Path(args.clip))
+        clip=None if args.clip is None else Path(args.clip),
+        # A download is the last: all else was checked.
+        folder=whole_folder(args.model, folder))
 
 
 def _only_reference(given: list[str] | None) -> Path | None:

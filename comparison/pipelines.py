@@ -73,7 +73,7 @@ class PipelineSubject:
         self._guidance = guidance
         name = Path(settings.model).resolve().name
         arguments = call_arguments(
-            Path(settings.model), settings.pipeline_args, num_inference_steps=steps,
+            settings.folder, settings.pipeline_args, num_inference_steps=steps,
             guidance_scale=guidance)
         # Of what nobody says, the pipeline has a default of its own.
         shown = str(arguments.get("num_inference_steps", "own"))
@@ -115,7 +115,7 @@ class PipelineSubject:
     def quantising_arguments(self, job: Job, output: Path) -> list[str]:
         settings = self.settings
         source = flags(
-            model=settings.model,
+            model=settings.folder,
             num_sampling_steps=self._steps,
             prompts=settings.calibration_prompts,
             pipeline_args=settings.pipeline_args)
@@ -128,7 +128,7 @@ class PipelineSubject:
     def sampling_arguments(self, output: Path | None) -> list[str]:
         settings = self.settings
         return flags(
-            path=settings.model if output is None else output,
+            path=settings.folder if output is None else output,
             prompts=settings.prompts,
             num_sampling_steps=self._steps,
             cfg_scale=self._guidance,
@@ -153,7 +153,7 @@ class PipelineSubject:
     def judge(
         self, job: Job, quantised: Quantised | None, images: Path, float_images: Path,
     ) -> PipelineRow:
-        folder = Path(self.settings.model) if quantised is None else quantised.path
+        folder = self.settings.folder if quantised is None else quantised.path
         numbers = {
             "MB": weight_bytes(folder / COMPONENT) / 1e6,
             "calibration s": None if quantised is None else quantised.seconds,
@@ -173,7 +173,7 @@ class PipelineSubject:
 
     @cached_property
     def _float_files(self) -> list[str]:
-        return [file_identity(path) for path in _files(Path(self.settings.model))]
+        return [file_identity(path) for path in _files(self.settings.folder)]
 
     @cached_property
     def _texts(self) -> list[str]:

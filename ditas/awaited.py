@@ -95,17 +95,23 @@ def put_awaited(model: nn.Module, stored: Data) -> None:
                         f"{type(model).__name__} ({error}): save the model again") from None
 
 
-def owner_of(model: nn.Module, tensor_name: str) -> nn.Module | None:
-    """Find the module whose tensor stays as the file has it; None: it is an ordinary one."""
+def owner_of(modules: dict[str, nn.Module], tensor_name: str) -> nn.Module | None:
+    """Find the module whose tensor stays as the file has it; None: it is an ordinary one.
+
+    Args:
+        modules: of the model, by name.
+    """
     name, _, tensor = tensor_name.rpartition(".")
-    owner = model.get_submodule(name)
+    owner = modules.get(name)
     kinds = AwaitedLinear | AwaitedOperands | DividedArgument | TimestepIndex
     return owner if isinstance(owner, kinds) or tensor == ROW_SCALES else None
 
 
-def take(model: nn.Module, tensor_name: str, value: Tensor, device: torch.device) -> None:
-    """Give a tensor of the file to its owner."""
-    owner, name = owner_of(model, tensor_name), tensor_name.rpartition(".")[2]
+def take(
+    modules: dict[str, nn.Module], tensor_name: str, value: Tensor, device: torch.device
+) -> None:
+    """Give a tensor of the file to its owner among the modules of the model."""
+    owner, name = owner_of(modules, tensor_name), tensor_name.rpartition(".")[2]
     if isinstance(owner, AwaitedLinear):
         # Codes are unpacked on the CPU, and stay there.
         owner.device, device = torch.device(device), "cpu"
@@ -150,14 +156,16 @@ class StowedLinear(LazyModuleMixin, PackedLinear):
     It is a lazy module of PyTorch, which torch.compile expands before it looks inside.
 
     Args:
-        awaited: with all of its tensors, which are copied.
+        awaited: with all of its tensors. Bytes, such as codes, stay views of the file, which nobody
+            multiplies; other numbers are copied (see ``own_values``).
         arithmetic: shared by all linears of the model.
     """
 
     cls_to_become = PackedLinear
 
     def __init__(self, awaited: AwaitedLinear, arithmetic: Arithmetic):
-        in_file = {name: value.clone() for name, value in awaited._buffers.items()}
+        in_file = {name: value if value.dtype == torch.uint8 else value.clone()
+                   for name, value in awaited._buffers.items()}
         stand_in = with_stand_in(nn.Module(), awaited.kind, awaited.device)
         with warnings.catch_warnings():
             # Of lazy modules PyTorch says that they may change.
@@ -239,8 +247,8 @@ def _modules_of(model: nn.Module, kind: type[nn.Module]) -> dict[str, nn.Module]
 def own_values(model: nn.Module) -> None:
     """Copy the parameters and buffers that are views of a file.
 
-    A view would keep the whole file in memory. And it lies wherever the file has it: products with
-    it are rounded differently where that is no multiple of a register's width.
+    A view lies wherever the file has it: products with it are rounded differently where that is no
+    multiple of a register's width.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()

@@ -99,12 +99,14 @@ class DitasQuantizer(DiffusersQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> None:
         if self.pre_quantized:
             put_awaited(model, self.quantization_config.stored)
+            # Going to each tensor's module by its path would take as long as reading it.
+            self._modules = dict(model.named_modules())
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict, **kwargs
     ) -> bool:
         """Tell whether a tensor belongs to what is quantised or to what folding left."""
-        return self.pre_quantized and owner_of(model, param_name) is not None
+        return self.pre_quantized and owner_of(self._modules, param_name) is not None
 
     def check_quantized_param_shape(self, *args, **kwargs) -> bool:
         """Leave shapes to ``stow``."""
@@ -121,11 +123,12 @@ class DitasQuantizer(DiffusersQuantizer):
         **kwargs,
     ) -> None:
         """Keep a tensor as the file has it: ``param_value`` is rounded to the model's type."""
-        take(model, param_name, state_dict[param_name], target_device)
+        take(self._modules, param_name, state_dict[param_name], target_device)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> nn.Module:
         config = self.quantization_config
         if self.pre_quantized:
+            del self._modules
             stow(model, config.request())
         else:
             quantize(model, None, config.recipe, **config.flags)

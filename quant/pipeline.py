@@ -198,7 +198,7 @@ def check_units(task: Task) -> None:
         ValueError: it cannot.
     """
     is_temporal = task.learns_rounding and task.recipe.units == "temporal"
-    if is_temporal and architecture_of(task.model).run_temporal is None:
+    if is_temporal and not architecture_of(task.model).temporal(task.model):
         raise ValueError(
             f"what the timestep decides in a {type(task.model).__name__} cannot be run on its own, "
             "which this recipe learns first: give --units blocks or whole")

@@ -350,7 +350,6 @@ def test_units_and_attentions_of_any_model_are_found(name, recipe, least_sqnr_db
 
 
 @pytest.mark.parametrize("name, recipe, message", [
-    (FLUX, "tfmq-dm", "what the timestep decides in a FluxTransformer2DModel cannot be run"),
     # Frames stand beside images.
     ("LatteTransformer3DModel", "ptq4dit", "does not give an output for every image"),
 ])

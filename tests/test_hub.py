@@ -12,8 +12,12 @@ from test_hand_over import ROOT, WEIGHTS
 from test_inspect import FLUX, table
 from test_pipelines import FLAGS, WORDS, float_folder  # noqa: F401
 
+import compare
 import QuantDiT
+from cli.call_arguments import read as read_call
 from cli.hub import is_hub_id
+from cli.pipelines import folder_of, prompts_file
+from comparison.runner import Comparison
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -61,6 +65,37 @@ def test_a_cached_pipeline_is_quantised(cache, float_folder):  # noqa: F811
     assert len({(folder / weights).read_bytes() for folder in folders}) == 1
 
 
+def test_a_cached_pipeline_is_compared(cache, float_folder, monkeypatch):  # noqa: F811
+    """The folder in the cache is what quantising and sampling are given; the id is its name."""
+    folder = snapshot(cache, "own/emoji")
+    shutil.copytree(float_folder, folder, dirs_exist_ok=True)
+    given = []
+
+    def sampled(self, words, folder):
+        given.append(words)
+        raise InterruptedError
+
+    monkeypatch.setattr(Comparison, "sample", sampled)
+    with pytest.raises(InterruptedError):
+        call(compare, "--model", "own/emoji", "--recipes", "rtn", "--output", "compared")
+    assert given[0][given[0].index("--path") + 1] == str(folder)
+    (subject,) = compare.find_subjects(compare.make_parser().parse_args(["--model", "own/emoji"]))
+    assert subject.title.startswith("emoji, ")
+    assert subject.setting[0] == "own/emoji"
+    words = subject.quantising_arguments(subject.jobs[1], Path("made"))
+    assert words[words.index("--model") + 1] == str(folder)
+
+
+def test_what_a_cached_folder_says_of_its_calls_is_read(cache):
+    folder = snapshot(cache, "own/flux")
+    (folder / "model_index.json").write_text("{}")
+    (folder / "call.json").write_text('{"height": 8}')
+    (folder / "prompts.txt").write_text("lion")
+    assert folder_of("own/flux") == folder
+    assert read_call(folder) == {"height": 8}
+    assert prompts_file(None, folder) == folder / "prompts.txt"
+
+
 @pytest.mark.parametrize("files", [
     {"model_index.json": {"_class_name": "FluxPipeline", "transformer": ["diffusers"]},
      "transformer/config.json": FLUX},
@@ -75,9 +110,10 @@ def test_a_cached_configuration_is_inspected(files, cache, capsys):
     assert lines[0].startswith("FluxTransformer2DModel: 8 blocks")
 
 
-@pytest.mark.parametrize("flags", [("--inspect",), ()])
-def test_what_is_not_cached_is_one_line(flags, cache, capsys):
-    line = error_line(capsys, lambda: call(QuantDiT, "--model", "own/other", *flags))
+@pytest.mark.parametrize("script, flags", [
+    (QuantDiT, ("--inspect",)), (QuantDiT, ()), (compare, ())])
+def test_what_is_not_cached_is_one_line(script, flags, cache, capsys):
+    line = error_line(capsys, lambda: call(script, "--model", "own/other", *flags))
     assert "'own/other' is no folder, and the hub did not give it (" in line
     assert not Path("results").exists()
 

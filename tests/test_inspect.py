@@ -55,6 +55,23 @@ def test_a_pipeline_is_inspected_without_weights(capsys):
     assert last.startswith("50 of 61 linears of the blocks fold")
 
 
+def test_the_component_that_is_named_is_inspected(capsys):
+    write("pipe/model_index.json", {"_class_name": "WanPipeline", "transformer": ["diffusers"],
+                                    "transformer_2": ["diffusers"]})
+    write("pipe/transformer/config.json", FLUX)
+    write("pipe/transformer_2/config.json", {**FLUX, "num_layers": 2})
+    _, lines = table(capsys, "--model", "pipe", "--recipe", "rtn")
+    assert "8 blocks" in lines[0]
+    _, lines = table(capsys, "--model", "pipe", "--recipe", "rtn", "--component", "transformer_2")
+    assert "7 blocks" in lines[0]
+    line = error_line(capsys, lambda: call(
+        QuantDiT, "--model", "pipe", "--inspect", "--component", "vae"))
+    assert "expected --component to be one of transformer, transformer_2" in line
+    line = error_line(capsys, lambda: call(
+        QuantDiT, "--model", "pipe/transformer", "--inspect", "--component", "vae"))
+    assert "--component names a part of a pipeline, and 'pipe/transformer' is none" in line
+
+
 def test_only_a_transformers_folder_is_needed(capsys):
     write("transformer/config.json", FLUX)
     rows, _ = table(capsys, "--model", "transformer", "--weight-bit", "8")
@@ -169,6 +186,13 @@ def test_a_hub_id_without_network_is_refused(capsys, monkeypatch):
 ])
 def test_wrong_flags_are_refused(capsys, argv, message):
     assert message in error_line(capsys, lambda: call(QuantDiT, *argv, "--inspect"))
+
+
+def test_every_transformer_of_diffusers_is_surveyed_or_said_not_to_be():
+    import diffusers
+    left = survey.without_example()
+    assert "FluxTransformer2DModel" not in left
+    assert all(hasattr(diffusers, name) for name in left)
 
 
 def test_the_survey_prints_a_table(capsys):

@@ -12,7 +12,7 @@ import ditas
 import QuantDiT
 from cli import pipelines
 from cli.call_arguments import call_arguments, write
-from cli.pipelines import PROMPTS, prompts_file, read_prompts
+from cli.pipelines import PROMPTS, prompts_file, read_prompts, repeated
 from examples.emoji import pixart
 
 WORDS = ["red apple", "lion", "face"]
@@ -68,6 +68,12 @@ def test_our_own_prompts_are_thirty_two():
     assert len(set(prompts)) == len(prompts) == 32
 
 
+def test_images_take_the_prompts_in_turn():
+    assert repeated(("a", "b", "c"), None) == ("a", "b", "c")
+    assert repeated(("a", "b", "c"), 2) == ("a", "b")
+    assert repeated(("a", "b", "c"), 7) == ("a", "b", "c", "a", "b", "c", "a")
+
+
 def test_prompts_are_the_given_ones_then_the_folders_then_our_own():
     folder = Path("folder")
     folder.mkdir()
@@ -111,6 +117,7 @@ BROKEN = {"_class_name": "PixArtAlphaPipeline",
     (BROKEN, ("--image-size", "256"), "--image-size is for the models of this repository"),
     (BROKEN, ("--cfg-scale", "2"), "--cfg-scale is for the models of this repository"),
     (BROKEN, ("--vae", "mse"), "--vae is for the models of this repository"),
+    (BROKEN, ("--calibration-images", "0"), "--calibration-images 0 is too small"),
     (BROKEN, ("--threads", "0"), "--threads 0 is too small"),
     pytest.param(BROKEN, ("--offload",), "--offload keeps what does not run off the GPU",
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),

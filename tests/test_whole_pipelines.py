@@ -1,4 +1,4 @@
-"""SD3, Flux and Wan from the command line: a quantised folder, and the same outputs from it."""
+"""Pipelines from the command line: a quantised folder, and the same outputs from it."""
 import json
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,8 @@ from cli import pipelines
 from diffusion.noise import image_generators
 from ditas.switching import switch_backend
 from errors import UserError
+from evaluation.metrics import sqnr_db
+from examples.emoji import pixart
 from files.npz import read_arrays
 from sampling.pipeline import as_bytes
 
@@ -125,3 +127,45 @@ def test_images_that_are_none_are_refused():
         as_bytes(np.zeros((2, 4, 4, 3)), 1)
     with pytest.raises(UserError, match=r"arrays of shape \(1, 5, 4, 4, 3\)"):
         as_bytes(np.zeros((1, 5, 4, 4, 3)), 1)
+
+
+EMOJI = ["red apple", "lion face", "blue heart"]
+
+
+def quantised_emoji(recipe: str, steps: int, output: Path):
+    """Quantise PixArt-Emoji with its real weights; returns the pipeline in which that was done."""
+    prompts, loaded = output.parent / "emoji.txt", []
+    prompts.write_text("\n".join(EMOJI))
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(pipelines, "load_pipeline", partial(kept, loaded))
+        call(QuantDiT, "--model", pixart.FOLDER, "--recipe", recipe, "--prompts", prompts,
+             "--num-sampling-steps", steps, "--output", output)
+    switch_backend(loaded[0].transformer, "fake")
+    return loaded[0]
+
+
+def drawn_emoji(pipeline, folder: Path, output_type: str):
+    """Draw as the folder says; returns images or latents."""
+    generators = [torch.Generator().manual_seed(i) for i in range(len(EMOJI))]
+    arguments = json.loads((folder / "call.json").read_text())
+    with torch.no_grad():
+        return pipeline(EMOJI, generator=generators, output_type=output_type, **arguments)[0]
+
+
+def test_pixart_emoji_itself_comes_back(tmp_path):
+    folder = tmp_path / "emoji"
+    images = drawn_emoji(quantised_emoji("rtn", 2, folder), folder, "np")
+    name_the_tokenizers(folder)
+    in_a_fresh_process(DRAW, str(torch.get_num_threads()), json.dumps(EMOJI),
+                       (folder / "call.json").read_text(), str(folder))
+    assert np.array_equal(np.load(f"{folder}.npy"), images)
+
+
+@pytest.mark.slow
+def test_pixart_emoji_gains_by_each_recipe(tmp_path):
+    latents = {recipe: drawn_emoji(quantised_emoji(recipe, 10, tmp_path / recipe),
+                                   tmp_path / recipe, "latent")
+               for recipe in ("rtn", "ditas", "ditas-plus")}
+    exact = drawn_emoji(pipelines.read_pipeline(pixart.FOLDER), tmp_path / "rtn", "latent")
+    kept_db = [sqnr_db(exact, values) for values in latents.values()]
+    assert kept_db == sorted(kept_db) and kept_db[2] > kept_db[0] + 3

@@ -72,11 +72,13 @@ def read_base(
     if spec.bits == OFF_BITS:
         return FloatWeight(take("weight", shape))
     view, dims = grouped(torch.empty(shape, device="meta"), spec)
-    per_group = tuple(view.amin(dims, keepdim=True).shape)
+    per_group = list(view.shape)
+    for dim in dims:
+        per_group[dim] = 1
     packed = tensors.pop(f"{name}.codes")
-    zero = read_zero(tensors, name, spec, per_group)
+    zero = read_zero(tensors, name, spec, tuple(per_group))
     step = take("step", (shape[0], 1)) if spec.convention == "two-level" else None
-    return Stowed(packed, shape, take("scale", per_group), zero, spec, step)
+    return Stowed(packed, shape, take("scale", tuple(per_group)), zero, spec, step)
 
 
 def write_branch(weight: LowRankWeight) -> Tensors:

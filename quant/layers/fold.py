@@ -31,7 +31,9 @@ ROW_SCALES = "row_scales"
 
 def fold(model: nn.Module, layers: Layers) -> Layers:
     """Divide each site's factors out where the model's architecture says (see ``fold_sites``)."""
-    return fold_sites(model, layers, architecture_of(model).sites(model, "blocks"))
+    sites = architecture_of(model).sites(model, "blocks")
+    # The model's last linear, which a scope may leave out, can stand in a block.
+    return fold_sites(model, layers, [site for site in sites if site.linears[0] in layers])
 
 
 @torch.no_grad()

@@ -1,4 +1,6 @@
 """Codes at their width: as a file holds them, and a weight that waits until it is needed."""
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -34,7 +36,7 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
         ValueError: the stream's length does not fit the shape.
     """
     check_stream(packed, bits, shape)
-    count = int(np.prod(shape))
+    count = math.prod(shape)
     groups = -(-count // BYTE)
     stream = np.zeros(groups * bits + WORD.itemsize, np.uint8)
     stream[:len(packed)] = packed.numpy()
@@ -55,7 +57,7 @@ def check_stream(packed: Tensor, bits: int, shape: tuple[int, ...]) -> None:
     Raises:
         ValueError: it is not.
     """
-    count = int(np.prod(shape))
+    count = math.prod(shape)
     wanted = -(-count * bits // BYTE)
     if packed.dtype != torch.uint8 or packed.numel() != wanted:
         raise ValueError(f"expected {wanted} bytes for {count} codes of {bits} bits, "
