@@ -24,7 +24,7 @@ class ExploredArchitecture:
         discovery: blocks, sites and folds of the whole model.
         batched: arguments with an entry per image.
         clock: as of ``Architecture``.
-        timestep: what it decides.
+        timestep: what it decides, as far as that was looked for.
     """
 
     discovery: Discovery
@@ -50,6 +50,11 @@ class ExploredArchitecture:
 
     def run_temporal(self, model: nn.Module, call: Call) -> tuple[Tensor, ...]:
         return self.timestep.run(model, call)
+
+    def with_temporal(self, model: nn.Module, call: Call) -> "ExploredArchitecture":
+        """Find out what the timestep decides, given arguments of the model's ``forward``."""
+        candidates = per_image_linears(self.discovery.scope("all"))
+        return replace(self, timestep=find_temporal(model, call, candidates))
 
     def output_units(self, model: nn.Module) -> list[Unit]:
         sites = self.discovery.sites
@@ -85,8 +90,7 @@ def explore(
     discovery = without_idle(found, set(order))
     if not discovery.scope("blocks"):
         raise ValueError(f"no linear of a block of {type(model).__name__} reads tokens")
-    timestep = find_temporal(model, call, per_image_linears(discovery.scope("all")))
-    return ExploredArchitecture(discovery, batched, clock, timestep)
+    return ExploredArchitecture(discovery, batched, clock)
 
 
 def discover_shortened(model: nn.Module, call: Call, blocks: list[str]) -> Discovery:

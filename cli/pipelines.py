@@ -72,8 +72,11 @@ def pipeline_settings(args: argparse.Namespace) -> PipelineSettings:
     refuse_flags(args, make_parser(), OTHERS_FLAGS, others)
     folder = folder_of(args.model)
     bits = bit_widths(args)
-    user_value(check_recipe, build_recipe(args), bits.activations)
-    given = {flag.name.replace("-", "_"): text for flag, text in given_flags(args).items()}
+    recipe = build_recipe(args)
+    user_value(check_recipe, recipe, bits.activations)
+    given = {flag.name.replace("-", "_"): text for flag, text in given_flags(args).items()
+             # The prompts take it.
+             if flag.field != "images"}
     chosen = {name: expression(getattr(args, name), f"--{name}")
               for name in ("include", "exclude") if getattr(args, name) is not None}
     steps = args.num_sampling_steps
@@ -87,8 +90,7 @@ def pipeline_settings(args: argparse.Namespace) -> PipelineSettings:
         flags={
             "weight_bit": bits.weights, "act_bit": bits.activations, "svd": args.svd,
             **chosen, **given},
-        prompts=repeated(
-            read_prompts(prompts_file(args.prompts, folder)), args.calibration_images),
+        prompts=repeated(read_prompts(prompts_file(args.prompts, folder)), recipe.images),
         arguments=call_arguments(
             folder, args.pipeline_args,
             num_inference_steps=None if steps is None else number_of_steps(steps)),
@@ -201,14 +203,8 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 
 
 def repeated(prompts: tuple[str, ...], images: int | None) -> tuple[str, ...]:
-    """Give every image of ``--calibration-images`` a prompt, in turn; None: one image a prompt.
-
-    Raises:
-        UserError: there are none.
-    """
-    if images is None:
-        return prompts
-    count = at_least(images, 1, "--calibration-images")
+    """Give every image of calibration a prompt, in turn; None: one image a prompt."""
+    count = len(prompts) if images is None else images
     return tuple(prompts[image % len(prompts)] for image in range(count))
 
 

@@ -11,8 +11,7 @@ from quant.weights.low_rank import SOLVERS
 # What a checkpoint can be exported to.
 EXPORTS = ("diffusers",)
 # What is read for the folder of a pipeline alone.
-PIPELINE_FLAGS = ("prompts", "calibration_images", "component", "include", "exclude",
-                  "pipeline_args", "offload")
+PIPELINE_FLAGS = ("prompts", "component", "include", "exclude", "pipeline_args", "offload")
 # The published QuantDiT.py accepts these and never reads them.
 IGNORED = (
     "results-dir",
@@ -66,9 +65,6 @@ def _add_pipeline_flags(parser: Parser) -> None:
         "--prompts", metavar="FILE",
         help="prompts to calibrate on, one a line "
              "(default: the folder's, or 32 of our own)")
-    group.add_argument(
-        "--calibration-images", type=int, metavar="N",
-        help="images to calibrate on, which take the prompts in turn (default: one a prompt)")
     group.add_argument(
         "--component",
         help="what is quantised (default: transformer)")

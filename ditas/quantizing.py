@@ -52,7 +52,7 @@ def quantize(
     with unchanged_on_failure(module) as no_way_back, torch.no_grad():
         module.eval()
         calls = [] if drive is None else record_calls(module, drive)
-        user_value(look_into, module, calls)
+        user_value(look_into, module, calls, request)
         select(module, request)
         result = user_value(run_recipe, module, request, calls)
         return put_in(module, request, result, no_way_back)
@@ -90,7 +90,7 @@ def record_calls(module: nn.Module, drive: Drive) -> list[Call]:
     return calls
 
 
-def look_into(module: nn.Module, calls: list[Call]) -> None:
+def look_into(module: nn.Module, calls: list[Call], request: Request) -> None:
     """Let a module carry what can be found out of its inside, if that is not known.
 
     Raises:
@@ -106,7 +106,10 @@ def look_into(module: nn.Module, calls: list[Call]) -> None:
     if images_of(call) == 1 and batched:
         # A vector per image has to differ from one for all.
         call = stack([call, call], batched)
-    describe(module, explore(module, call, batched, clock_of(calls)))
+    found = explore(module, call, batched, clock_of(calls))
+    if request.recipe.units == "temporal":
+        found = found.with_temporal(module, call)
+    describe(module, found)
 
 
 def select(module: nn.Module, request: Request) -> None:

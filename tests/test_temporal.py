@@ -26,7 +26,8 @@ NAMES = ("SD3Transformer2DModel", "FluxTransformer2DModel", "SanaTransformer2DMo
 def explored_family(family: str) -> ExploredArchitecture:
     """Find out about a model that is known by hand."""
     model, call = FAMILIES[family](), a_call(family)
-    return explore(model, call, batched_arguments(model, call), clock_of([call]))
+    found = explore(model, call, batched_arguments(model, call), clock_of([call]))
+    return found.with_temporal(model, call)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -44,7 +45,8 @@ def test_what_is_found_is_what_is_known_by_hand(family):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_computes_what_a_whole_call_does(name):
-    found, model, call = architecture(name), random_example(BY_NAME[name]), draw_call(BY_NAME[name])
+    model, call = random_example(BY_NAME[name]), draw_call(BY_NAME[name])
+    found = architecture(name).with_temporal(model, call)
     names = found.timestep.outputs
     assert set(found.temporal(model)) == set(per_image_linears(found.sites(model, "all")))
     expected = outputs_in_a_forward(model, list(names), call)
@@ -62,9 +64,11 @@ def is_tokens(value: object) -> bool:
 def test_all_its_linears_are_learned():
     """Gradients of the outputs reach the embedder, too, and nothing else."""
     name = "FluxTransformer2DModel"
-    found, model = architecture(name), random_example(BY_NAME[name]).requires_grad_(True)
+    model, call = random_example(BY_NAME[name]), draw_call(BY_NAME[name])
+    found = architecture(name).with_temporal(model, call)
+    model.requires_grad_(True)
     with torch.enable_grad():
-        outputs = found.run_temporal(model, draw_call(BY_NAME[name]))
+        outputs = found.run_temporal(model, call)
         sum(value.sum() for value in outputs).backward()
     reached = {path.removesuffix(".weight") for path, value in model.named_parameters()
                if value.grad is not None and path.endswith("weight")}
@@ -79,7 +83,7 @@ def test_all_its_linears_are_learned():
 def test_tfmq_runs_on_any_model_that_has_it(name):
     example = BY_NAME[name]
     model = random_example(example)
-    describe(model, architecture(name))
+    describe(model, architecture(name).with_temporal(model, draw_call(example)))
     expected = output(model, name)
     ditas.quantize(model, run_on(model, example), "tfmq-dm", weight_bit=8, iterations=2)
     assert sqnr_db(expected, output(model, name)) > 20
