@@ -24,6 +24,7 @@ import ditas
 from architectures.registry import architecture_of
 from cli.memory import large_blocks_apart, return_freed_memory
 from cli.parser import make_script_parser, run
+from config import RECIPES
 from ditas import placing, quantizing
 
 STEPS = 2
@@ -94,13 +95,17 @@ def expected(model: nn.Module, recipe: str) -> dict[str, float]:
     weights = [model.get_submodule(name).weight for site in sites for name in site.linears]
     block = [model.get_submodule(name).weight for site in first for name in site.linears]
     widths = [model.get_submodule(site.linears[0]).in_features for site in sites]
-    # Maxima of every input at every step, and the 21 losses of a search.
-    observed = 0 if recipe == "rtn" else 4 * (STEPS + 21) * sum(widths)
+    # Maxima of every input at every step, and the factors of every candidate of a search.
+    alphas = len(RECIPES[recipe].alphas)
+    observed = 0 if recipe == "rtn" else 4 * (STEPS + alphas) * sum(widths)
+    # Those of one weight at a time, int8.
+    candidates = alphas * max(value.numel() for value in weights) if alphas > 1 else 0
     return {
         "weights": sum(value.nbytes for value in model.parameters()) / MEGABYTE,
         "codes": sum(value.numel() for value in weights) / 2 / MEGABYTE,
         "a block in float32": 4 * sum(value.numel() for value in block) / MEGABYTE,
         "observers": observed / MEGABYTE,
+        "candidates of a weight": candidates / MEGABYTE,
     }
 
 

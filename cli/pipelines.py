@@ -3,13 +3,14 @@ import argparse
 import inspect
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from cli.call_arguments import NAME as CALL
 from cli.call_arguments import Arguments, call_arguments, number_of_steps
@@ -52,7 +53,7 @@ class PipelineSettings:
     seed: int  # of the first prompt's noise
     output: Path  # the folder that is written
     threads: int  # CPU threads
-    offload: bool  # parts of the pipeline are on the GPU only while they run
+    offload: bool  # whatever runs is on the GPU only while it does
 
 
 def is_pipeline(args: argparse.Namespace) -> bool:
@@ -219,14 +220,14 @@ def quantize_pipeline(settings: PipelineSettings) -> Quantized:
     torch.set_num_threads(settings.threads)
     with stage("load"):
         pipeline = load_pipeline(whole_folder(settings.model, settings.folder))
-    if torch.cuda.is_available() and not settings.offload:
-        pipeline.to("cuda")
-    drive = partial(sample, pipeline, settings)
     if settings.offload:
-        drive = partial(offloaded, pipeline, settings.component, "cuda", drive)
+        run_from_the_cpu(pipeline, settings.component, torch.device("cuda"))
+    elif torch.cuda.is_available():
+        pipeline.to("cuda")
     with stage("quantise") as quantising:
         done = ditas.quantize(
-            getattr(pipeline, settings.component), drive, settings.recipe, **settings.flags)
+            getattr(pipeline, settings.component), partial(sample, pipeline, settings),
+            settings.recipe, **settings.flags)
     print(done)
     with stage("save"), atomic_folder(settings.output) as temporary:
         pipeline.save_pretrained(temporary)
@@ -240,16 +241,16 @@ def quantize_pipeline(settings: PipelineSettings) -> Quantized:
     return Quantized(settings.output, quantising.seconds, None)
 
 
-def offloaded(pipeline, component: str, device: str, drive: Callable[[], None]) -> None:
-    """Let a pipeline sample with no part of it on the device but the one that runs.
+def run_from_the_cpu(pipeline, component: str, device: torch.device) -> None:
+    """Let a pipeline that lies on the CPU run on a device, with no part there but what runs.
 
-    Afterwards the component is there alone: text encoders and VAE are not needed any more.
+    The component's own blocks follow what they are called with (``ditas.quantize``).
     """
-    pipeline.enable_model_cpu_offload(device=device)
-    drive()
-    pipeline.remove_all_hooks()
-    pipeline.to("cpu")
-    getattr(pipeline, component).to(device)
+    from diffusers.hooks import apply_group_offloading
+    for name, part in pipeline.components.items():
+        if name != component and isinstance(part, nn.Module):
+            # By leaves: a VAE is entered by other doors than its call.
+            apply_group_offloading(part, onload_device=device, offload_type="leaf_level")
 
 
 def load_pipeline(folder: Path):

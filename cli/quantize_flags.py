@@ -75,7 +75,8 @@ def _add_pipeline_flags(parser: Parser) -> None:
         help="linears that are not, nor those that share an input with them")
     group.add_argument(
         "--offload", action="store_true",
-        help="keep text encoders and VAE off the GPU while the transformer is quantised")
+        help="keep the pipeline on the CPU; what runs is on the GPU only while it does, the "
+        "transformer block by block")
     group.add_argument(
         "--pipeline-args", metavar="JSON",
         help="more arguments of the pipeline's call, such as '{\"guidance_scale\": 3.5}'")

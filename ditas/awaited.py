@@ -164,7 +164,8 @@ class StowedLinear(LazyModuleMixin, PackedLinear):
     cls_to_become = PackedLinear
 
     def __init__(self, awaited: AwaitedLinear, arithmetic: Arithmetic):
-        in_file = {name: value if value.dtype == torch.uint8 else value.clone()
+        # accelerate may have moved them to where the linear will be.
+        in_file = {name: value.cpu() if value.dtype == torch.uint8 else value.cpu().clone()
                    for name, value in awaited._buffers.items()}
         stand_in = with_stand_in(nn.Module(), awaited.kind, awaited.device)
         with warnings.catch_warnings():

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from architectures.discover import find_blocks
 from architectures.explored import explore, unvisited
 from architectures.registry import architecture_of, describe, is_known
 from architectures.selected import SelectedArchitecture
@@ -21,6 +22,7 @@ from quant.calibration.arguments import batched_arguments, clock_of
 from quant.calibration.calls import recorded_calls, stack
 from quant.pipeline import Result, quantize_model
 from quant.refinement.allocation import GroupSearch
+from quant.streaming import accelerator_of, following
 
 # Whatever makes the module run.
 Drive = Callable[[], object]
@@ -32,7 +34,8 @@ def quantize(
     """Quantise a module with repeated blocks, in place; what is refused leaves it as it was.
 
     Args:
-        module: in float32 or bfloat16, on any device.
+        module: in float32 or bfloat16, on any device. If it lies on the CPU and ``drive`` calls it
+            with tensors on an accelerator, its blocks go there one at a time, as they run.
         drive: called once; what it calls the module with, in whatever way, is the calibration
             data: a pipeline's sampling, for one. None will do for recipes that look at no data.
         recipe: a key of ``config.RECIPES``.
@@ -51,10 +54,11 @@ def quantize(
     check_not_quantised(module)
     with unchanged_on_failure(module) as no_way_back, torch.no_grad():
         module.eval()
-        calls = [] if drive is None else record_calls(module, drive)
-        user_value(look_into, module, calls, request)
-        select(module, request)
-        result = user_value(run_recipe, module, request, calls)
+        with following(module, user_value(blocks_of, module)):
+            calls = [] if drive is None else record_calls(module, drive)
+            user_value(look_into, module, calls, request)
+            select(module, request)
+            result = user_value(run_recipe, module, request, calls)
         return put_in(module, request, result, no_way_back)
 
 
@@ -74,6 +78,17 @@ def check_type(module: nn.Module, request: Request) -> None:
     if request.runs_copies and kinds != {torch.float32}:
         raise UserError(f"recipe {request.label} runs copies of the module in float32, and this "
                         f"{type(module).__name__} is of bfloat16: convert it with .float() first")
+
+
+def blocks_of(module: nn.Module) -> list[str]:
+    """Name the blocks of a module.
+
+    Raises:
+        ValueError: it has none that are repeated.
+    """
+    if is_known(module):
+        return architecture_of(module).blocks(module)
+    return find_blocks(module)
 
 
 def record_calls(module: nn.Module, drive: Drive) -> list[Call]:
@@ -142,4 +157,5 @@ def run_recipe(module: nn.Module, request: Request, calls: list[Call]) -> Result
             model(**call)
 
     search = GroupSearch(output_judge(module, calls)) if has_sizes else None
-    return quantize_model(module, request.recipe, request.bits, again, request.svd, search)
+    return quantize_model(
+        module, request.recipe, request.bits, again, request.svd, search, accelerator_of(calls))

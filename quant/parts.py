@@ -5,7 +5,9 @@ A new method is one file with a formula and a part, and a line here.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -38,6 +40,8 @@ from quant.calibration.observers import (
 )
 from quant.calibration.trajectory import Trajectory, joint_weight
 from quant.calibration.watch import Balance, Watch
+from quant.install import device_of
+from quant.numerics.tokens import matrix
 from quant.numerics.uniform import QuantSpec
 from quant.recipe import (
     BitWidths,
@@ -51,10 +55,14 @@ from quant.recipe import (
     weight_spec,
 )
 from quant.refinement.sensitivity import NoSensitivity, Sensitivity
+from quant.streaming import moved
 from quant.weights.floating import FloatWeights
 from quant.weights.parts import LowRankFirst, SmoothFirst
 
 WeightPart = SmoothFirst | LowRankFirst | FloatWeights
+
+# What is found of a layer.
+Found = TypeVar("Found")
 
 # Observes a site's inputs, once for all parts that ask.
 SamplesOf = Callable[[Site, Watch], Samples]
@@ -71,6 +79,7 @@ class Task:
         model: float; stays as it is.
         sites: of the recipe's scope.
         svd: the low-rank solver, a key of ``quant.weights.low_rank.SOLVERS``.
+        device: where the model's inputs are, and all is computed; the model may lie elsewhere.
     """
 
     model: nn.Module
@@ -78,6 +87,15 @@ class Task:
     recipe: Recipe
     bits: BitWidths
     svd: str
+    device: torch.device
+
+    def weight(self, linear: str) -> Tensor:
+        """Return the float weight of a linear, (O, I) float32, on the device."""
+        return matrix(self.model.get_submodule(linear), self.device)
+
+    def beside_the_model(self, value: Found) -> Found:
+        """Move what was found, a dataclass of tensors, to where the model lies."""
+        return moved(value, device_of(self.model))
 
     @property
     def has_static_ranges(self) -> bool:
@@ -157,13 +175,13 @@ class Parts:
 def build_weights(task: Task, maxima: dict[str, Tensor]) -> SmoothFirst | FloatWeights:
     """Build the part that quantises weights once their factors are known."""
     if task.bits.leave_weights:
-        return FloatWeights(task.model)
-    return SmoothFirst(task.model, task.recipe, task.bits.weights, maxima, task.svd)
+        return FloatWeights(task.weight)
+    return SmoothFirst(task.weight, task.recipe, task.bits.weights, maxima, task.svd)
 
 
 def quantize_first(task: Task) -> LowRankFirst:
     """Quantise the weights before anything else, as the published code does."""
-    return LowRankFirst(task.model, task.sites, task.recipe, task.bits.weights, task.svd, progress)
+    return LowRankFirst(task.weight, task.sites, task.recipe, task.bits.weights, task.svd, progress)
 
 
 def progress(sites: list[Site]) -> tqdm:
@@ -200,9 +218,9 @@ def _shared_samples(task: Task, first: FirstPass) -> SamplesOf:
 def _balance(task: Task, weights: WeightPart, first: FirstPass, samples_of: SamplesOf) -> Balance:
     recipe = task.recipe
     if recipe.balance == "salience":
-        return Salience(partial(joint_weight, task.model), complementary_shares)
+        return Salience(partial(joint_weight, weight_of=task.weight), complementary_shares)
     if recipe.balance == "salience-equal":
-        return Salience(partial(joint_weight, task.model), equal_shares)
+        return Salience(partial(joint_weight, weight_of=task.weight), equal_shares)
     if recipe.balance == "reparameterise":
         spec = act_spec(recipe, task.bits.activations)
         return Reparameterisation(spec, recipe.act_clip, samples_of)
@@ -221,7 +239,7 @@ def _new_search(task: Task, weights: WeightPart, name: str, factors: Tensor) -> 
     spec = act_spec(task.recipe, task.bits.activations)
     return AlphaSearch(
         linear.weight.flatten(1), bias, factors, weight_spec(task.recipe, task.bits.weights), spec,
-        weights.shared(name), fastest(linear.weight.device, spec))
+        weights.shared(name), fastest(task.device, spec))
 
 
 def _activations(

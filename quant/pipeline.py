@@ -1,6 +1,6 @@
 """A float model and a recipe in, quantised layers out: the order of a method's steps."""
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from quant.activations.attention import Operands
 from quant.activations.quantisers import Activation
 from quant.balancing.maxima import check_step
 from quant.calibration.trajectory import Drive, record, replay
+from quant.install import device_of
 from quant.layers.quantised import QuantizedLayer
 from quant.numerics.smoothing import Smoothing
 from quant.numerics.tokens import matrix
@@ -93,6 +94,7 @@ def quantize_model(
     drive: Drive,
     svd: str = "fast",
     search: GroupSearch | None = None,
+    device: torch.device | None = None,
 ) -> Result:
     """Quantise what the recipe's scope says. The model is left as it was.
 
@@ -101,6 +103,11 @@ def quantize_model(
         drive: lets the model sample once; its calls are the calibration data.
         svd: the low-rank solver, a key of ``quant.weights.low_rank.SOLVERS``.
         search: how group sizes are chosen, if the recipe has several.
+        device: where the inputs of the model are, which follows them (``quant.streaming``) if it
+            lies elsewhere; None: where the model is.
+
+    Returns:
+        What was found, where the model is.
 
     Raises:
         ValueError: parts of the recipe do not go together, the model is unknown or gives non-finite
@@ -108,7 +115,7 @@ def quantize_model(
     """
     check_recipe(recipe, bits.activations)
     sites = architecture_of(model).sites(model, recipe.scope)
-    task = Task(model, sites, recipe, bits, svd)
+    task = Task(model, sites, recipe, bits, svd, device or device_of(model))
     check_task(task, search)
     # First pass: sample, and keep the model's calls and every input's maxima.
     bases = quantize_first(task) if task.quantizes_first else None
@@ -120,7 +127,8 @@ def quantize_model(
     smoothing = {site.name: parts.balance.finish(site) for site in sites}
 
     # What follows from it. An attention may be refused, so it comes before the weights' long work.
-    operands = parts.operands.finish(smoothing)
+    operands = {name: task.beside_the_model(quantisers)
+                for name, quantisers in parts.operands.finish(smoothing).items()}
     allocation = None
     if recipe.group_sizes:
         allocation = choose_group_sizes(task, parts, smoothing, first.trajectory, search)
@@ -134,7 +142,7 @@ def quantize_model(
     if task.learns_rounding:
         layers, operands = learn_rounding(task, first, layers, operands)
     if has_weight_only_adaln(recipe, bits.weights):
-        layers |= weight_only_layers(model, recipe)
+        layers |= weight_only_layers(task)
     if task.is_tuned:
         layers = tune(model, layers, first.trajectory, recipe.tuning)
     return Result(layers, operands, first.maxima, smoothing, allocation)
@@ -227,7 +235,7 @@ def _quantised_so_far(
     if not task.has_sequential_moments:
         return None
     inputs = _drawn_call(first, task.recipe, config.hessian_images)
-    return QuantisedSoFar(task.model, task.sites, acts, smoothing, operands, inputs)
+    return QuantisedSoFar(task, acts, smoothing, operands, inputs)
 
 
 def _layers(
@@ -249,8 +257,9 @@ def _layers(
                 kept = without_search(smoothing[site.name])
                 for name, weight in weights.items():
                     offset = _offset(task, name, smoothing[site.name])
-                    layers[name] = QuantizedLayer(
-                        weight.stowed(), acts[site.name], kept, offset=offset)
+                    layer = task.beside_the_model(
+                        QuantizedLayer(weight, acts[site.name], kept, offset=offset))
+                    layers[name] = replace(layer, weight=layer.weight.stowed())
                 bar.update()
     return layers
 
@@ -260,7 +269,7 @@ def _offset(task: Task, name: str, smoothing: Smoothing) -> Tensor | None:
     if smoothing.shift is None or task.recipe.bias_correction == "quantised":
         return None
     # (W diag(s)) (shift / s), before W diag(s) is rounded.
-    return matrix(task.model.get_submodule(name)) @ smoothing.shift
+    return task.weight(name) @ smoothing.shift
 
 
 def _stages(task: Task, parts: Parts, so_far: QuantisedSoFar | None) -> Iterator[list[Site]]:
@@ -283,15 +292,15 @@ def without_search(smoothing: Smoothing) -> Smoothing:
     return Smoothing(smoothing.factors, smoothing.shift)
 
 
-def weight_only_layers(model: nn.Module, recipe: Recipe) -> dict[str, QuantizedLayer]:
+def weight_only_layers(task: Task) -> dict[str, QuantizedLayer]:
     """Quantise the modulation's weights alone; its inputs stay as they are."""
     layers = {}
-    for site in _modulation_sites(model):
+    for site in _modulation_sites(task.model):
         for name in site.linears:
-            linear = model.get_submodule(name)
-            spec = adaln_spec(recipe.adaln_bits, linear.in_features)
-            weight = without_branch(quantize_weight(matrix(linear), spec)).stowed()
-            layers[name] = QuantizedLayer(weight, act=None)
+            weight = task.weight(name)
+            spec = adaln_spec(task.recipe.adaln_bits, weight.shape[1])
+            rounded = task.beside_the_model(without_branch(quantize_weight(weight, spec)))
+            layers[name] = QuantizedLayer(rounded.stowed(), act=None)
     return layers
 
 

@@ -3,12 +3,13 @@
 PyTorch keeps the dispatch key PrivateUse1 for devices that it does not know, and lets
 Python implement one.
 Every operator runs on the CPU data. So results are those of the CPU, and a tensor left on the wrong
-device is an error, as it is on a GPU.
+device is an error, as it is on a GPU. ``MEMORY`` counts the bytes that lie there.
 """
+from collections import Counter
 from functools import cache, partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._library.custom_ops import OPDEFS
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -23,6 +24,49 @@ INDEXING = (aten.index, aten.index_put, aten.index_put_)  # a GPU takes indices 
 OWN = ("copy_", "arange", "arange.start", "arange.start_step", "eye", "eye.m")
 
 
+class Memory:
+    """The bytes of the tensors that lie on the accelerator; views share theirs.
+
+    Attributes:
+        used: now.
+        peak: at most, since ``forget_peak``.
+    """
+
+    def __init__(self):
+        self.used = self.peak = 0
+        self._tensors: Counter[int] = Counter()
+
+    def forget_peak(self) -> None:
+        self.peak = self.used
+
+    def take(self, storage: torch.UntypedStorage) -> None:
+        place = storage.data_ptr()
+        self._tensors[place] += 1
+        if self._tensors[place] == 1:
+            self.used += storage.nbytes()
+            self.peak = max(self.peak, self.used)
+
+    def give_back(self, storage: torch.UntypedStorage) -> None:
+        place = storage.data_ptr()
+        self._tensors[place] -= 1
+        if self._tensors[place] == 0:
+            self.used -= storage.nbytes()
+
+
+MEMORY = Memory()
+
+
+class Share:
+    """Counts for one tensor, as long as it lives."""
+
+    def __init__(self, storage: torch.UntypedStorage):
+        self._storage = storage
+        MEMORY.take(storage)
+
+    def __del__(self):
+        MEMORY.give_back(self._storage)
+
+
 class DeviceTensor(torch.Tensor):
     """A tensor on the pretended accelerator; ``data_on_cpu`` has its shape, strides and dtype."""
 
@@ -34,6 +78,7 @@ class DeviceTensor(torch.Tensor):
                 cls, data_on_cpu.shape, strides=data_on_cpu.stride(), dtype=data_on_cpu.dtype,
                 storage_offset=data_on_cpu.storage_offset(), device=f"{NAME}:0")
         wrapper.data_on_cpu = data_on_cpu
+        wrapper.share = Share(data_on_cpu.untyped_storage())
         return wrapper
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -57,6 +102,24 @@ class DeviceTensor(torch.Tensor):
 
     def new_tensor(self, data, dtype: torch.dtype | None = None) -> Tensor:
         return torch.tensor(data, dtype=dtype or self.dtype).to(self.device)
+
+
+def get_data(tensor: Tensor) -> Tensor:
+    """Give what ``tensor.data`` is: the same values, which know no gradient."""
+    if isinstance(tensor, DeviceTensor):
+        return DeviceTensor(tensor.data_on_cpu.detach())
+    return torch._C.TensorBase.data.__get__(tensor)
+
+
+def set_data(tensor: Tensor, value: Tensor) -> None:
+    """Do what ``tensor.data = value`` does, which PyTorch forbids between unlike classes."""
+    if not isinstance(tensor, DeviceTensor) and not isinstance(value, DeviceTensor):
+        torch._C.TensorBase.data.__set__(tensor, value)
+        return
+    value = value.detach()
+    if isinstance(tensor, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=tensor.requires_grad)
+    torch.utils.swap_tensors(tensor, value)
 
 
 def is_elsewhere(value) -> bool:
@@ -119,6 +182,7 @@ def run(operator, *args, **kwargs):
 def accelerator() -> tuple[torch.device, tuple[torch.library.Library, ...]]:
     """The device and what keeps it alive; the first call registers it, once in a process."""
     _setup_privateuseone_for_python_backend(NAME)
+    Tensor.data = property(get_data, set_data)
     # Operators without tensors, such as torch.zeros, reach PrivateUse1.
     others = torch.library.Library("_", "IMPL")
     others.fallback(run, "PrivateUse1")

@@ -125,8 +125,8 @@ def twin():
             trajectory, _ = record(model, sites, drive)
             watch = Watch()
             observers = {
-                name: watch.add(name, SecondMoment, partial(SecondMoment, linear, 10))
-                for name, linear in linears.items()}
+                name: watch.add(name, SecondMoment, partial(SecondMoment, 10))
+                for name in linears}
             replay(model, trajectory, watch, 4096, "moments")
             moments.append({name: observer.value for name, observer in observers.items()})
         return linears, moments
@@ -162,7 +162,7 @@ def squared_error(weight, quantized, moment):
 
 def test_second_moment_is_that_of_the_inputs():
     linear, x = torch.nn.Linear(6, 4), torch.randn(4, 3, 5, 6)
-    observer = SecondMoment(linear, 8)
+    observer = SecondMoment(8)
     for part in x.split(3):
         observer(part, linear(part))
     assert relative(observer.value * 8, np.einsum("knti,kntj->ij", *[x.numpy()] * 2)) < 1e-5

@@ -160,33 +160,3 @@ def stop(counts: list[int]) -> None:
     """Note how many threads there are, and end the command."""
     counts.append(torch.get_num_threads())
     raise InterruptedError
-
-
-class Parts:
-    """Stands for a pipeline on a GPU: knows on which device each of its parts is."""
-
-    def __init__(self):
-        self.device = dict.fromkeys(("text_encoder", "transformer", "vae"), "cpu")
-        self.is_offloading = False
-        self.transformer = self
-
-    def enable_model_cpu_offload(self, device: str) -> None:
-        self.is_offloading = True
-
-    def remove_all_hooks(self) -> None:
-        # As diffusers does, it leaves the part that ran last where it ran.
-        self.is_offloading = False
-        self.device["text_encoder"] = self.device["transformer"] = "cuda"
-
-    def to(self, device: str) -> None:
-        if device == "cpu":
-            self.device = dict.fromkeys(self.device, device)
-        else:
-            self.device["transformer"] = device
-
-
-def test_offloading_leaves_the_transformer_alone_on_the_device():
-    parts, seen = Parts(), []
-    pipelines.offloaded(parts, "transformer", "cuda", lambda: seen.append(parts.is_offloading))
-    assert seen == [True]
-    assert parts.device == {"text_encoder": "cpu", "transformer": "cuda", "vae": "cpu"}

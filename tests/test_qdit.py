@@ -28,6 +28,7 @@ from quant.layers.quantised import QuantizedLayer
 from quant.numerics.smoothing import NO_SMOOTHING
 from quant.numerics.tokens import matrix
 from quant.numerics.uniform import OFF_BITS, QuantSpec, fake_quantize
+from quant.parts import Task
 from quant.pipeline import quantize_model
 from quant.recipe import BitWidths, act_spec, weight_spec
 from quant.refinement.allocation import GroupSearch
@@ -150,7 +151,8 @@ def test_sequential_moments_are_those_of_what_quantised_blocks_give():
     sites = [site for stage in stages_of(every_site(model)) for site in stage]
     smoothing = dict.fromkeys(acts, NO_SMOOTHING)
     call = draw_call(model, sites)
-    so_far = QuantisedSoFar(model, sites, acts, smoothing, {}, call)
+    task = Task(model, sites, FIXED, W4A8, "fast", torch.device("cpu"))
+    so_far = QuantisedSoFar(task, acts, smoothing, {}, call)
     done: dict[str, QuantizedLayer] = {}
     for stage in stages_of(sites):
         moments = so_far.moments(stage)

@@ -56,7 +56,7 @@ class TimestepIndex(nn.Module):
 
     def nearest(self, t: Tensor) -> Tensor:
         """Find the nearest step for every timestep (N,)."""
-        return (t[:, None] - self.timesteps).abs().argmin(1)
+        return (t[:, None] - self.timesteps.to(t.device)).abs().argmin(1)
 
     def select(self, per_step: Tensor, values: Tensor) -> Tensor:
         """Pick the entry (S,) of each image's step, so that it broadcasts with values (N, ...)."""

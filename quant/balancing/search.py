@@ -42,7 +42,8 @@ class AlphaSearch:
     """Accumulates the loss of every candidate for one layer while its inputs pass by.
 
     Args:
-        weight: (O, I) float weight; of another type than float32 it is copied while it is used.
+        weight: (O, I) float weight; of another type than float32, or where the inputs are not, it
+            is copied while it is used.
         bias: (O,), which the outputs hold, or None.
         factors: (A, I) smoothing factors of each candidate.
         weight_spec: how a candidate quantises ``W diag(s)``.
@@ -58,10 +59,11 @@ class AlphaSearch:
     def __init__(
             self, weight: Tensor, bias: Tensor | None, factors: Tensor, weight_spec: QuantSpec,
             act: QuantSpec, shared: Tensor | None, arithmetic: Arithmetic = DEFINITION):
-        self.loss = torch.zeros(len(factors), dtype=torch.float64, device=weight.device)
+        device = factors.device
+        self.loss = torch.zeros(len(factors), dtype=torch.float64, device=device)
         self._weight = weight
-        no_bias = torch.zeros(len(weight), device=weight.device)
-        self._bias = no_bias if bias is None else bias.detach()
+        no_bias = torch.zeros(len(weight), device=device)
+        self._bias = no_bias if bias is None else bias.detach().to(device)
         self._factors = factors
         self._weight_spec = weight_spec
         self._act = act.per_step()
@@ -100,7 +102,7 @@ class AlphaSearch:
     def _project(self, shared: Tensor) -> None:
         """Compare R with the projected weight from now on, in place of B with the weight."""
         basis, self._shared = torch.linalg.qr(shared)
-        weight = self._weight.float()
+        weight = self._float_weight()
         self._target = basis.T @ weight
         # The projected outputs are computed from the inputs, without a bias.
         self._bias = torch.zeros(weight.shape[1], device=weight.device)
@@ -109,7 +111,10 @@ class AlphaSearch:
 
     def _candidates(self) -> Candidates:
         if self._shared is None:
-            weight = self._weight.float()
-            return self._arithmetic.candidates(weight, self._factors, self._weight_spec)
+            return self._arithmetic.candidates(
+                self._float_weight(), self._factors, self._weight_spec)
         values = self._shared.expand(len(self._factors), -1, -1)
         return Candidates(self._factors, values, columns=self._factors)
+
+    def _float_weight(self) -> Tensor:
+        return self._weight.to(self._factors.device).float()

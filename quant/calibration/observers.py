@@ -4,11 +4,10 @@ Observers are called with a linear's input (K, N, T, I) and output (K, N, T, O) 
 time (see ``quant.calibration.trajectory.replay``); their attributes hold what they collected.
 """
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quant.activations.attention import attention_probabilities, by_head
 from quant.calibration.watch import Observer
-from quant.numerics.tokens import matrix
 
 
 class FirstSteps:
@@ -28,16 +27,17 @@ class SecondMoment:
     """Sums ``X^T X`` of a linear's inputs.
 
     Attributes:
-        value: (I, I) float32, divided by the number of steps.
+        value: (I, I) float32, divided by the number of steps; None before the first inputs.
     """
 
-    def __init__(self, module: nn.Module, steps: int):
-        columns = matrix(module).shape[1]
-        self.value = torch.zeros(columns, columns, device=module.weight.device)
+    def __init__(self, steps: int):
+        self.value: Tensor | None = None
         self._steps = steps
 
     def __call__(self, x: Tensor, y: Tensor) -> None:
         rows = x.flatten(0, 2)
+        if self.value is None:
+            self.value = rows.new_zeros(rows.shape[1], rows.shape[1])
         self.value.addmm_(rows.T, rows, alpha=1 / self._steps)
 
 

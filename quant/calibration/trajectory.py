@@ -25,6 +25,8 @@ from quant.numerics.tokens import as_tokens, matrix, output_tokens
 
 # Lets a model sample once.
 Drive = Callable[[nn.Module], None]
+# Gives the float weight (O, I) of a linear, by its name, where it can be computed with.
+WeightOf = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def record(
     architecture = architecture_of(model)
     readers = {site.linears[0]: site.name for site in sites}
     widths = {site.name: matrix(model.get_submodule(site.linears[0])).shape[1] for site in sites}
-    maxima = StepMaxima(widths, next(model.parameters()).device)
+    maxima = StepMaxima(widths)
     rows = [0]
 
     with recorded_calls(model) as calls:
@@ -177,7 +179,7 @@ class _Show:
             observer(*operands)
 
 
-def joint_weight(model: nn.Module, site: Site) -> Tensor:
+def joint_weight(site: Site, weight_of: WeightOf) -> Tensor:
     """Stack the weights of a site's linears, (O, I); that of a single one is not copied."""
-    weights = [matrix(model.get_submodule(name)) for name in site.linears]
+    weights = [weight_of(name) for name in site.linears]
     return weights[0] if len(weights) == 1 else torch.cat(weights)

@@ -190,7 +190,10 @@ class DividedArgument(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         count = len(self.divisor)
         vectors = x if x.shape[-1] >= count else x.flatten(-2)  # (…, chunks D)
-        divided = (vectors[..., :count] + self.added) / self.divisor - self.taken
+        # Whatever brings the block to the device of its inputs may do so only later.
+        added, divisor, taken = (
+            value.to(x.device) for value in (self.added, self.divisor, self.taken))
+        divided = (vectors[..., :count] + added) / divisor - taken
         return torch.cat([divided.to(x.dtype), vectors[..., count:]], dim=-1).reshape(x.shape)
 
 

@@ -1,11 +1,16 @@
 """A linear or patch convolution as a matrix, its inputs as tokens; all in float32."""
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def matrix(module: nn.Module) -> Tensor:
-    """View the weight of a linear or patch convolution as (O, I); of another type it is copied."""
-    return module.weight.flatten(1).float()
+def matrix(module: nn.Module, device: torch.device | None = None) -> Tensor:
+    """View the weight of a linear or patch convolution as (O, I).
+
+    Of another type, or on another device than that which is wanted, it is copied.
+    """
+    weight = module.weight if device is None else module.weight.to(device)
+    return weight.flatten(1).float()
 
 
 def as_tokens(module: nn.Module, x: Tensor) -> Tensor:

@@ -21,7 +21,6 @@ from quant.calibration.trajectory import Trajectory, joint_weight
 from quant.install import install
 from quant.layers.quantised import QuantizedLayer
 from quant.numerics.smoothing import Smoothing
-from quant.numerics.tokens import matrix
 from quant.parts import Parts, Task
 from quant.refinement.draws import Budget
 from quant.refinement.evolution import Objective, Round, evolve
@@ -83,7 +82,7 @@ def choose_group_sizes(
         ValueError: no size divides any width, or as ``evolve`` and ``least_cost``.
     """
     recipe, bits = task.recipe, task.bits
-    shapes = {site.name: tuple(joint_weight(task.model, site).shape) for site in task.sites}
+    shapes = {site.name: tuple(joint_weight(site, task.weight).shape) for site in task.sites}
     choices = _choices(shapes, recipe)
     allowed = _constraint(recipe, choices, shapes, (bits.weights, bits.activations))
     drafts = Drafts(task, parts, smoothing)
@@ -115,7 +114,8 @@ class Drafts:
         """Quantise all sites."""
         layers = {}
         for site in self.task.sites:
-            layers |= self.layers_of(site, groups[site.name])
+            for name, layer in self.layers_of(site, groups[site.name]).items():
+                layers[name] = self.task.beside_the_model(layer)
         return layers
 
     def layers_of(self, site: Site, group: int) -> dict[str, QuantizedLayer]:
@@ -137,7 +137,7 @@ class Drafts:
         inputs = smoothing.of_input(self.parts.sensitivity.inputs(site))
         total = 0.0
         for name, layer in self.layers_of(site, group).items():
-            weight = smoothing.of_weight(matrix(self.task.model.get_submodule(name)))
+            weight = smoothing.of_weight(self.task.weight(name))
             total += cost(inputs, weight, layer)
         return total
 
@@ -186,15 +186,16 @@ def _file_for(history: Path, text: str) -> Path:
 
 def _digest(task: Task, trajectory: Trajectory | None) -> str:
     """Tell models and calibration data apart."""
-    seen = [joint_weight(task.model, site) for site in task.sites]
+    sums = [_sums(joint_weight(site, task.weight)) for site in task.sites]
     if trajectory is not None:
         for call in trajectory.calls:
             main = call[trajectory.batched[0]] if trajectory.batched else call
-            seen += [value for value in pytree.tree_leaves(main) if isinstance(value, Tensor)]
-    sums = torch.stack([_sums(values.double()) for values in seen])
-    digest = hashlib.sha256(sums.cpu().numpy().tobytes()).hexdigest()[:16]
+            sums += [_sums(value) for value in pytree.tree_leaves(main)
+                     if isinstance(value, Tensor)]
+    digest = hashlib.sha256(torch.stack(sums).cpu().numpy().tobytes()).hexdigest()[:16]
     return f"weights and trajectory {digest}"
 
 
 def _sums(values: Tensor) -> Tensor:
+    values = values.double()
     return torch.stack([values.sum(), values.square().sum()])

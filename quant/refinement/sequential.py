@@ -21,7 +21,7 @@ from quant.install import install
 from quant.layers.linear import PatchLinear, QuantLinear
 from quant.layers.quantised import QuantizedLayer
 from quant.numerics.smoothing import Smoothing
-from quant.numerics.tokens import matrix
+from quant.parts import Task
 from quant.weights.floating import float_weight
 from quant.weights.low_rank import LowRankWeight
 
@@ -45,8 +45,7 @@ class QuantisedSoFar:
     """A model whose weights become quantised stage by stage.
 
     Args:
-        model: float; left as it was.
-        sites: what is quantised.
+        task: its model is left as it was.
         acts, smoothing: of every site, by name.
         operands: of the attentions; may be empty.
         inputs: a call of the model, of images drawn from the trajectory.
@@ -54,21 +53,20 @@ class QuantisedSoFar:
 
     def __init__(
         self,
-        model: nn.Module,
-        sites: list[Site],
+        task: Task,
         acts: dict[str, Activation],
         smoothing: dict[str, Smoothing],
         operands: dict[str, Operands],
         inputs: Call,
     ):
         layers = {}
-        for site in sites:
+        for site in task.sites:
             for name in site.linears:
-                weight = smoothing[site.name].of_weight(matrix(model.get_submodule(name)))
-                layers[name] = QuantizedLayer(
-                    float_weight(weight), acts[site.name], smoothing[site.name])
-        self._model = install(deepcopy(model), layers, operands=operands)
-        self._batched = architecture_of(model).batched
+                weight = smoothing[site.name].of_weight(task.weight(name))
+                layers[name] = task.beside_the_model(QuantizedLayer(
+                    float_weight(weight), acts[site.name], smoothing[site.name]))
+        self._model = install(deepcopy(task.model), layers, operands=operands)
+        self._batched = architecture_of(task.model).batched
         self._inputs = inputs
 
     @torch.no_grad()

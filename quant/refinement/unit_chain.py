@@ -9,6 +9,7 @@ from architectures.registry import architecture_of
 from architectures.sites import MODEL, Call, Unit, call_of, timesteps_of
 from quant.activations.quantisers import TimestepIndex
 from quant.calibration.calls import batch_size
+from quant.streaming import accelerator_of, brought
 
 
 class _Reached(Exception):
@@ -49,7 +50,9 @@ class UnitChain:
         """Run the unit on some of the images, (n,) int64; its outputs have n entries each."""
         if self._timestep_index is not None:
             self._timestep_index.index = self._steps[chosen]
-        return unit.run(self._model, self._pick(self._call, chosen))
+        call = self._pick(self._call, chosen)
+        with brought(self._model.get_submodule(unit.entrance), accelerator_of(call)):
+            return unit.run(self._model, call)
 
     def outputs(self, unit: Unit) -> tuple[Tensor, ...]:
         """Run the unit on all images, a batch at a time; its outputs have P entries each."""

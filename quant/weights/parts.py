@@ -6,16 +6,15 @@ the trajectory is seen and multiplies what came out by s.
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import config
 from architectures.sites import Site
 from config import Recipe
 from quant.calibration.observers import SecondMoment
-from quant.calibration.trajectory import joint_weight
+from quant.calibration.trajectory import WeightOf, joint_weight
 from quant.calibration.watch import Watch
 from quant.numerics.smoothing import Smoothing
-from quant.numerics.tokens import matrix
 from quant.numerics.uniform import QuantSpec
 from quant.recipe import uses_moments, weight_spec
 from quant.weights.low_rank import LowRankWeight, lowrank_quantize, without_branch
@@ -29,15 +28,16 @@ class SmoothFirst:
     """Quantises every weight, multiplied by its smoothing factors.
 
     Args:
-        model: float.
+        float_weight: of every linear.
         maxima: per site, (steps, I), of its inputs.
         svd: the low-rank solver, a key of ``quant.weights.low_rank.SOLVERS``.
     """
 
     def __init__(
-        self, model: nn.Module, recipe: Recipe, bits: int, maxima: dict[str, Tensor], svd: str
+        self, float_weight: WeightOf, recipe: Recipe, bits: int, maxima: dict[str, Tensor],
+        svd: str,
     ):
-        self._model = model
+        self._float_weight = float_weight
         self._recipe = recipe
         self._bits = bits
         self._maxima = maxima
@@ -48,10 +48,9 @@ class SmoothFirst:
     def observe(self, site: Site, watch: Watch) -> None:
         """Ask for the second moment of the float model's inputs, if the recipe looks at it."""
         if uses_moments(self._recipe) and self._recipe.hessian == "float":
-            module = self._model.get_submodule(site.linears[0])
             steps = len(self._maxima[site.name])
             self._moments[site.name] = watch.add(
-                site.linears[0], SecondMoment, lambda: SecondMoment(module, steps))
+                site.linears[0], SecondMoment, lambda: SecondMoment(steps))
 
     def take_moments(self, moments: dict[str, Tensor]) -> None:
         """Take over second moments (I, I) of sites, of inputs as the products see them."""
@@ -59,7 +58,7 @@ class SmoothFirst:
 
     def weight_of(self, site: Site) -> Tensor:
         """Return the weight (O, I) whose magnitudes the balance measures."""
-        return joint_weight(self._model, site)
+        return joint_weight(site, self._float_weight)
 
     def shared(self, linear: str) -> None:
         """Return the quantised weight that all candidates of a search share: there is none."""
@@ -73,7 +72,7 @@ class SmoothFirst:
         quantizer = self._quantizer(site, smoothing, spec, moment)
         weights = {}
         for name in site.linears:
-            weight = smoothing.of_weight(matrix(self._model.get_submodule(name)))
+            weight = smoothing.of_weight(self._float_weight(name))
             approximation = lowrank_quantize(
                 weight, quantizer, config.lowrank_rank(self._recipe, min(weight.shape)),
                 self._recipe.rounds, self._recipe.keep, self._svd, metric)
@@ -86,7 +85,7 @@ class SmoothFirst:
         quantizer = self._nearest(site, smoothing, spec)
         weights = {}
         for name in site.linears:
-            weight = smoothing.of_weight(matrix(self._model.get_submodule(name)))
+            weight = smoothing.of_weight(self._float_weight(name))
             weights[name] = without_branch(quantizer(weight, None))
         return weights
 
@@ -121,7 +120,7 @@ class LowRankFirst:
 
     def __init__(
         self,
-        model: nn.Module,
+        float_weight: WeightOf,
         sites: list[Site],
         recipe: Recipe,
         bits: int,
@@ -131,7 +130,7 @@ class LowRankFirst:
         self._bases: Weights = {}
         for site in progress(sites):
             for name in site.linears:
-                weight = matrix(model.get_submodule(name))
+                weight = float_weight(name)
                 quantizer = nearest_quantizer(weight_spec(recipe, bits), None, recipe.weight_range)
                 self._bases[name] = lowrank_quantize(
                     weight, quantizer, config.lowrank_rank(recipe, min(weight.shape)),
