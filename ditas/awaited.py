@@ -213,13 +213,12 @@ def stow(model: nn.Module, request: Request) -> None:
     device = next(iter(awaited.values())).device
     backend = resolve(request.backend, obstacle(request), device, lambda: "auto")
     arithmetic = Arithmetic(backend, linears, getattr(model, "timestep_index", None))
-    for name, module in awaited.items():
-        linears.append(StowedLinear(module, arithmetic))
-        model.set_submodule(name, linears[-1])
     try:
-        for linear in linears:
+        for name, module in awaited.items():
+            linears.append(StowedLinear(module, arithmetic))
             # It is read again when it is called first.
-            linear.layer()
+            linears[-1].layer()
+            model.set_submodule(name, linears[-1])
         operands = _read_operands(model, arithmetic.timesteps)
     except (KeyError, ValueError, RuntimeError, TypeError) as error:
         raise UserError(f"the tensors of this {type(model).__name__} do not fit its "

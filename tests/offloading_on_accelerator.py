@@ -61,7 +61,7 @@ def quick(monkeypatch):
         monkeypatch.setattr(f"config.{name}", 4)
     monkeypatch.setattr("config.sample_tokens", 32)
     for name in ("ditas", "ditas-tuned"):
-        recipe = replace(RECIPES[name], rounds=2)
+        recipe = replace(RECIPES[name], rounds=1)
         alphas = (0.1, 0.9) if len(recipe.alphas) > 1 else recipe.alphas
         monkeypatch.setitem(RECIPES, name, replace(recipe, alphas=alphas))
 
