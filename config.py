@@ -156,6 +156,17 @@ _GROUPS = {
     "adaln_bits": 8,
 }
 
+# Ours: GPTQ inside the alternation that fits the branch to the layer's output, and smaller groups.
+# Without a search, which gains nothing then.
+_PLUS = Recipe(
+    balance="tas",
+    alphas=(0.5,),
+    weight="gptq",
+    rank=None,
+    metric="output",
+    **(_GROUPS | {"weight_group": 32}),
+)
+
 RECIPES: dict[str, Recipe] = {
     # The baseline that every paper starts from: round to nearest.
     "rtn": Recipe(),
@@ -256,21 +267,16 @@ RECIPES: dict[str, Recipe] = {
         **_GROUPS,
     ),
 
-    # Ours: GPTQ inside the alternation that fits the branch to the layer's output, and smaller
-    # groups. Without a search, which gains nothing then.
-    "ditas-plus": Recipe(
-        balance="tas",
-        alphas=(0.5,),
-        weight="gptq",
-        rank=None,
-        metric="output",
-        **(_GROUPS | {"weight_group": 32}),
+    "ditas-plus": _PLUS,
+
+    # Ours, too: that, tuned from end to end, on more images, because what is learned has to hold
+    # for others.
+    "ditas-tuned": replace(
+        _PLUS,
+        tuning=500,
+        images=96,
     ),
 }
-
-# Ours, too: that, tuned from end to end, on more images, because what is learned has to hold for
-# others.
-RECIPES["ditas-tuned"] = replace(RECIPES["ditas-plus"], tuning=500, images=96)
 
 # Flags that scale a published search or training down to a model of ten blocks, as in compare.py.
 small_model_budgets = {

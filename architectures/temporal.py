@@ -4,8 +4,7 @@ Tokens become PyTorch's fake tensors, which have shape and type and no values. W
 them is fake, too, and takes no time; whatever else a call computes is computed as ever, gradients
 included. No graph is needed, so that a call may have any number of images.
 """
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from architectures.hooked import hooked
 from architectures.sites import Call
 from architectures.tracing import images_of, tensors_of
 
 # Tokens have images, their numbers and channels, or more.
 TOKEN_DIMENSIONS = 3
-
-# Called with a linear's name and output; what it returns takes the place of the output.
-Look = Callable[[str, Tensor], Tensor | None]
 
 
 class _Done(Exception):
@@ -46,12 +43,12 @@ class Temporal:
         """
         outputs: dict[str, Tensor] = {}
 
-        def keep(name: str, output: Tensor) -> None:
+        def keep(name: str, _: Tensor, output: Tensor) -> None:
             outputs.setdefault(name, output)
             if len(outputs) == len(self.linears):
                 raise _Done
 
-        with _seen(model, self.linears, keep):
+        with hooked(model, self.linears, keep):
             with suppress(_Done):
                 model(**without_tokens(call))
         return tuple(outputs[name] for name in self.outputs)
@@ -78,10 +75,10 @@ def _alone(model: nn.Module, call: Call, candidates: list[str]) -> tuple[str, ..
     images = images_of(call)
     outputs: dict[str, list[Tensor]] = {}
 
-    def keep(name: str, output: Tensor) -> None:
+    def keep(name: str, _: Tensor, output: Tensor) -> None:
         outputs.setdefault(name, []).append(output)
 
-    with _seen(model, candidates, keep):
+    with hooked(model, candidates, keep):
         model(**without_tokens(call))
     return tuple(name for name, values in outputs.items()
                  if all(len(value) == images and not isinstance(value, FakeTensor)
@@ -93,13 +90,13 @@ def _read_by_others(model: nn.Module, call: Call, linears: tuple[str, ...]) -> t
     """Name the linears whose outputs reach what a model returns through no other of them."""
     starts: list[tuple[str, Tensor]] = []
 
-    def start_anew(name: str, output: Tensor) -> Tensor:
+    def start_anew(name: str, _: Tensor, output: Tensor) -> Tensor:
         # What led to this output is another linear's.
         start = output.detach().requires_grad_()
         starts.append((name, start))
         return start.clone()
 
-    with _seen(model, linears, start_anew):
+    with hooked(model, linears, start_anew):
         reached = _leaves(tensors_of(model(**without_tokens(call))))
     return tuple(dict.fromkeys(name for name, start in starts if id(start) in reached))
 
@@ -116,20 +113,6 @@ def _leaves(outputs: list[Tensor]) -> set[int]:
         leaves.add(id(getattr(node, "variable", None)))
         nodes += [before for before, _ in node.next_functions]
     return leaves
-
-
-@contextmanager
-def _seen(model: nn.Module, names: list[str] | tuple[str, ...], look: Look) -> Iterator[None]:
-    """Look at what modules give while open."""
-    def hook_of(name: str):
-        return lambda module, args, output: look(name, output)
-
-    handles = [model.get_submodule(name).register_forward_hook(hook_of(name)) for name in names]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def without_tokens(call: Call) -> Call:

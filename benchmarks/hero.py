@@ -1,4 +1,4 @@
-"""Draw assets/hero.png: the same emoji from the float model and from three recipes.
+"""Draw assets/hero.png: the same emoji from the float model and from four recipes.
 
     python benchmarks/hero.py                                   # the picture of the README
     python benchmarks/hero.py --bits W4A4 --output W4A4.png     # the same at other bit widths

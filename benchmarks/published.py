@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import config
+from architectures.hooked import hooked
 from benchmarks.subjects import block_linears, block_sites, calibration_start
 from config import Recipe
 from diffusion import Schedule, guided_denoiser, sample
 from models import DiT
 from quant.balancing.maxima import aggregate, smoothing_factors
-from quant.calibration.trajectory import hooked, record
+from quant.calibration.trajectory import record
 from quant.numerics.uniform import fake_quantize
 from quant.recipe import act_spec, weight_spec
 from quant.weights.low_rank import LowRankWeight, lowrank_quantize

@@ -6,9 +6,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from architectures.hooked import hooked
 from architectures.registry import architecture_of
 from architectures.sites import Site
-from quant.calibration.trajectory import Drive, hooked, record, replay
+from quant.calibration.trajectory import Drive, record, replay
 from quant.calibration.watch import Observer, Watch
 from quant.install import find_timestep_index
 from quant.layers.linear import QuantLinear

@@ -24,7 +24,7 @@ class Spreads:
     Args:
         wanted: linears whose quantiles are kept, too.
 
-    Give ``see`` to ``quant.calibration.trajectory.hooked``.
+    Give ``see`` to ``architectures.hooked.hooked``.
     """
 
     def __init__(self, wanted: Iterable[str]):

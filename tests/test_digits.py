@@ -10,6 +10,7 @@ from conftest import block_linears, random_model, relative
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
+from architectures.hooked import hooked
 from diffusion import ddpm_step, make_schedule
 from diffusion.generate import generate_latents
 from download import load_model
@@ -17,7 +18,6 @@ from evaluation.metrics import sqnr_db
 from examples.digits import classifier, outliers
 from examples.digits.data import decode, encode, load_images
 from models import DiT_models
-from quant.calibration.trajectory import hooked
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from architectures.hooked import hooked
 from architectures.registry import architecture_of
 from diffusion import Schedule
 from errors import UserError
 from examples.digits.outliers import add_outliers
 from files.weights import read_state_dict
-from quant.calibration.trajectory import hooked
 
 WEIGHTS = Path(__file__).with_name("dit.safetensors")
 CURVES = Path(__file__).with_name("dit-curves.json")

@@ -7,14 +7,14 @@ as the grid search, see every input once, as it passes by.
 
 A step is one call of the model; step 0 is the noisiest.
 """
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from architectures.hooked import hooked
 from architectures.registry import architecture_of
 from architectures.sites import Call, Site, timesteps_of
 from quant.activations.attention import intercepted_attention
@@ -61,23 +61,6 @@ class Trajectory:
         """Cut out a single step."""
         return Trajectory(
             self.calls[step:step + 1], self.batched, self.timesteps[step:step + 1], self.tokens)
-
-
-@contextmanager
-def hooked(
-    model: nn.Module, names: Sequence[str], see: Callable[[str, Tensor, Tensor], None]
-) -> Iterator[None]:
-    """Call ``see(name, input, output)`` whenever one of the named linears runs, while open."""
-
-    def hook_of(name):
-        return lambda module, inputs, output: see(name, inputs[0], output)
-
-    handles = [model.get_submodule(name).register_forward_hook(hook_of(name)) for name in names]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.inference_mode()

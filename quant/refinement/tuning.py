@@ -63,14 +63,14 @@ def soft_copy(model: nn.Module, layers: Layers) -> tuple[nn.Module, dict[str, Tu
     """Copy the model with its quantised layers, those of two-level scales ready to learn."""
     quantised = install(deepcopy(model), dict(layers)).requires_grad_(False)
     tuned = {name: TunedLinear(layer, layer.bias(model.get_submodule(name).bias))
-             for name, layer in layers.items() if is_tuned(layer)}
+             for name, layer in layers.items() if can_learn(layer)}
     for name, linear in tuned.items():
         put_linear(quantised, name, linear)
     return quantised, tuned
 
 
-def is_tuned(layer: QuantizedLayer) -> bool:
-    """Tell whether a layer is one whose codes are learned: not one of quantised weights alone."""
+def can_learn(layer: QuantizedLayer) -> bool:
+    """Tell whether a layer has codes to learn; one of quantised weights alone stays as it is."""
     return layer.act is not None and layer.weight.base.step is not None
 
 
