@@ -98,25 +98,25 @@ def _read_published(path: Path) -> dict[str, Tensor]:
 def fetch(
     url: str,
     path: Path,
-    flag: str | None = None,
+    flag: str,
     sha256_prefix: str | None = None,
 ) -> None:
     """Download to a temporary name, then rename; shows a progress bar.
 
     Args:
-        flag: the command-line flag that takes such a file, if one does.
+        flag: of the command line, which takes such a file.
         sha256_prefix: how the SHA-256 of what arrives has to begin.
 
     Raises:
         UserError: the download failed; says where to put the file by hand.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    alternative = f", or give one with {flag}" if flag else ""
     try:
         torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256_prefix)
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"cannot download {url} ({error}): put the file at '{path}' by hand{alternative}"
+            f"cannot download {url} ({error}): put the file at '{path}' by hand, or give one "
+            f"with {flag}"
         ) from None
 
 

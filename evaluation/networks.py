@@ -98,16 +98,17 @@ def load_video_reference(card: ModelCard, given: str | None, folder: Path) -> Pa
 def load_lpips(device: torch.device) -> Perceptual:
     """Load LPIPS (Zhang et al., 2018) with AlexNet.
 
-    The calibrated linear layers come with the package, the trunk is fetched.
+    The calibrated linear layers come with the package. The trunk (244 MB) is large for one number,
+    so it is read where somebody put it, and never fetched.
 
     Raises:
-        UserError: the trunk's weights cannot be had, or are not the published ones.
+        UserError: the trunk's weights are not there, or are not the published ones.
     """
     path = FOLDER / _file_name(ALEXNET_URL)
+    if not path.exists():
+        raise UserError(f"'{path}' is not there: download it from {ALEXNET_URL}")
     # torchvision's file names end as their SHA-256 begins.
     prefix = path.stem.rsplit("-", 1)[1]
-    if not path.exists():
-        fetch(ALEXNET_URL, path, sha256_prefix=prefix)
     if not sha256(path).startswith(prefix):
         raise UserError(
             f"'{path}' is not the published file (its SHA-256 does not begin as its name ends): "

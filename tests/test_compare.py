@@ -14,6 +14,7 @@ import compare
 import evaluate
 from cli.quantize import Quantized
 from comparison import runner
+from comparison.judging import find_lpips
 from comparison.kept import KeptStep
 from comparison.quantdit import parse_arguments
 from comparison.rows import Row
@@ -279,6 +280,14 @@ def test_fidelity_of_a_model_to_itself_is_infinite_and_of_a_changed_one_per_step
     assert measured.sqnr_db == pytest.approx(expected)
     mse = np.mean((one.images.astype(float) - other.images.astype(float)) ** 2)
     assert measured.psnr_db == pytest.approx(20 * np.log10(255 / np.sqrt(mse)))
+
+
+def test_lpips_is_left_out_where_its_weights_are_not(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("evaluation.networks.FOLDER", tmp_path)
+    assert find_lpips(64, torch.device("cpu")) is None
+    message = capsys.readouterr().err
+    assert message.startswith(f"LPIPS is n/a: '{tmp_path}/alexnet-owt-7be5be79.pth' is not there")
+    assert "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth" in message
 
 
 def test_lpips_runs_on_the_trunk_it_is_given():
