@@ -12,7 +12,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from statistics import mean
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,7 +31,6 @@ from diffusion import make_schedule
 from diffusion.generate import Sampling
 from download import load_decoder, load_model
 from evaluation import fidelity
-from evaluation.metrics import sqnr_db
 from models import DiT_models
 from quant import checkpoint
 
@@ -108,11 +106,11 @@ def main(args: argparse.Namespace) -> None:
     with TemporaryDirectory() as folder:
         for recipe, title in TITLES.items():
             run = sample(quantized(args.model, recipe, args.bits, Path(folder)))
-            decibels = fidelity.compare_runs(reference, run).sqnr_db[-1]
+            measured = fidelity.compare_runs(reference, run)
+            decibels = measured.sqnr_db[-1]
             panels.append((title, panel(run.images[:DRAWN]), f"{args.bits}: {decibels:.1f} dB"))
-            pairs = zip(reference.latents[-1], run.latents[-1])
-            single = mean(sqnr_db(a, b) for a, b in pairs)
-            print(f"{recipe}: {decibels:.1f} dB; mean of every image's {single:.1f} dB", flush=True)
+            print(f"{recipe}: {decibels:.1f} dB; mean of every image's "
+                  f"{measured.image_sqnr_db:.1f} dB", flush=True)
 
     draw(panels).save(args.output, optimize=True)
     print(f"wrote {args.output}: {args.bits}, guidance {args.cfg_scale:g}, seed {args.seed}, "

@@ -24,7 +24,8 @@ from sampling.pipeline import draw, load_settled
 
 FORMATS = {
     "MB": ".1f", "calibration s": ".0f", "FID to float": ".3f", "FID": ".3f", "CLIP": ".2f",
-    "SQNR dB": ".1f", "PSNR dB": ".1f", "SSIM": ".4f", "LPIPS": ".4f"}
+    "SQNR dB": ".1f", "image SQNR dB": ".1f", "PSNR dB": ".1f", "SSIM": ".4f", "LPIPS": ".4f"}
+LIKENESS = ("SQNR dB", "image SQNR dB", "PSNR dB", "SSIM", "LPIPS")
 FEATURES = "efficientnet"
 
 
@@ -89,7 +90,7 @@ class PipelineJudge:
         float_images: Path,
     ) -> dict[str, float | None]:
         """Measure how far the first images are from the float pipeline's, and their latents."""
-        names = [name for name in ("SQNR dB", "PSNR dB", "SSIM", "LPIPS") if name in self.columns]
+        names = [name for name in LIKENESS if name in self.columns]
         count = self._count
         if arguments is None or count == 0:
             return dict.fromkeys(names)
@@ -102,6 +103,7 @@ class PipelineJudge:
         measured = compare_runs(plain, test, perceptual)
         values = {
             "SQNR dB": measured.sqnr_db[-1],
+            "image SQNR dB": measured.image_sqnr_db,
             "PSNR dB": measured.psnr_db,
             "SSIM": None,
             "LPIPS": measured.lpips,

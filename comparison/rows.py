@@ -9,7 +9,7 @@ from evaluation.scores import HEADINGS, Scores, cells
 
 COLUMNS = (
     "recipe", "W/A", "MB", "paper MB", "calibration s", "search s", "s/image",
-    *HEADINGS, "SQNR dB", "PSNR dB", "LPIPS")
+    *HEADINGS, "SQNR dB", "image SQNR dB", "PSNR dB", "LPIPS")
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,12 @@ class Row:
 
 
 def fidelity_cells(fidelity: Fidelity | None) -> list[str]:
-    """Format SQNR and PSNR in dB and LPIPS; "-" where none was measured."""
+    """Format both SQNRs and PSNR in dB, and LPIPS; "-" where none was measured."""
     if fidelity is None:
-        return ["-", "-", "-"]
+        return ["-", "-", "-", "-"]
     lpips = "n/a" if fidelity.lpips is None else f"{fidelity.lpips:.4f}"
-    return [f"{fidelity.sqnr_db[-1]:.1f}", f"{fidelity.psnr_db:.1f}", lpips]
+    decibels = fidelity.sqnr_db[-1], fidelity.image_sqnr_db, fidelity.psnr_db
+    return [*(f"{value:.1f}" for value in decibels), lpips]
 
 
 def markdown(header: Iterable[str], rows: list[list[str]]) -> str:

@@ -5,6 +5,7 @@ This is what quantisation itself changes, whatever the images are worth.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import mean
 
 import numpy as np
 import torch
@@ -38,13 +39,16 @@ class Fidelity:
 
     Attributes:
         sqnr_db: of the latents after each step, noisiest first; the last is that of the final
-            latents.
+            latents, all images together.
+        image_sqnr_db: mean of every image's SQNR of the final latents. A sampler may go another way
+            on a few images, which decide what all have together.
         psnr_db: of the images, over all their pixels.
         lpips: mean perceptual distance of the images (Zhang et al., 2018), None where it was not
             computed.
     """
 
     sqnr_db: list[float]
+    image_sqnr_db: float
     psnr_db: float
     lpips: float | None
 
@@ -101,11 +105,13 @@ def compare_runs(
         perceptual: LPIPS, if it is to be computed, on ``batch`` pairs at a time.
     """
     sqnr = [sqnr_db(a, b) for a, b in zip(reference.latents, test.latents)]
+    pairs = zip(reference.latents[-1], test.latents[-1])
+    image_sqnr = mean(sqnr_db(a, b) for a, b in pairs)
     psnr = psnr_db(_one_image(reference.images), _one_image(test.images))
     lpips = None
     if perceptual is not None:
         lpips = _mean_distance(perceptual, reference.images, test.images, batch)
-    return Fidelity(sqnr, float(psnr[0]), lpips)
+    return Fidelity(sqnr, image_sqnr, float(psnr[0]), lpips)
 
 
 def _one_image(images: NDArray) -> NDArray:

@@ -266,7 +266,7 @@ def test_fidelity_of_a_model_to_itself_is_infinite_and_of_a_changed_one_per_step
     one = digits_run(model)
     assert one.latents.shape == (4, 5, 4, 8, 8) and one.images.shape == (5, 16, 16, 3)
     same = fidelity.compare_runs(one, digits_run(model))
-    assert same == fidelity.Fidelity([float("inf")] * 4, float("inf"), None)
+    assert same == fidelity.Fidelity([float("inf")] * 4, float("inf"), float("inf"), None)
 
     weight = model.blocks[0].mlp.fc1.weight
     weight += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
@@ -278,6 +278,8 @@ def test_fidelity_of_a_model_to_itself_is_infinite_and_of_a_changed_one_per_step
         for i in range(4)
     ]
     assert measured.sqnr_db == pytest.approx(expected)
+    signals, errors = ((x[-1] ** 2).sum((1, 2, 3)) for x in (a, a - b))
+    assert measured.image_sqnr_db == pytest.approx(np.mean(10 * np.log10(signals / errors)))
     mse = np.mean((one.images.astype(float) - other.images.astype(float)) ** 2)
     assert measured.psnr_db == pytest.approx(20 * np.log10(255 / np.sqrt(mse)))
 

@@ -111,9 +111,9 @@ def latents_of(folder: Path) -> torch.Tensor:
 def test_every_row_has_its_columns(compared):
     folder, rows = compared
     assert [(row["recipe"], row["W/A"]) for row in rows] == ROWS
-    assert list(rows[0])[4:13] == [
+    assert list(rows[0])[4:14] == [
         "recipe", "W/A", "MB", "calibration s", "FID to float", "FID", "CLIP", "SQNR dB",
-        "PSNR dB"]
+        "image SQNR dB", "PSNR dB"]
     assert rows[0]["FID to float"] == rows[0]["SQNR dB"] == "-"
     assert float(rows[0]["MB"]) > 2 * float(rows[1]["MB"])
     assert (folder / "report/report.html").read_text().count("data:image/png;base64,") == 1
@@ -128,6 +128,9 @@ def test_numbers_are_what_they_are_called(compared, float_folder):  # noqa: F811
     made = next(folder.glob("out/*/rtn-W4A8/pipeline"))
     expected = sqnr_db(latents_of(float_folder), latents_of(made))
     assert numbers["SQNR dB"] == pytest.approx(expected, rel=1e-3)
+    pairs = zip(latents_of(float_folder), latents_of(made))
+    expected = np.mean([sqnr_db(a, b) for a, b in pairs])
+    assert numbers["image SQNR dB"] == pytest.approx(expected, rel=1e-3)
     one_image = [images[:4].reshape(1, -1, 1, 3) for images in (plain, test)]
     assert numbers["PSNR dB"] == pytest.approx(float(psnr_db(*one_image)[0]))
     assert numbers["SSIM"] == pytest.approx(ssim(plain[:4], test[:4]).mean())
