@@ -15,6 +15,7 @@ from models import DiT_models
 from quant.calibration.observers import SecondMoment
 from quant.calibration.trajectory import record, replay
 from quant.calibration.watch import Watch
+from quant.numerics.cholesky import damped_cholesky
 from quant.numerics.uniform import QuantSpec, quantize
 from quant.weights.gptq import inverse_factor
 from quant.weights.rounding import gptq_quantizer, quantize_weight
@@ -40,6 +41,24 @@ def test_inverse_factor_is_the_cholesky_factor_of_the_inverse():
     assert np.allclose(np.triu(factor), factor)
     assert np.allclose(factor.T @ factor, np.linalg.inv(damped))
     assert np.allclose(np.abs(factor), np.abs(expected))
+
+
+@pytest.mark.parametrize("negative, times", [(0, 1), (0.5, 1), (2, 10), (50, 100)])
+def test_a_second_moment_that_rounding_made_indefinite_is_damped_more(negative, times):
+    damping = torch.tensor(1e-4, dtype=torch.double)
+    rotation = torch.linalg.qr(torch.randn(12, 12, dtype=torch.double))[0]
+    eigenvalues = torch.linspace(0, 12, 12, dtype=torch.double)
+    eigenvalues[0] = -negative * damping
+    moment = rotation @ eigenvalues.diag() @ rotation.T
+    factor = damped_cholesky(moment, damping)
+    assert torch.equal(factor, factor.tril())
+    expected = moment + times * damping * torch.eye(12, dtype=torch.double)
+    assert torch.allclose(factor @ factor.T, expected, rtol=0, atol=1e-10)
+
+
+def test_a_second_moment_that_is_not_finite_is_refused():
+    with pytest.raises(ValueError, match="expected finite inputs"):
+        damped_cholesky(torch.full((3, 3), float("nan")), torch.tensor(0.01))
 
 
 def test_each_column_is_rounded_as_optimal_brain_quantisation_says():

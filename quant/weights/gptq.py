@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from quant.numerics.cholesky import damped_cholesky
 from quant.numerics.uniform import Grid, Quantized, QuantSpec, check_finite, grouped
 
 BLOCK_CHANNELS = 128  # input channels between two updates of all that are left
@@ -24,12 +25,11 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     P L P. That is one factorisation and one triangular inverse, instead of two factorisations and a
     full inverse.
     """
-    damped = hessian.clone()
-    diagonal = damped.diagonal()
+    filled = hessian.clone()
+    diagonal = filled.diagonal()
     # An input that is always zero: its weights may be anything.
     diagonal[diagonal == 0] = 1.0
-    diagonal += damping * diagonal.mean()
-    upper = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
+    upper = damped_cholesky(filled.flip(0, 1), damping * diagonal.mean()).flip(0, 1)
     identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
     return torch.linalg.solve_triangular(upper, identity, upper=True)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quant.numerics.cholesky import damped_cholesky
 from quant.numerics.floating import FloatWeight
 from quant.numerics.stowed import stow
 from quant.numerics.uniform import Quantized
@@ -198,6 +199,5 @@ def moment_root(moment: Tensor) -> Tensor:
 
     Damping keeps inputs that never varied from making it singular.
     """
-    damped = moment.double().clone()
-    damped.diagonal().add_(MOMENT_DAMPING * damped.diagonal().mean())
-    return torch.linalg.cholesky(damped).to(moment)
+    exact = moment.double()
+    return damped_cholesky(exact, MOMENT_DAMPING * exact.diagonal().mean()).to(moment)
