@@ -218,8 +218,13 @@ def send_groups(pipeline, device: torch.device) -> None:
         apply_group_offloading(part, onload_device=device, num_blocks_per_group=1)
 
 
+def send_parts(pipeline, device: torch.device) -> None:
+    """As where another part of the pipeline is quantised from the CPU."""
+    run_from_the_cpu(pipeline, "transformer_2", device)
+
+
 @pytest.mark.parametrize("is_loaded", [False, True])
-@pytest.mark.parametrize("send", [send_whole, send_models, send_groups])
+@pytest.mark.parametrize("send", [send_whole, send_models, send_groups, send_parts])
 def test_a_quantised_pipeline_runs_where_diffusers_sends_it(
     device, emoji, folder, send, is_loaded
 ):
@@ -236,3 +241,14 @@ def test_a_quantised_folder_is_loaded_onto_a_device(device, emoji, folder):
     for part in (pipeline.text_encoder, pipeline.vae):
         part.to(device)
     check_latents(pipeline, latents(deepcopy(emoji)), device)
+
+
+def test_a_quantised_part_is_on_the_device_only_while_it_runs(device, emoji):
+    pipeline = deepcopy(emoji)
+    gc.collect()
+    before = MEMORY.used
+    send_parts(pipeline, device)
+    latents(pipeline)
+    gc.collect()
+    expanded = sum(value.nbytes for value in pipeline.transformer.buffers())
+    assert MEMORY.used - before < 0.05 * expanded
