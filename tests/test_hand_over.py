@@ -66,6 +66,18 @@ def test_a_saved_model_comes_back_the_same(name, group_size, tmp_path):
     assert first.read_bytes() == second.read_bytes()
 
 
+def test_weights_that_are_left_alone_come_back(tmp_path):
+    model = random_example(BY_NAME[FLUX])
+    exact = output(model, FLUX)
+    done = ditas.quantize(model, run_on(model, BY_NAME[FLUX]), "smoothquant", weight_bit=16)
+    assert "| W16A8 |" in str(done)
+    assert 0 < relative(output(model, FLUX), exact) < 0.03
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.transformer_blocks[0].attn.to_q.in_file["weight"].dtype == torch.float16
+    assert torch.equal(output(loaded, FLUX), output(model, FLUX))
+
+
 def test_codes_are_packed_at_their_width(tmp_path):
     model = quantised_example(FLUX, lowrank=0)
     model.save_pretrained(tmp_path)
