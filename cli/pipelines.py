@@ -32,6 +32,7 @@ from quant.recipe import check_recipe
 PROMPTS = Path(__file__).with_name("prompts.txt")
 PROMPTS_AT_A_TIME = 4
 INDEX = "model_index.json"  # which a pipeline's folder has
+CONFIGURATION = "config.json"  # which a part's folder has
 COMPONENT = "transformer"  # what is quantised, if the command line does not say
 # What only models of this repository have.
 OTHERS_FLAGS = (
@@ -181,6 +182,18 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
+def check_float(folder: Path, component: str) -> None:
+    """Make sure that a part of a pipeline is not quantised.
+
+    Raises:
+        UserError: it is, by us or by others.
+    """
+    path = folder / component / CONFIGURATION
+    if path.is_file() and "quantization_config" in json.loads(path.read_text()):
+        raise UserError(f"the {component} of '{folder}' is quantised already: expected the float "
+                        "pipeline, or --component to name another part")
+
+
 def prompts_file(given: str | None, folder: Path) -> Path:
     """Choose the file of prompts: the given one, the folder's ``prompts.txt``, or our own."""
     own = folder / PROMPTS.name
@@ -219,7 +232,9 @@ def quantize_pipeline(settings: PipelineSettings) -> Quantized:
     import ditas
     torch.set_num_threads(settings.threads)
     with stage("load"):
-        pipeline = load_pipeline(whole_folder(settings.model, settings.folder))
+        folder = whole_folder(settings.model, settings.folder)
+        check_float(folder, settings.component)
+        pipeline = load_pipeline(folder)
     if settings.offload:
         run_from_the_cpu(pipeline, settings.component, torch.device("cuda"))
     elif torch.cuda.is_available():
@@ -247,10 +262,16 @@ def run_from_the_cpu(pipeline, component: str, device: torch.device) -> None:
     The component's own blocks follow what they are called with (``ditas.quantize``).
     """
     from diffusers.hooks import apply_group_offloading
+
+    from ditas.switching import is_quantised
+    # By leaves: a VAE is entered by other doors than its call.
+    leaves = {"offload_type": "leaf_level"}
+    # What expands a quantised linear is no leaf that diffusers knows.
+    blocks = {"offload_type": "block_level", "num_blocks_per_group": 1}
     for name, part in pipeline.components.items():
         if name != component and isinstance(part, nn.Module):
-            # By leaves: a VAE is entered by other doors than its call.
-            apply_group_offloading(part, onload_device=device, offload_type="leaf_level")
+            how = blocks if is_quantised(part) else leaves
+            apply_group_offloading(part, onload_device=device, **how)
 
 
 def load_pipeline(folder: Path):

@@ -121,15 +121,21 @@ class PackedOperands(Packed, QuantOperands):
         self.in_file = {RANGES: write_operands(operands).cpu()}
 
 
-def put_operands(
-    model: nn.Module,
-    operands: dict[str, Operands],
-    timestep_index: TimestepIndex | None,
-    device: torch.device,
+def packed_operands(
+    operands: dict[str, Operands], timestep_index: TimestepIndex | None, device: torch.device
+) -> dict[str, PackedOperands]:
+    """Make what quantises the operands of attentions, by their names."""
+    return {name: PackedOperands(quantisers, timestep_index).to(device)
+            for name, quantisers in operands.items()}
+
+
+def put(
+    model: nn.Module, linears: dict[str, PackedLinear], operands: dict[str, PackedOperands]
 ) -> None:
-    """Quantise the operands of attentions, by their names."""
-    for name, quantisers in operands.items():
-        module = PackedOperands(quantisers, timestep_index).to(device)
+    """Put quantised linears where others are, and operands into attentions; nothing is computed."""
+    for name, linear in linears.items():
+        model.set_submodule(name, linear)
+    for name, module in operands.items():
         quantize_operands(model.get_submodule(name), module)
 
 

@@ -31,7 +31,7 @@ Drive = Callable[[], object]
 def quantize(
     module: nn.Module, drive: Drive | None = None, recipe: str = "ditas", **flags
 ) -> Outcome:
-    """Quantise a module with repeated blocks, in place; what is refused leaves it as it was.
+    """Quantise a module with repeated blocks, in place; a failure leaves it as it was.
 
     Args:
         module: in float32 or bfloat16, on any device. If it lies on the CPU and ``drive`` calls it
@@ -52,14 +52,14 @@ def quantize(
     request = read_request(recipe, flags)
     check_type(module, request)
     check_not_quantised(module)
-    with unchanged_on_failure(module) as no_way_back, torch.no_grad():
+    with unchanged_on_failure(module), torch.no_grad():
         module.eval()
         with following(module, user_value(blocks_of, module)):
             calls = [] if drive is None else record_calls(module, drive)
             user_value(look_into, module, calls, request)
             select(module, request)
             result = user_value(run_recipe, module, request, calls)
-        return put_in(module, request, result, no_way_back)
+        return put_in(module, request, result)
 
 
 def check_type(module: nn.Module, request: Request) -> None:

@@ -5,10 +5,10 @@ says which.
 """
 from torch import nn
 
-from ditas.awaited import StowedLinear
 from ditas.backends import computing_linear, obstacle
 from ditas.layouts import from_data
 from ditas.packing import PackedLinear, unpacked
+from ditas.stowed import StowedLinear
 from quant.backend import resolve
 from quant.install import unnumbered
 from quant.layers.linear import PatchLinear, QuantLinear

@@ -1,6 +1,6 @@
 """A module that is changed completely or not at all."""
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,24 +8,16 @@ from torch import nn
 
 
 @contextmanager
-def unchanged_on_failure(module: nn.Module) -> Iterator[Callable[[], None]]:
+def unchanged_on_failure(module: nn.Module) -> Iterator[None]:
     """Give a module back all that it was if the block raises.
 
     Nothing is copied: what the block puts in the place of a tensor's values is forgotten. So it
     has to give a tensor new values (``tensor.data = …``) before it changes them in place.
-
-    Yields:
-        A function after which there is no way back, and nothing is kept for it.
     """
     contents = [(part, _contents(part)) for part in module.modules()]
     values = [(tensor, tensor.data) for tensor in (*module.parameters(), *module.buffers())]
-
-    def forget() -> None:
-        contents.clear()
-        values.clear()
-
     try:
-        yield forget
+        yield
     except BaseException:
         for part, content in contents:
             vars(part).clear()

@@ -96,7 +96,9 @@ def faster(
 
 def _random_input(layer: QuantizedLayer, tokens: int) -> Tensor:
     """Draw an input (1, T, I) of a layer from the normal distribution."""
-    return torch.randn(1, tokens, layer.weight.right.shape[1])
+    # The model's user may have seeded PyTorch's own generator.
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(1, tokens, layer.weight.right.shape[1], generator=generator)
 
 
 def _seconds(modules: list[nn.Module], inputs: list[Tensor], device: torch.device) -> float:

@@ -4,7 +4,9 @@ Run by ``test_devices.py`` in a process of its own.
 """
 import gc
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -168,15 +170,21 @@ def test_what_came_goes_whatever_happens(device):
         model(x.to(device))
 
 
-# A quantised folder on the device.
+# A quantised pipeline on the device.
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Save a pipeline whose blocks' vectors are divided on their way in."""
-    path = tmp_path_factory.mktemp("quantised")
+def emoji():
+    """Quantise a pipeline whose blocks' vectors are divided on their way in; it is to be copied."""
     pipeline = emoji_pipeline()
-    ditas.quantize(pipeline.transformer, lambda: latents(pipeline), "smoothquant", backend="fake")
-    pipeline.save_pretrained(path)
+    drive = partial(latents, pipeline)
+    ditas.quantize(pipeline.transformer, drive, "smoothquant", backend="fake")
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def folder(emoji, tmp_path_factory):
+    path = tmp_path_factory.mktemp("quantised")
+    emoji.save_pretrained(path)
     name_the_tokenizer(path)
     return path
 
@@ -189,34 +197,58 @@ def latents(pipeline) -> torch.Tensor:
                     **PLAIN)[0]
 
 
-def with_map(folder, device: torch.device):
-    transformer = AutoModel.from_pretrained(f"{folder}/transformer", device_map={"": str(device)})
-    assert {value.device for value in transformer.parameters()} == {device}
-    pipeline = DiffusionPipeline.from_pretrained(folder, transformer=transformer)
-    for part in (pipeline.text_encoder, pipeline.vae):
-        part.to(device)
-    return pipeline
-
-
-def with_model_offload(folder, device: torch.device):
-    pipeline = DiffusionPipeline.from_pretrained(folder)
-    pipeline.enable_model_cpu_offload(device=device)
-    return pipeline
-
-
-def with_group_offload(folder, device: torch.device):
-    pipeline = DiffusionPipeline.from_pretrained(folder)
-    for part in (pipeline.text_encoder, pipeline.transformer, pipeline.vae):
-        apply_group_offloading(part, onload_device=device, num_blocks_per_group=1)
-    return pipeline
-
-
-@pytest.mark.parametrize("load", [with_map, with_model_offload, with_group_offload])
-def test_a_quantised_folder_runs_where_diffusers_sends_it(device, folder, load):
-    expected = latents(DiffusionPipeline.from_pretrained(folder))
-    pipeline = load(folder, device)
+def check_latents(pipeline, expected: torch.Tensor, device: torch.device) -> None:
     for _ in range(2):
         # Linears are expanded by the first call, and moved before the second.
         given = latents(pipeline)
         assert given.device == device
         assert sqnr_db(expected, given.to(CPU)) > 60
+
+
+def send_whole(pipeline, device: torch.device) -> None:
+    pipeline.to(device)
+
+
+def send_models(pipeline, device: torch.device) -> None:
+    pipeline.enable_model_cpu_offload(device=device)
+
+
+def send_groups(pipeline, device: torch.device) -> None:
+    for part in (pipeline.text_encoder, pipeline.transformer, pipeline.vae):
+        apply_group_offloading(part, onload_device=device, num_blocks_per_group=1)
+
+
+def send_parts(pipeline, device: torch.device) -> None:
+    """As where another part of the pipeline is quantised from the CPU."""
+    run_from_the_cpu(pipeline, "transformer_2", device)
+
+
+@pytest.mark.parametrize("is_loaded", [False, True])
+@pytest.mark.parametrize("send", [send_whole, send_models, send_groups, send_parts])
+def test_a_quantised_pipeline_runs_where_diffusers_sends_it(
+    device, emoji, folder, send, is_loaded
+):
+    expected = latents(deepcopy(emoji))
+    pipeline = DiffusionPipeline.from_pretrained(folder) if is_loaded else deepcopy(emoji)
+    send(pipeline, device)
+    check_latents(pipeline, expected, device)
+
+
+def test_a_quantised_folder_is_loaded_onto_a_device(device, emoji, folder):
+    transformer = AutoModel.from_pretrained(f"{folder}/transformer", device_map={"": str(device)})
+    assert {value.device for value in transformer.parameters()} == {device}
+    pipeline = DiffusionPipeline.from_pretrained(folder, transformer=transformer)
+    for part in (pipeline.text_encoder, pipeline.vae):
+        part.to(device)
+    check_latents(pipeline, latents(deepcopy(emoji)), device)
+
+
+def test_a_quantised_part_is_on_the_device_only_while_it_runs(device, emoji):
+    pipeline = deepcopy(emoji)
+    gc.collect()
+    before = MEMORY.used
+    send_parts(pipeline, device)
+    latents(pipeline)
+    gc.collect()
+    expanded = sum(value.nbytes for value in pipeline.transformer.buffers())
+    assert MEMORY.used - before < 0.05 * expanded

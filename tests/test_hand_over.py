@@ -1,6 +1,7 @@
 """The way back: what ``ditas.quantize`` made, saved and loaded by diffusers."""
 import json
 import os
+import pickle
 import subprocess
 import sys
 from copy import deepcopy
@@ -15,8 +16,8 @@ from test_ditas import BY_NAME, explored_example, output, random_example, run_on
 from torch import nn
 
 import ditas
-from ditas.awaited import StowedLinear
 from ditas.packing import PackedLinear
+from ditas.stowed import StowedLinear
 from examples.emoji import pixart
 from examples.emoji.autoencoder import build_autoencoder
 
@@ -65,6 +66,18 @@ def test_a_saved_model_comes_back_the_same(name, group_size, tmp_path):
     assert first.read_bytes() == second.read_bytes()
 
 
+def test_weights_that_are_left_alone_come_back(tmp_path):
+    model = random_example(BY_NAME[FLUX])
+    exact = output(model, FLUX)
+    done = ditas.quantize(model, run_on(model, BY_NAME[FLUX]), "smoothquant", weight_bit=16)
+    assert "| W16A8 |" in str(done)
+    assert 0 < relative(output(model, FLUX), exact) < 0.03
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.transformer_blocks[0].attn.to_q.in_file["weight"].dtype == torch.float16
+    assert torch.equal(output(loaded, FLUX), output(model, FLUX))
+
+
 def test_codes_are_packed_at_their_width(tmp_path):
     model = quantised_example(FLUX, lowrank=0)
     model.save_pretrained(tmp_path)
@@ -81,36 +94,44 @@ def test_bfloat16_leaves_steps_and_factors_in_float32(tmp_path):
     model = quantised_example(FLUX)
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
-    loaded.transformer_blocks[0].ff.net[2](torch.zeros(1, 3, 128, dtype=torch.bfloat16))
-    linear = loaded.transformer_blocks[0].ff.net[2].computing
-    original = model.transformer_blocks[0].ff.net[2].computing
+    linear, original = (part.transformer_blocks[0].ff.net[2] for part in (loaded, model))
+    linear(torch.zeros(1, 3, 128, dtype=torch.bfloat16))
+    original(torch.zeros(1, 3, 128))
+    linear, original = linear.computing, original.computing
     assert linear.weight.dtype == torch.bfloat16
     for name in ("step", "smooth", "left", "bias"):
         assert torch.equal(getattr(linear, name), getattr(original, name))
     assert loaded.x_embedder.weight.dtype == torch.bfloat16
 
 
-def test_linears_are_expanded_by_their_first_call(tmp_path):
+def pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("copied", [deepcopy, pickled])
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_linears_are_expanded_by_their_first_call(is_loaded, copied, tmp_path):
     model = quantised_example(FLUX)
     model.save_pretrained(tmp_path)
-    loaded = type(model).from_pretrained(tmp_path)
-    held = sum(value.nbytes for value in (*loaded.parameters(), *loaded.buffers()))
-    held += sum(value.nbytes for part in loaded.modules() if isinstance(part, PackedLinear)
+    other = type(model).from_pretrained(tmp_path)
+    waiting, other = (other, model) if is_loaded else (model, other)
+    held = sum(value.nbytes for value in (*waiting.parameters(), *waiting.buffers()))
+    held += sum(value.nbytes for part in waiting.modules() if isinstance(part, PackedLinear)
                 for value in part.in_file.values())
     # Nothing is held but what the file holds, its header aside.
     assert held <= (tmp_path / WEIGHTS).stat().st_size
-    linear, copy = (part.transformer_blocks[0].ff.net[2] for part in (loaded, deepcopy(loaded)))
+    linear, copy = (part.transformer_blocks[0].ff.net[2] for part in (waiting, copied(waiting)))
     assert not list(linear.computing.buffers())
     x = draw(1, 3, 128)
     with torch.inference_mode():
         expected = linear(x)
-    assert torch.equal(model.transformer_blocks[0].ff.net[2](x), expected)
-    assert type(linear) is type(model.transformer_blocks[0].ff.net[2])
+    assert type(linear) is PackedLinear
+    assert torch.equal(other.transformer_blocks[0].ff.net[2](x), expected)
     assert not any(value.is_inference() for value in linear.computing.buffers())
     # A copy has an arithmetic of its own.
     assert type(copy) is StowedLinear and torch.equal(copy(x), expected)
     # The other linears of a model that is looked at wait.
-    assert type(loaded.transformer_blocks[0].attn.to_q) is StowedLinear
+    assert type(waiting.transformer_blocks[0].attn.to_q) is StowedLinear
 
 
 def is_mapped(value: torch.Tensor, file: Path) -> bool:
@@ -138,15 +159,17 @@ def test_codes_stay_in_the_file_until_it_is_written_anew(tmp_path):
     assert torch.equal(output(loaded, FLUX), output(model, FLUX))
 
 
-def test_a_compiler_expands_a_loaded_model(tmp_path):
-    model = quantised_example("SD3Transformer2DModel", group_size=1024, backend="auto")
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_a_compiler_expands_a_model(is_loaded, tmp_path):
+    name = "SD3Transformer2DModel"
+    model = quantised_example(name, group_size=1024, backend="auto")
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
+    compiled, expected = (loaded, model) if is_loaded else (model, loaded)
     # As the compiler sees it, without the minutes that it takes to compile.
-    loaded.compile(backend="eager", fullgraph=True)
-    assert relative(output(loaded, "SD3Transformer2DModel"),
-                    output(model, "SD3Transformer2DModel")) < 0.05
-    assert not any(isinstance(part, StowedLinear) for part in loaded.modules())
+    compiled.compile(backend="eager", fullgraph=True)
+    assert relative(output(compiled, name), output(expected, name)) < 0.05
+    assert not any(isinstance(part, StowedLinear) for part in compiled.modules())
 
 
 def test_divided_vectors_stay_in_float32(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from conftest import call, error_line
 from test_hand_over import in_a_fresh_process
 from test_pipelines import WORDS
-from tiny_pipelines import PIPELINES, name_the_tokenizers, save
+from tiny_pipelines import PIPELINES, name_the_tokenizers, save, two_wans
 
 import QuantDiT
 import sample_merge_TAS
@@ -36,13 +36,15 @@ DRAW = """
 import json, sys
 import numpy, torch
 import ditas
-from ditas.switching import switch_backend
+from ditas.switching import is_quantised, switch_backend
 from diffusers import DiffusionPipeline
 torch.set_num_threads(int(sys.argv[1]))
 words, arguments = json.loads(sys.argv[2]), json.loads(sys.argv[3])
 for folder in sys.argv[4:]:
     pipeline = DiffusionPipeline.from_pretrained(folder)
-    switch_backend(pipeline.transformer, "fake")
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module) and is_quantised(part):
+            switch_backend(part, "fake")
     generators = [torch.Generator().manual_seed(i) for i in range(len(words))]
     output = pipeline(words, generator=generators, output_type="np", **arguments)[0]
     numpy.save(folder + ".npy", output)
@@ -118,6 +120,41 @@ def test_sampling_draws_images_and_refuses_videos(quantised, tmp_path, monkeypat
     images = read_arrays(next(Path("samples").glob("*.npz")))["arr_0"]
     assert images.shape == (3, 16, 16, 3)
     assert np.array_equal(images, as_bytes(drawn[f"ptq4dm {SEED}"], 3))
+
+
+def test_a_second_transformer_is_quantised_on_top_of_the_first(tmp_path, capsys):
+    two_wans().save_pretrained(tmp_path / "float")
+    name_the_tokenizers(tmp_path / "float")
+    (tmp_path / "prompts.txt").write_text("\n".join(WORDS))
+    words = ("--prompts", tmp_path / "prompts.txt", "--num-sampling-steps", STEPS)
+    call(QuantDiT, "--model", tmp_path / "float", "--recipe", "smoothquant", *words,
+         "--output", tmp_path / "first", "--pipeline-args", json.dumps(PIPELINES["Wan"][1]))
+    name_the_tokenizers(tmp_path / "first")
+    loaded = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipelines, "load_pipeline", partial(kept, loaded))
+        # It is called as the first one was.
+        call(QuantDiT, "--model", tmp_path / "first", "--component", "transformer_2",
+             "--recipe", "ptq4dm", *RECIPES["ptq4dm"], *words, "--output", tmp_path / "both")
+    name_the_tokenizers(tmp_path / "both")
+    switch_backend(loaded[0].transformer_2, "fake")
+    drawn = draw(loaded[0], "Wan", plain_generators())
+    in_a_fresh_process(DRAW, str(torch.get_num_threads()), json.dumps(WORDS),
+                       (tmp_path / "both/call.json").read_text(), str(tmp_path / "both"))
+    assert np.array_equal(np.load(f"{tmp_path / 'both'}.npy"), drawn)
+    # The first one is as it was, and the second one is not.
+    first, both = (tmp_path / name for name in ("first", "both"))
+    file = "diffusion_pytorch_model.safetensors"
+    for component, is_same in (("transformer", True), ("transformer_2", False)):
+        before, after = ((place / component / file).read_bytes() for place in (first, both))
+        assert (before == after) == is_same
+    recipes = [json.loads((both / name / "config.json").read_text())["quantization_config"][
+        "recipe"] for name in ("transformer", "transformer_2")]
+    assert recipes == ["smoothquant", "ptq4dm"]
+    line = error_line(capsys, lambda: call(
+        QuantDiT, "--model", first, *words, "--output", tmp_path / "again"))
+    assert "the transformer of " in line and "is quantised already" in line
+    assert not (tmp_path / "again").exists()
 
 
 def test_images_that_are_none_are_refused():

@@ -77,17 +77,28 @@ def flux():
 
 def wan():
     """Make Wan: a video pipeline."""
-    from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+    from diffusers import AutoencoderKLWan, WanPipeline
     torch.manual_seed(0)
-    transformer = WanTransformer3DModel(
-        **HEADS, in_channels=4, out_channels=4, text_dim=TEXT_WIDTH, ffn_dim=48, num_layers=2,
-        freq_dim=32, rope_max_seq_len=32)
     vae = AutoencoderKLWan(
         base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
         temperal_downsample=[False, True, True], latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
     return WanPipeline(
-        transformer=randomise(transformer), scheduler=flow(), vae=vae.eval(),
+        transformer=wan_transformer(), scheduler=flow(), vae=vae.eval(),
         text_encoder=build_text_encoder(len(tokenizer())), tokenizer=tokenizer())
+
+
+def wan_transformer(num_layers: int = 2):
+    from diffusers import WanTransformer3DModel
+    return randomise(WanTransformer3DModel(
+        **HEADS, in_channels=4, out_channels=4, text_dim=TEXT_WIDTH, ffn_dim=48,
+        num_layers=num_layers, freq_dim=32, rope_max_seq_len=32))
+
+
+def two_wans():
+    """Make Wan 2.2: one transformer for the noisier half of the steps, and one for the rest."""
+    from diffusers import WanPipeline
+    return WanPipeline(
+        **{**wan().components, "transformer_2": wan_transformer(num_layers=3)}, boundary_ratio=0.5)
 
 
 PIPELINES = {

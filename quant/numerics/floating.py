@@ -4,6 +4,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quant.numerics.uniform import OFF_BITS, QuantSpec
+
 
 @dataclass(frozen=True)
 class FloatWeight:
@@ -14,6 +16,11 @@ class FloatWeight:
     """
 
     values: Tensor
+
+    @property
+    def spec(self) -> QuantSpec:
+        """Say that nothing is quantised."""
+        return QuantSpec(OFF_BITS, "tensor")
 
     def integers(self) -> None:
         """Return None: there are no integers."""
