@@ -14,7 +14,9 @@ from architectures.inspection import Inspection, inspect
 from architectures.selected import is_chosen
 from architectures.sites import Site
 from cli.hub import fetch_file, not_given
+from cli.parser import refuse_flags
 from cli.pipelines import INDEX, named_component
+from cli.quantize_flags import make_parser
 from cli.recipe_flags import bit_widths, build_recipe
 from cli.values import expression, user_value
 from config import Recipe
@@ -22,9 +24,20 @@ from errors import UserError
 from models import DiT_models
 from quant.checkpoint.size import FLOAT_BITS, quantised_bits
 from quant.numerics.uniform import QuantSpec
-from quant.recipe import act_spec, adaln_spec, has_weight_only_adaln, weight_spec
+from quant.recipe import (
+    act_spec,
+    adaln_spec,
+    check_recipe,
+    has_weight_only_adaln,
+    weight_spec,
+)
 
 HEADER = ("site", "times", "weights", "folds into", "bits", "MB before", "MB after")
+# What only quantising reads.
+UNREAD = (
+    "image_size", "num_classes", "ckpt", "vae", "seed", "num_sampling_steps", "cfg_scale",
+    "class_labels", "svd", "report", "report_layers", "reference", "inception", "i3d", "export",
+    "output", "prompts", "offload", "pipeline_args", "threads")
 # The first of these that a pipeline has is looked at.
 COMPONENTS = ("transformer", "transformer_2", "prior")
 
@@ -61,13 +74,17 @@ def inspect_settings(args: argparse.Namespace) -> InspectSettings:
     """Check the command line, and read the transformer's configuration.
 
     Raises:
-        UserError: there is no configuration of a transformer, or a flag is out of range.
+        UserError: there is no configuration of a transformer, or a flag is out of range, has no
+            effect on the table, or contradicts another.
     """
     if args.model is None:
         raise UserError("--inspect looks into a model of diffusers: give a folder with --model")
+    refuse_flags(args, make_parser(), UNREAD, "quantising, and --inspect only looks")
     bits = bit_widths(args)
+    recipe = build_recipe(args)
+    user_value(check_recipe, recipe, bits.activations)
     return InspectSettings(
-        recipe=build_recipe(args),
+        recipe=recipe,
         weight_bits=bits.weights,
         act_bits=bits.activations,
         include=expression(args.include or "", "--include"),

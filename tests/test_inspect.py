@@ -14,8 +14,8 @@ from architectures.examples import EXAMPLES, build, draw_call
 from architectures.inspection import Inspection, inspect
 from architectures.registry import architecture_of
 from architectures.sites import SCOPES, linears_of
-from cli.inspect import chosen_sites, inspect_settings
-from cli.quantize_flags import make_parser
+from cli.inspect import UNREAD, chosen_sites, inspect_settings
+from cli.quantize_flags import IGNORED, make_parser
 from ditas.quantizing import look_into
 from ditas.request import read_request
 
@@ -242,9 +242,26 @@ def test_a_hub_id_without_network_is_refused(capsys, monkeypatch):
     (["--model", "DiT-XL/2"], "DiT-XL/2 is one of this repository"),
     (["--model", ".", "--weight-bit", "1"], "--weight-bit 1 is not available"),
     (["--model", ".", "--exclude", "("], "--exclude '(' is no regular expression"),
+    (["--model", ".", "--act-range", "static"], "static ranges are one per layer"),
+    *((["--model", ".", f"--{flag.replace('_', '-')}", "7"],
+       f"--{flag.replace('_', '-')} is for quantising, and --inspect only looks: drop it")
+      for flag in UNREAD if flag not in ("vae", "svd", "export", "offload")),
+    *((["--model", ".", *argv],
+       f"{argv[0]} is for quantising, and --inspect only looks: drop it")
+      for argv in (("--vae", "mse"), ("--svd", "exact"), ("--export", "diffusers"),
+                   ("--offload",))),
 ])
 def test_wrong_flags_are_refused(capsys, argv, message):
     assert message in error_line(capsys, lambda: call(QuantDiT, *argv, "--inspect"))
+
+
+def test_every_flag_is_read_or_refused():
+    args = vars(make_parser().parse_args([]))
+    parts = {name for name in args if name.startswith("part_")}
+    ignored = {name.replace("-", "_") for name in IGNORED}
+    read = {"model", "component", "recipe", "weight_bit", "act_bit", "include", "exclude"}
+    # With --path the export refuses --inspect.
+    assert args.keys() - parts - ignored - {"inspect", "path"} == read | set(UNREAD)
 
 
 def test_every_transformer_of_diffusers_is_surveyed_or_said_not_to_be():
