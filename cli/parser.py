@@ -9,6 +9,9 @@ from cli.memory import keep_freed_memory
 from errors import UserError
 from models import DiT_models, ModelCard
 
+# Which Stable Diffusion VAE decodes the latents, if the command line does not say.
+DEFAULT_VAE = "ema"
+
 
 class Parser(argparse.ArgumentParser):
     """Reports a wrong command line in one line."""
@@ -87,8 +90,8 @@ def add_model_flags(parser: Parser) -> None:
         help="float weights: .pt, .safetensors or a diffusers folder "
              "(default: the published or bundled ones)")
     parser.add_argument(
-        "--vae", choices=("ema", "mse"), default="ema",
-        help="which Stable Diffusion VAE decodes the latents (default: ema)")
+        "--vae", choices=("ema", "mse"), default=DEFAULT_VAE,
+        help=f"which Stable Diffusion VAE decodes the latents (default: {DEFAULT_VAE})")
     parser.add_argument("--weight-bit", type=int, help="2 to 8 bits per weight")
     parser.add_argument(
         "--act-bit", type=int, help="4 to 8 bits per activation, or 16 to leave them alone")

@@ -63,8 +63,8 @@ def _add_pipeline_flags(parser: Parser) -> None:
         "with --model FOLDER of a text-to-image pipeline of diffusers")
     group.add_argument(
         "--prompts", metavar="FILE",
-        help="prompts to calibrate on, one a line "
-             "(default: the folder's, or 32 of our own)")
+        help="prompts to calibrate on, one a line; they become those of the folder that is "
+             "written (default: the folder's, or 32 of our own)")
     group.add_argument(
         "--component",
         help="what is quantised (default: transformer)")
@@ -134,4 +134,5 @@ def _add_output_flags(parser: Parser) -> None:
              "the folder")
     parser.add_argument(
         "--output",
-        help="where to write (default: results/<model>-<size>-W<w>A<a>-<recipe>.safetensors)")
+        help="where to write (default: results/<model>-<size>-W<w>A<a>-<recipe>.safetensors, "
+             "with the recipe's flags; of a pipeline a folder, results/<name>-W<w>A<a>-<recipe>)")

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import config
-from cli.parser import find_card, refuse_flags
+from cli.next_command import sampling_command
+from cli.parser import DEFAULT_VAE, find_card, refuse_flags
 from cli.quantize_flags import PIPELINE_FLAGS, make_parser
 from cli.recipe_flags import bit_widths, build_recipe, recipe_label
 from cli.threads import default_threads
@@ -26,6 +27,9 @@ from quant.recipe import check_recipe
 STEPS = "50"
 # Guidance of the picture, if the command line does not say.
 PICTURE_CFG_SCALE = 4.0
+# Images that the next command makes: as many as papers judge, or what a CPU makes in a minute.
+IMAGES = 10_000
+SMALL_MODEL_IMAGES = 200
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,10 @@ class QuantizeSettings:
     @property
     def sampling_command(self) -> str:
         """The command that samples from the checkpoint."""
-        return ("torchrun --nnodes=1 --nproc_per_node=1 sample_merge_TAS.py "
-                f"--image-size {self.model.image_size} --model {self.model.name} "
-                f"--num-fid-samples 10000 --act-bit {self.act_bits} "
-                f"--weight-bit {self.weight_bits} --path {self.output} "
-                f"--num-sampling-steps {self.steps}")
+        images = SMALL_MODEL_IMAGES if self.model.card.is_small else IMAGES
+        # The decoder is all that a checkpoint does not say.
+        vae = () if self.model.vae == DEFAULT_VAE else ("--vae", self.model.vae)
+        return sampling_command(self.output, images, *vae)
 
 
 def quantize_settings(args: argparse.Namespace) -> QuantizeSettings:

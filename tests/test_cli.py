@@ -5,6 +5,7 @@ import os
 import pickle
 import platform
 import resource
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -138,6 +139,25 @@ def test_flags_that_contradict_the_checkpoint_are_refused(capsys, checkpoint_pat
 def test_classes_take_turns_among_the_images_of_calibration(argv, labels):
     args = QuantDiT.make_parser().parse_args(["--model", "DiT-Digits", *argv])
     assert quantize_settings(args).labels == labels
+
+
+@pytest.mark.parametrize("argv, images", [
+    (["--model", "DiT-Digits"], 200),
+    (["--model", "DiT-Digits", "--output", "it's here/a b", "--vae", "mse"], 200),
+    (["--model", "DiT-XL/2", "--weight-bit", "8", "--num-sampling-steps", "100"], 10_000),
+])
+def test_the_next_command_samples_what_was_quantised(argv, images, monkeypatch):
+    settings = quantize_settings(QuantDiT.make_parser().parse_args(argv))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    launcher, script, *flags = shlex.split(settings.sampling_command)
+    assert (launcher, script) == ("python", "sample_merge_TAS.py")
+    args = sample_merge_TAS.make_parser().parse_args(flags)
+    assert (args.path, args.vae, args.num_fid_samples) == (
+        str(settings.output), settings.model.vae, images)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    words = shlex.split(settings.sampling_command)
+    assert words[:4] == ["torchrun", "--nnodes=1", "--nproc_per_node=3", "sample_merge_TAS.py"]
+    assert words[4:] == flags
 
 
 def test_parts_that_were_changed_show_in_the_name(capsys):
