@@ -63,22 +63,26 @@ def refuse_flags(
             raise UserError(f"--{name.replace('_', '-')} is for {whose}: drop it")
 
 
-def find_card(name: str) -> ModelCard:
+def find_card(name: str, otherwise: str = "") -> ModelCard:
     """Look a model up by name.
+
+    Args:
+        otherwise: what else a command takes, for the message.
 
     Raises:
         UserError: no such model.
     """
     if name not in DiT_models:
-        raise UserError(f"unknown model '{name}': expected one of {', '.join(DiT_models)}")
+        more = f", {otherwise}" if otherwise else ""
+        raise UserError(f"unknown model '{name}': expected one of {', '.join(DiT_models)}{more}")
     return DiT_models[name]
 
 
-def add_model_flags(parser: Parser) -> None:
-    """Add the flags that say which model is meant."""
+def add_model_flags(parser: Parser, otherwise: str) -> None:
+    """Add the flags that say which model is meant; ``otherwise`` is what else ``--model`` takes."""
     parser.add_argument(
         "--model",
-        help=f"one of {', '.join(DiT_models)} (default: {config.default_model})")
+        help=f"one of {', '.join(DiT_models)}, {otherwise} (default: {config.default_model})")
     parser.add_argument(
         "--image-size", type=int,
         help="pixels per side (default: 256, or what the model makes)")
@@ -92,7 +96,8 @@ def add_model_flags(parser: Parser) -> None:
     parser.add_argument(
         "--vae", choices=("ema", "mse"), default=DEFAULT_VAE,
         help=f"which Stable Diffusion VAE decodes the latents (default: {DEFAULT_VAE})")
-    parser.add_argument("--weight-bit", type=int, help="2 to 8 bits per weight")
+    parser.add_argument(
+        "--weight-bit", type=int, help="2 to 8 bits per weight, or 16 to leave them alone")
     parser.add_argument(
         "--act-bit", type=int, help="4 to 8 bits per activation, or 16 to leave them alone")
 

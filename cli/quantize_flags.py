@@ -12,6 +12,9 @@ from quant.weights.low_rank import SOLVERS
 EXPORTS = ("diffusers",)
 # What is read for the folder of a pipeline alone.
 PIPELINE_FLAGS = ("prompts", "component", "include", "exclude", "pipeline_args", "offload")
+# What else --model may be.
+PIPELINES = ("or the folder or hub id of a diffusers pipeline (a file of float weights goes with "
+             "--ckpt, a quantised checkpoint with --path)")
 # The published QuantDiT.py accepts these and never reads them.
 IGNORED = (
     "results-dir",
@@ -28,7 +31,7 @@ IGNORED = (
 def make_parser(description: str = "") -> Parser:
     """Make the parser of all flags; ``description`` stands above them in its help."""
     parser = make_script_parser(description)
-    add_model_flags(parser)
+    add_model_flags(parser, PIPELINES)
     parser.add_argument(
         "--recipe", default=config.default_recipe,
         help=f"one of {', '.join(RECIPES)} (default: {config.default_recipe})")
@@ -122,7 +125,7 @@ def _add_output_flags(parser: Parser) -> None:
         help="with --judge fid: Inception weights (default: fetched on first use)")
     parser.add_argument(
         "--i3d", metavar="FILE",
-        help="with --judge fvd: TorchScript of a video network (default: the bundled models' "
+        help="with --judge fvd: TorchScript of a video network (default: the digits' "
              "stand-in)")
     parser.add_argument(
         "--export", choices=EXPORTS,

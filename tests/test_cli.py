@@ -21,7 +21,9 @@ import QuantDiT
 import sample_merge_TAS
 from cli import sample_settings, settings
 from cli.memory import keep_freed_memory, large_blocks_apart, return_freed_memory
+from cli.quantize import judgement
 from cli.settings import quantize_settings
+from sampling.class_conditional import ClassConditional
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {"quant": QuantDiT, "sample": sample_merge_TAS}
@@ -46,6 +48,10 @@ def checkpoint_path(tmp_path_factory):
 
 @pytest.mark.parametrize("argv, message", [
     (["--model", "DiT-XXL/2"], "unknown model 'DiT-XXL/2': expected one of DiT-XL/2"),
+    (["--model", "w.safetensors"], "or the folder or hub id of a diffusers pipeline (a file of "
+     "float weights goes with --ckpt, a quantised checkpoint with --path)"),
+    (["--model", "DiT-Emoji", "--recipe", "qdit", "--judge", "fvd"],
+     "DiT-Emoji makes images: give --judge fid (of all models the digits alone have videos"),
     (["--recipe", "magic"], "--recipe magic is not available: expected one of rtn"),
     (["--weight-bit", "1"], "--weight-bit 1 is not available: expected one of 2, 3"),
     (["--weight-bit", "9"], "--weight-bit 9 is not available"),
@@ -98,7 +104,8 @@ def test_quantdit_refuses(capsys, argv, message):
 @pytest.mark.parametrize("argv, message", [
     (["--path", "nothing"], "checkpoint 'nothing' does not exist"),
     (["--weight-bit", "4"], "give it with --path"),
-    (["--model", "DiT-XXL/2"], "unknown model"),
+    (["--model", "DiT-XXL/2"], "while a quantised checkpoint, or the folder of a pipeline, goes "
+     "with --path"),
     (["--cfg-scale", "0.99"], "--cfg-scale 0.99 is too small"),
     (["--num-sampling-steps", "1001"], "expected 1 to 1000"),
     (["--num-fid-samples", "0"], "--num-fid-samples 0"),
@@ -139,6 +146,22 @@ def test_flags_that_contradict_the_checkpoint_are_refused(capsys, checkpoint_pat
 def test_classes_take_turns_among_the_images_of_calibration(argv, labels):
     args = QuantDiT.make_parser().parse_args(["--model", "DiT-Digits", *argv])
     assert quantize_settings(args).labels == labels
+
+
+def test_a_file_that_cannot_be_read_is_no_full_disk(capsys, checkpoint_path, monkeypatch):
+    def load(self, processes):
+        raise PermissionError(13, "Permission denied", "model.safetensors")
+
+    monkeypatch.setattr(ClassConditional, "load", load)
+    line = fails(capsys, "sample", "--path", checkpoint_path)
+    assert "cannot read what makes the images ([Errno 13] Permission denied: " in line
+    assert "make room" not in line
+
+
+@pytest.mark.parametrize("judge, loss, shown", [
+    ("sqnr", -18.3, "18.3 dB SQNR"), ("fid", 7.25, "FID 7.2"), ("fvd", 101.06, "FVD 101.1")])
+def test_a_judge_is_told_as_what_it_measures(judge, loss, shown):
+    assert judgement(judge, loss) == shown
 
 
 @pytest.mark.parametrize("argv, images", [
