@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 import config
 from cli.memory import keep_freed_memory
-from errors import UserError
+from errors import UserError, as_flag
 from models import DiT_models, ModelCard
 
 # Which Stable Diffusion VAE decodes the latents, if the command line does not say.
@@ -41,7 +41,7 @@ def run(
     except UserError as error:
         # All processes of a machine find the same mistake: one of them says so.
         if error.every_rank or os.environ.get("LOCAL_RANK", "0") == "0":
-            line = " ".join(str(error).split())
+            line = " ".join(error.spelled(as_flag).split())
             print(f"{parser.prog}: error: {line}", file=sys.stderr)
         sys.exit(2)
 
