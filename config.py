@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 # What is quantised, if the command line does not say.
 default_model = "DiT-XL/2"
 default_recipe = "ditas"
-weight_bit = 4                 # 2 to 8
+weight_bit = 4                 # 2 to 8, or 16 to leave weights alone
 act_bit = 8                    # 4 to 8, or 16 to leave activations alone
 
 # The calibration trajectory, which needs no data: the model's own guided sampling.

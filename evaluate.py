@@ -40,7 +40,7 @@ class EvaluateSettings:
     cache: bool                # keep the features beside each file
     json: bool                 # print JSON instead of a table
     fvd: bool                  # the files hold videos
-    i3d: str | None            # the video network; None: the bundled models' stand-in
+    i3d: str | None            # the video network; None: the digits' stand-in
 
 
 def evaluate_settings(args: argparse.Namespace) -> EvaluateSettings:

@@ -237,7 +237,7 @@ class ModelCard:
     decoder: str = "vae"                     # turns latents into images, see download.load_decoder
     features: str = "inception"              # judges the images, see download.load_extractor
     origin: str = ""                         # what a reader of its numbers has to know
-    is_small: bool = False                   # compare.py gives it config.small_model_budgets
+    is_small: bool = False                   # it has short searches and few images by default
 
     def build(self, image_size: int, num_classes: int | None = None) -> DiT:
         """Make a randomly initialised model for images of ``image_size`` pixels.

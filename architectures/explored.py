@@ -1,5 +1,5 @@
 """Any transformer with repeated blocks as an architecture: what was found in one call of it."""
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from architectures.discover import Discovery, discover, find_blocks
 from architectures.inspection import inspect, plain_sites
 from architectures.sites import AttentionSite, Call, Site, Unit, per_image_linears
 from architectures.temporal import Temporal, find_temporal
-from architectures.twins import moved, renamed, shortened
+from architectures.twins import extended, shortened
 from architectures.units import single_layers
 from architectures.watched import watch
 
@@ -139,38 +139,6 @@ def without_idle(found: Discovery, running: set[str]) -> Discovery:
     return replace(found, sites=sites)
 
 
-def extended(found: Discovery, blocks: list[str], twins: dict[str, str]) -> Discovery:
-    """Say of all blocks what was found of their likes in a shortened model.
-
-    Args:
-        found: in the shortened model.
-        blocks: of the whole model.
-        twins: for each of them the name of its like.
-    """
-    before, inside, behind = _parts(found.sites)
-    sites, reasons = list(before), {}
-    for block in blocks:
-        for site in inside:
-            if site.block == twins[block]:
-                same = moved(site, block)
-                sites.append(same)
-                if site.name in found.reasons:
-                    reasons[same.name] = found.reasons[site.name]
-    attentions = tuple(
-        AttentionSite(renamed(attention.name, twin, block), renamed(attention.output, twin, block))
-        for block, twin in twins.items() for attention in found.attentions
-        if attention.name.startswith(f"{twin}."))
-    return Discovery(tuple(blocks), (*sites, *behind), reasons, attentions)
-
-
-def _parts(sites: Sequence[Site]) -> tuple[list[Site], list[Site], list[Site]]:
-    """Part sites into those before the last block, those of blocks, and those behind."""
-    last = max(number for number, site in enumerate(sites) if site.block is not None)
-    before = [site for site in sites[:last] if site.block is None]
-    inside = [site for site in sites if site.block is not None]
-    return before, inside, list(sites[last + 1:])
-
-
 def unvisited(model: nn.Module) -> ExploredArchitecture:
     """Say what can be known of a model without a call: its linears, and no fold.
 
@@ -182,5 +150,6 @@ def unvisited(model: nn.Module) -> ExploredArchitecture:
     blocks = tuple(find_blocks(model))
     sites = tuple(plain_sites(model, blocks))
     if hasattr(model, "register_to_config"):
-        sites = inspect({**model.config, "_class_name": type(model).__name__}).sites
+        configuration = {**model.config, "_class_name": type(model).__name__}
+        sites = inspect(configuration).discovery.sites
     return ExploredArchitecture(Discovery(blocks, sites, {}), (), "")

@@ -14,7 +14,7 @@ from torch import nn
 from architectures.discover import Discovery, discover, find_blocks
 from architectures.examples import Example, build, draw_call, examples_of
 from architectures.sites import Site, place_of, single
-from architectures.twins import moved
+from architectures.twins import extended
 
 # The folder of diffusers that holds transformers.
 TRANSFORMERS = "diffusers.models.transformers"
@@ -26,18 +26,15 @@ class Inspection:
 
     Attributes:
         model: on the meta device.
-        sites: of its linears and patches, those of the blocks last; without folds, whose numbers
-            would be the copy's.
+        discovery: in it; its sites have no folds, whose numbers would be the copy's.
         places: where a site's factor goes, by its name, in words; of a site of a block that is
-            not in here, ``reasons`` says why it divides its input itself.
+            not in here, the discovery's ``reasons`` say why it divides its input itself.
         warning: why nothing is known of folds; empty: it is.
     """
 
     model: nn.Module
-    blocks: tuple[str, ...]
-    sites: tuple[Site, ...]
+    discovery: Discovery
     places: dict[str, str]
-    reasons: dict[str, str]
     warning: str = ""
 
 
@@ -58,7 +55,8 @@ def inspect(configuration: dict[str, Any]) -> Inspection:
         except (ValueError, TypeError, RuntimeError) as error:
             first_line = str(error).partition("\n")[0]
             warning = f"no fold could be proved: {first_line}"
-    return Inspection(model, blocks, tuple(plain_sites(model, blocks)), {}, {}, warning)
+    plain = Discovery(blocks, tuple(plain_sites(model, blocks)), {})
+    return Inspection(model, plain, {}, warning)
 
 
 def _class_and_fields(configuration: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -102,23 +100,18 @@ def _enlarged(found: Discovery, model: nn.Module, blocks: tuple[str, ...]) -> In
     Raises:
         ValueError: a block of the large one is like none of the small one.
     """
+    twins = {block: _twin(block, model, found) for block in blocks}
+    whole = extended(found, list(blocks), twins)
     names = dict(model.named_modules())
-    sites = [replace(site, folds=()) for site in found.sites
-             if site.block is None and all(name in names for name in site.linears)]
-    places, reasons = {}, {}
-    for block in blocks:
-        twin = _twin(block, model, found)
-        for site in found.sites:
-            if site.block != twin:
-                continue
-            same = replace(moved(site, block), folds=())
-            sites.append(same)
-            if site.folds:
-                places[same.name] = ", ".join(dict.fromkeys(
-                    place_of(fold, twin) for fold in site.folds))
-            if site.name in found.reasons:
-                reasons[same.name] = found.reasons[site.name]
-    return Inspection(model, blocks, tuple(sites), places, reasons)
+    sites = [site for site in whole.sites if all(name in names for name in site.linears)]
+    places = {site.name: _place(site) for site in sites if site.block and site.folds}
+    without_folds = tuple(replace(site, folds=()) for site in sites)
+    return Inspection(model, replace(whole, sites=without_folds), places)
+
+
+def _place(site: Site) -> str:
+    """Name all that the factor of a block's site goes into, each once."""
+    return ", ".join(dict.fromkeys(place_of(fold, site.block) for fold in site.folds))
 
 
 def _twin(block: str, model: nn.Module, found: Discovery) -> str:

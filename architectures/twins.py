@@ -1,12 +1,13 @@
 """A model without most of its blocks, to look into: what holds for a block holds for its likes."""
 import copy
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
 
 from torch import nn
 
-from architectures.sites import Entries, Fold, Modulation, Rows, Site
+from architectures.discover import Discovery
+from architectures.sites import AttentionSite, Entries, Fold, Modulation, Rows, Site
 
 # Blocks of every kind that a shortened model keeps: the first and the last.
 KEPT = 2
@@ -74,6 +75,38 @@ def _replace(model: nn.Module, place: str, entries: nn.ModuleList) -> None:
         return
     model._modules[name] = shallow_copy(model._modules[name])
     _replace(model._modules[name], rest, entries)
+
+
+def extended(found: Discovery, blocks: list[str], twins: dict[str, str]) -> Discovery:
+    """Say of all blocks what was found of their likes in a shortened model.
+
+    Args:
+        found: in the shortened model.
+        blocks: of the whole model.
+        twins: for each of them the name of its like.
+    """
+    before, inside, behind = _parts(found.sites)
+    sites, reasons = list(before), {}
+    for block in blocks:
+        for site in inside:
+            if site.block == twins[block]:
+                same = moved(site, block)
+                sites.append(same)
+                if site.name in found.reasons:
+                    reasons[same.name] = found.reasons[site.name]
+    attentions = tuple(
+        AttentionSite(renamed(attention.name, twin, block), renamed(attention.output, twin, block))
+        for block, twin in twins.items() for attention in found.attentions
+        if attention.name.startswith(f"{twin}."))
+    return Discovery(tuple(blocks), (*sites, *behind), reasons, attentions)
+
+
+def _parts(sites: Sequence[Site]) -> tuple[list[Site], list[Site], list[Site]]:
+    """Part sites into those before the last block, those of blocks, and those behind."""
+    last = max(number for number, site in enumerate(sites) if site.block is not None)
+    before = [site for site in sites[:last] if site.block is None]
+    inside = [site for site in sites if site.block is not None]
+    return before, inside, list(sites[last + 1:])
 
 
 def moved(site: Site, block: str) -> Site:

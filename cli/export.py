@@ -89,7 +89,7 @@ def export_checkpoint(path: Path, folder: Path, vae: str) -> None:
     with atomic_folder(folder) as temporary:
         pipeline.save_pretrained(temporary)
     print(f"wrote {folder}, in Python: import ditas; from diffusers import DiffusionPipeline; "
-          f"DiffusionPipeline.from_pretrained('{folder}')(class_labels=[0, 1]).images")
+          f"DiffusionPipeline.from_pretrained({str(folder)!r})(class_labels=[0, 1]).images")
 
 
 def load_vae(card: ModelCard, vae: str) -> nn.Module:

@@ -9,11 +9,14 @@ from typing import Any
 
 from torch import nn
 
+from architectures.discover import Discovery
 from architectures.inspection import Inspection, inspect
 from architectures.selected import is_chosen
 from architectures.sites import Site
 from cli.hub import fetch_file, not_given
+from cli.parser import refuse_flags
 from cli.pipelines import INDEX, named_component
+from cli.quantize_flags import make_parser
 from cli.recipe_flags import bit_widths, build_recipe
 from cli.values import expression, user_value
 from config import Recipe
@@ -21,16 +24,20 @@ from errors import UserError
 from models import DiT_models
 from quant.checkpoint.size import FLOAT_BITS, quantised_bits
 from quant.numerics.uniform import QuantSpec
-from quant.recipe import act_spec, adaln_spec, has_weight_only_adaln, weight_spec
+from quant.recipe import (
+    act_spec,
+    adaln_spec,
+    check_recipe,
+    has_weight_only_adaln,
+    weight_spec,
+)
 
 HEADER = ("site", "times", "weights", "folds into", "bits", "MB before", "MB after")
-# Roles of the sites that a scope quantises.
-SCOPE_ROLES = {
-    "blocks": ("block",),
-    "adaln": ("block", "modulation"),
-    "inner": ("block", "modulation", "vector", "outside"),
-    "all": ("block", "modulation", "vector", "outside", "patches"),
-}
+# What only quantising reads.
+UNREAD = (
+    "image_size", "num_classes", "ckpt", "vae", "seed", "num_sampling_steps", "cfg_scale",
+    "class_labels", "svd", "report", "report_layers", "reference", "inception", "i3d", "export",
+    "output", "prompts", "offload", "pipeline_args", "threads")
 # The first of these that a pipeline has is looked at.
 COMPONENTS = ("transformer", "transformer_2", "prior")
 
@@ -45,11 +52,6 @@ class InspectSettings:
     act_bits: int
     include: str  # expression of linears that are quantised whatever the scope
     exclude: str  # of those that are not
-
-    def quantises(self, site: Site) -> bool:
-        """Tell whether a site is quantised as the recipe says."""
-        is_inside = site.role in SCOPE_ROLES[self.recipe.scope]
-        return is_chosen(site, is_inside, self.include, self.exclude)
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,17 @@ def inspect_settings(args: argparse.Namespace) -> InspectSettings:
     """Check the command line, and read the transformer's configuration.
 
     Raises:
-        UserError: there is no configuration of a transformer, or a flag is out of range.
+        UserError: there is no configuration of a transformer, or a flag is out of range, has no
+            effect on the table, or contradicts another.
     """
     if args.model is None:
         raise UserError("--inspect looks into a model of diffusers: give a folder with --model")
+    refuse_flags(args, make_parser(), UNREAD, "quantising, and --inspect only looks")
     bits = bit_widths(args)
+    recipe = build_recipe(args)
+    user_value(check_recipe, recipe, bits.activations)
     return InspectSettings(
-        recipe=build_recipe(args),
+        recipe=recipe,
         weight_bits=bits.weights,
         act_bits=bits.activations,
         include=expression(args.include or "", "--include"),
@@ -146,20 +152,34 @@ def print_inspection(settings: InspectSettings) -> None:
         UserError: the configuration is of no transformer, or it has no repeated blocks.
     """
     found = user_value(inspect, settings.configuration)
-    lines = user_value(lambda: [line_of(site, found, settings) for site in found.sites])
+    chosen = chosen_sites(found.discovery, settings)
+    lines = user_value(lambda: [line_of(site, site in chosen, found, settings)
+                                for site in found.discovery.sites])
     if found.warning:
         print(f"warning: {found.warning}")
-    print(f"{type(found.model).__name__}: {_of_lists(found.blocks)}")
+    print(f"{type(found.model).__name__}: {_of_lists(found.discovery.blocks)}")
     for cells in _table(lines):
         print(f"| {' | '.join(cells)} |")
     before, after = sum(line.before for line in lines), sum(line.after for line in lines)
     whole = sum(parameter.numel() for parameter in found.model.parameters()) * FLOAT_BITS // 8
-    print(f"{_sum_of_folds(found, settings)}; {whole / 1e6:.1f} MB before, "
+    print(f"{_sum_of_folds(found, chosen)}; {whole / 1e6:.1f} MB before, "
           f"{(whole - before + after) / 1e6:.1f} MB after, at {FLOAT_BITS} bits elsewhere")
 
 
-def line_of(site: Site, found: Inspection, settings: InspectSettings) -> Line:
+def chosen_sites(found: Discovery, settings: InspectSettings) -> set[Site]:
+    """Find the sites that are quantised as the recipe says."""
+    inside = set(found.scope(settings.recipe.scope))
+    return {site for site in found.sites
+            if is_chosen(site, site in inside, settings.include, settings.exclude)}
+
+
+def line_of(
+    site: Site, is_quantised: bool, found: Inspection, settings: InspectSettings
+) -> Line:
     """Describe a site.
+
+    Args:
+        is_quantised: as the recipe says.
 
     Raises:
         ValueError: the recipe's groups do not fit its weights.
@@ -167,18 +187,20 @@ def line_of(site: Site, found: Inspection, settings: InspectSettings) -> Line:
     modules = [found.model.get_submodule(name) for name in site.linears]
     before = sum(module.weight.numel() for module in modules) * FLOAT_BITS // 8
     after, bits = before, "16"
-    specs = [weight_spec_of(site, module, settings) for module in modules]
+    specs = [weight_spec_of(site, module, is_quantised, settings) for module in modules]
     if None not in specs:
         after = sum(quantised_bits(module, spec) for module, spec in zip(modules, specs)) // 8
-        bits = f"W{specs[0].bits}A{_act_bits(site, settings)}"
-    place = _place(site, found) if settings.quantises(site) else "-"
+        bits = f"W{specs[0].bits}A{_act_bits(site, is_quantised, settings)}"
+    place = _place(site, found) if is_quantised else "-"
     return Line(site.pattern, _shapes(modules), place, bits, before, after)
 
 
-def weight_spec_of(site: Site, module: nn.Module, settings: InspectSettings) -> QuantSpec | None:
+def weight_spec_of(
+    site: Site, module: nn.Module, is_quantised: bool, settings: InspectSettings
+) -> QuantSpec | None:
     """Say how a site's weight is quantised; None: it is not."""
     recipe = settings.recipe
-    if settings.quantises(site):
+    if is_quantised:
         return weight_spec(recipe, settings.weight_bits)
     is_weight_only = (site.role == "modulation"
                       and has_weight_only_adaln(recipe, settings.weight_bits))
@@ -187,8 +209,8 @@ def weight_spec_of(site: Site, module: nn.Module, settings: InspectSettings) -> 
     return None
 
 
-def _act_bits(site: Site, settings: InspectSettings) -> int:
-    if not settings.quantises(site):
+def _act_bits(site: Site, is_quantised: bool, settings: InspectSettings) -> int:
+    if not is_quantised:
         return FLOAT_BITS
     return act_spec(settings.recipe, settings.act_bits, site.per_image).bits
 
@@ -202,7 +224,7 @@ def _shapes(modules: list[nn.Module]) -> str:
 def _place(site: Site, found: Inspection) -> str:
     if site.role != "block":
         return "-"
-    reason = found.reasons.get(site.name, "unknown")
+    reason = found.discovery.reasons.get(site.name, "unknown")
     return found.places.get(site.name, f"run time ({reason})")
 
 
@@ -224,8 +246,8 @@ def _of_lists(blocks: tuple[str, ...]) -> str:
     return f"{len(blocks)} blocks ({', '.join(counts)})"
 
 
-def _sum_of_folds(found: Inspection, settings: InspectSettings) -> str:
-    inside = [site for site in found.sites if site.role == "block" and settings.quantises(site)]
+def _sum_of_folds(found: Inspection, chosen: set[Site]) -> str:
+    inside = [site for site in chosen if site.role == "block"]
     linears = sum(len(site.linears) for site in inside)
     folding = sum(len(site.linears) for site in inside if site.name in found.places)
     return f"{folding} of {linears} linears of the blocks fold"

@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterable
 
 import config
 from cli.memory import keep_freed_memory
-from errors import UserError
+from errors import UserError, as_flag
 from models import DiT_models, ModelCard
+
+# Which Stable Diffusion VAE decodes the latents, if the command line does not say.
+DEFAULT_VAE = "ema"
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,7 +41,7 @@ def run(
     except UserError as error:
         # All processes of a machine find the same mistake: one of them says so.
         if error.every_rank or os.environ.get("LOCAL_RANK", "0") == "0":
-            line = " ".join(str(error).split())
+            line = " ".join(error.spelled(as_flag).split())
             print(f"{parser.prog}: error: {line}", file=sys.stderr)
         sys.exit(2)
 
@@ -60,22 +63,26 @@ def refuse_flags(
             raise UserError(f"--{name.replace('_', '-')} is for {whose}: drop it")
 
 
-def find_card(name: str) -> ModelCard:
+def find_card(name: str, otherwise: str = "") -> ModelCard:
     """Look a model up by name.
+
+    Args:
+        otherwise: what else a command takes, for the message.
 
     Raises:
         UserError: no such model.
     """
     if name not in DiT_models:
-        raise UserError(f"unknown model '{name}': expected one of {', '.join(DiT_models)}")
+        more = f", {otherwise}" if otherwise else ""
+        raise UserError(f"unknown model '{name}': expected one of {', '.join(DiT_models)}{more}")
     return DiT_models[name]
 
 
-def add_model_flags(parser: Parser) -> None:
-    """Add the flags that say which model is meant."""
+def add_model_flags(parser: Parser, otherwise: str) -> None:
+    """Add the flags that say which model is meant; ``otherwise`` is what else ``--model`` takes."""
     parser.add_argument(
         "--model",
-        help=f"one of {', '.join(DiT_models)} (default: {config.default_model})")
+        help=f"one of {', '.join(DiT_models)}, {otherwise} (default: {config.default_model})")
     parser.add_argument(
         "--image-size", type=int,
         help="pixels per side (default: 256, or what the model makes)")
@@ -87,9 +94,10 @@ def add_model_flags(parser: Parser) -> None:
         help="float weights: .pt, .safetensors or a diffusers folder "
              "(default: the published or bundled ones)")
     parser.add_argument(
-        "--vae", choices=("ema", "mse"), default="ema",
-        help="which Stable Diffusion VAE decodes the latents (default: ema)")
-    parser.add_argument("--weight-bit", type=int, help="2 to 8 bits per weight")
+        "--vae", choices=("ema", "mse"), default=DEFAULT_VAE,
+        help=f"which Stable Diffusion VAE decodes the latents (default: {DEFAULT_VAE})")
+    parser.add_argument(
+        "--weight-bit", type=int, help="2 to 8 bits per weight, or 16 to leave them alone")
     parser.add_argument(
         "--act-bit", type=int, help="4 to 8 bits per activation, or 16 to leave them alone")
 

@@ -2,7 +2,6 @@
 import argparse
 import inspect
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,10 +15,11 @@ from cli.call_arguments import NAME as CALL
 from cli.call_arguments import Arguments, call_arguments, number_of_steps
 from cli.call_arguments import write as write_call
 from cli.hub import fetch_file, fetch_parts, is_hub_id, not_given
+from cli.next_command import sampling_command
 from cli.parser import refuse_flags
 from cli.quantize import Quantized
 from cli.quantize_flags import make_parser
-from cli.recipe_flags import bit_widths, build_recipe, given_flags
+from cli.recipe_flags import bit_widths, build_recipe, given_flags, recipe_label
 from cli.settings import cpu_threads
 from cli.stages import stage
 from cli.threads import default_threads
@@ -27,10 +27,12 @@ from cli.values import at_least, expression, new_folder, user_value
 from errors import UserError
 from files.atomic import atomic_folder
 from models import DiT_models
+from quant.checkpoint import default_stem
 from quant.recipe import check_recipe
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
 PROMPTS_AT_A_TIME = 4
+NEXT_IMAGES = 100  # of the command that comes next
 INDEX = "model_index.json"  # which a pipeline's folder has
 CONFIGURATION = "config.json"  # which a part's folder has
 COMPONENT = "transformer"  # what is quantised, if the command line does not say
@@ -50,6 +52,7 @@ class PipelineSettings:
     recipe: str  # a key of config.RECIPES
     flags: dict[str, Any]  # of the recipe, as ditas.quantize takes them
     prompts: tuple[str, ...]  # one an image
+    kept_prompts: tuple[str, ...]  # they go into the folder; none where they are our own
     arguments: Arguments  # of the pipeline's call
     seed: int  # of the first prompt's noise
     output: Path  # the folder that is written
@@ -82,8 +85,11 @@ def pipeline_settings(args: argparse.Namespace) -> PipelineSettings:
     chosen = {name: expression(getattr(args, name), f"--{name}")
               for name in ("include", "exclude") if getattr(args, name) is not None}
     steps = args.num_sampling_steps
-    output = args.output or (
-        f"results/{Path(args.model).name}-W{bits.weights}A{bits.activations}-{args.recipe}")
+    prompts = prompts_file(args.prompts, folder)
+    texts = read_prompts(prompts)
+    # Of an id on the hub, its last part.
+    name = default_stem(
+        Path(args.model).resolve().name, bits.weights, bits.activations, recipe_label(args))
     return PipelineSettings(
         model=args.model,
         folder=folder,
@@ -92,12 +98,13 @@ def pipeline_settings(args: argparse.Namespace) -> PipelineSettings:
         flags={
             "weight_bit": bits.weights, "act_bit": bits.activations, "svd": args.svd,
             **chosen, **given},
-        prompts=repeated(read_prompts(prompts_file(args.prompts, folder)), recipe.images),
+        prompts=repeated(texts, recipe.images),
+        kept_prompts=() if prompts == PROMPTS else texts,
         arguments=call_arguments(
             folder, args.pipeline_args,
             num_inference_steps=None if steps is None else number_of_steps(steps)),
         seed=at_least(args.seed, 0, "--seed"),
-        output=new_folder(Path(output)),
+        output=new_folder(Path(args.output or Path("results") / name)),
         threads=cpu_threads(args.threads, default_threads()),
         offload=_offload(args),
     )
@@ -216,6 +223,12 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     return prompts
 
 
+def write_prompts(folder: Path, prompts: tuple[str, ...]) -> None:
+    """Write a folder's ``prompts.txt``, if there are any: what a pipeline is made to draw."""
+    if prompts:
+        (folder / PROMPTS.name).write_text("\n".join(prompts) + "\n", encoding="utf-8")
+
+
 def repeated(prompts: tuple[str, ...], images: int | None) -> tuple[str, ...]:
     """Give every image of calibration a prompt, in turn; None: one image a prompt."""
     count = len(prompts) if images is None else images
@@ -247,12 +260,11 @@ def quantize_pipeline(settings: PipelineSettings) -> Quantized:
     with stage("save"), atomic_folder(settings.output) as temporary:
         pipeline.save_pretrained(temporary)
         write_call(temporary, settings.arguments)
-        if (settings.folder / PROMPTS.name).is_file():
-            shutil.copy(settings.folder / PROMPTS.name, temporary)
+        write_prompts(temporary, settings.kept_prompts)
     print(f"wrote {settings.output}")
-    print(f"next: python sample_merge_TAS.py --path {settings.output} --num-fid-samples 100")
+    print(f"next: {sampling_command(settings.output, NEXT_IMAGES)}")
     print("next, in Python: import ditas; from diffusers import DiffusionPipeline; "
-          f"DiffusionPipeline.from_pretrained('{settings.output}')")
+          f"DiffusionPipeline.from_pretrained({str(settings.output)!r})")
     return Quantized(settings.output, quantising.seconds, None)
 
 

@@ -181,7 +181,7 @@ def make_judge(
 def make_video_judge(
     settings: QuantizeSettings, model: nn.Module, decoder: Decoder, sampling: Sampling,
 ) -> Judge:
-    """Make a loss that looks at videos, which the bundled models make of images that follow."""
+    """Make a loss that looks at videos, which the digits make of images that follow."""
     from examples.digits.videos import sample_videos
     card = settings.model.card
     extractor = load_video_extractor(card.features, settings.i3d, device_of(model))
@@ -224,9 +224,15 @@ def tell_of_groups(settings: QuantizeSettings, model: nn.Module, result: Result)
         return
     recipe, found = settings.recipe, result.allocation
     print(f"group sizes by {recipe.allocate}: {found.seconds:.1f} s, mean size "
-          f"{mean_group_size(found.groups):.1f}, judged by {recipe.judge}: {found.loss:.3f}")
+          f"{mean_group_size(found.groups):.1f}, {judgement(recipe.judge, found.loss)}")
     if found.history:
         draw_evolution(model, result, settings.output)
+
+
+def judgement(judge: str, loss: float) -> str:
+    """Write the loss of a judge as what it measures: ``18.3 dB SQNR``, ``FID 7.2``."""
+    # It makes minus the SQNR small.
+    return f"{-loss:.1f} dB SQNR" if judge == "sqnr" else f"{judge.upper()} {loss:.1f}"
 
 
 def draw_evolution(model: nn.Module, result: Result, output: Path) -> None:

@@ -12,6 +12,9 @@ from quant.weights.low_rank import SOLVERS
 EXPORTS = ("diffusers",)
 # What is read for the folder of a pipeline alone.
 PIPELINE_FLAGS = ("prompts", "component", "include", "exclude", "pipeline_args", "offload")
+# What else --model may be.
+PIPELINES = ("or the folder or hub id of a diffusers pipeline (a file of float weights goes with "
+             "--ckpt, a quantised checkpoint with --path)")
 # The published QuantDiT.py accepts these and never reads them.
 IGNORED = (
     "results-dir",
@@ -28,7 +31,7 @@ IGNORED = (
 def make_parser(description: str = "") -> Parser:
     """Make the parser of all flags; ``description`` stands above them in its help."""
     parser = make_script_parser(description)
-    add_model_flags(parser)
+    add_model_flags(parser, PIPELINES)
     parser.add_argument(
         "--recipe", default=config.default_recipe,
         help=f"one of {', '.join(RECIPES)} (default: {config.default_recipe})")
@@ -63,8 +66,8 @@ def _add_pipeline_flags(parser: Parser) -> None:
         "with --model FOLDER of a text-to-image pipeline of diffusers")
     group.add_argument(
         "--prompts", metavar="FILE",
-        help="prompts to calibrate on, one a line "
-             "(default: the folder's, or 32 of our own)")
+        help="prompts to calibrate on, one a line; they become those of the folder that is "
+             "written (default: the folder's, or 32 of our own)")
     group.add_argument(
         "--component",
         help="what is quantised (default: transformer)")
@@ -122,7 +125,7 @@ def _add_output_flags(parser: Parser) -> None:
         help="with --judge fid: Inception weights (default: fetched on first use)")
     parser.add_argument(
         "--i3d", metavar="FILE",
-        help="with --judge fvd: TorchScript of a video network (default: the bundled models' "
+        help="with --judge fvd: TorchScript of a video network (default: the digits' "
              "stand-in)")
     parser.add_argument(
         "--export", choices=EXPORTS,
@@ -134,4 +137,5 @@ def _add_output_flags(parser: Parser) -> None:
              "the folder")
     parser.add_argument(
         "--output",
-        help="where to write (default: results/<model>-<size>-W<w>A<a>-<recipe>.safetensors)")
+        help="where to write (default: results/<model>-<size>-W<w>A<a>-<recipe>.safetensors, "
+             "with the recipe's flags; of a pipeline a folder, results/<name>-W<w>A<a>-<recipe>)")

@@ -1,7 +1,8 @@
 """The parts of a recipe as flags of the command line."""
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import config
 from architectures.sites import SCOPES
@@ -9,13 +10,14 @@ from architectures.units import UNITS
 from cli.parser import Parser
 from cli.values import at_least, one_of
 from config import RECIPES, Recipe, alpha_grid
-from errors import UserError
+from errors import Part, Setting, UserError
 from quant.balancing.maxima import PUBLISHED_SEARCH_STEPS
 from quant.numerics.ranges import RANGES, TENSOR_RANGES
 from quant.numerics.uniform import ACT_BITS, WEIGHT_BITS
 from quant.recipe import ADALN_BITS, BitWidths, needs_trajectory, uses_moments
 
-Reader = Callable[[str, str], object]
+# Turns a flag's text into a value, given what messages call the flag.
+Reader = Callable[[str, Part], object]
 
 # What the command line calls a recipe's convention.
 ZERO_POINTS = {"free": "free", "clamped": "clamped", "widened": "affine"}
@@ -27,14 +29,27 @@ class Needs:
 
     Attributes:
         applies: whether the flag has an effect on a recipe.
-        requires: the flags that make it so, for the message.
+        requires: what makes it so, for the message.
     """
 
     applies: Callable[[Recipe], bool]
-    requires: str
+    requires: tuple[Part, ...]
 
 
-ALWAYS = Needs(lambda recipe: True, "")
+ALWAYS = Needs(lambda recipe: True, ())
+
+
+@dataclass(frozen=True)
+class Values:
+    """What a flag takes.
+
+    Attributes:
+        read: turns a text into a value, or raises a ``UserError``.
+        metavar: what help calls it; of a choice all that can be chosen.
+    """
+
+    read: Reader
+    metavar: str
 
 
 @dataclass(frozen=True)
@@ -42,32 +57,44 @@ class Flag:
     """A flag ``--name`` for a field of ``Recipe``.
 
     Attributes:
-        read: turns its text and name into a value, or raises a ``UserError``.
+        values: that it takes.
         needs: where it has an effect.
     """
 
     field: str
     name: str
-    read: Reader
+    values: Values
     help: str
     needs: Needs = ALWAYS
 
-
-def _choice(*allowed: str) -> Reader:
-    return lambda text, flag: one_of(text, allowed, flag)
-
-
-def _number(minimum: int | None) -> Reader:
-    def read(text: str, flag: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise UserError(f"{flag} '{text}' is not a whole number") from None
-        return value if minimum is None else at_least(value, minimum, flag)
-    return read
+    @property
+    def setting(self) -> Setting:
+        """What messages call it."""
+        return Setting(self.name.replace("-", "_"))
 
 
-def _alphas(text: str, flag: str) -> tuple[float, ...]:
+def _choice(*allowed: str) -> Values:
+    return _named({name: name for name in allowed})
+
+
+def _named(values: Mapping[str, object]) -> Values:
+    """Choose among values by their names."""
+    return Values(lambda text, flag: values[one_of(text, values, flag)], f"{{{','.join(values)}}}")
+
+
+def _number(minimum: int | None) -> Values:
+    return Values(partial(_whole, minimum), "N")
+
+
+def _whole(minimum: int | None, text: str, flag: Part) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise UserError(flag, f" '{text}' is not a whole number") from None
+    return value if minimum is None else at_least(value, minimum, flag)
+
+
+def _alphas(text: str, flag: Part) -> tuple[float, ...]:
     if text == "grid":
         return alpha_grid
     try:
@@ -75,45 +102,37 @@ def _alphas(text: str, flag: str) -> tuple[float, ...]:
     except ValueError:
         value = -1.0
     if not 0 <= value <= 1:
-        raise UserError(f"{flag} '{text}' is no migration strength: "
+        raise UserError(flag, f" '{text}' is no migration strength: "
                         "expected 'grid' or a number from 0 to 1")
     return (value,)
 
 
-def _sizes(text: str, flag: str) -> tuple[int, ...]:
+def _sizes(text: str, flag: Part) -> tuple[int, ...]:
     if text == "none":
         return ()
     parts = text.replace("/", ",").split(",")
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise UserError(f"{flag} '{text}' is no list of group sizes: "
+        raise UserError(flag, f" '{text}' is no list of group sizes: "
                         "expected 'none' or numbers such as 32,64,128")
     return tuple(map(int, parts))
 
 
-def _positive(text: str, flag: str) -> float:
+def _positive(text: str, flag: Part) -> float:
     try:
         value = float(text)
     except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
-        raise UserError(f"{flag} '{text}' is not a positive number")
+        raise UserError(flag, f" '{text}' is not a positive number")
     return value
 
 
-def _guidance(text: str, flag: str) -> float:
+def _guidance(text: str, flag: Part) -> float:
     return at_least(_positive(text, flag), 1.0, flag)
 
 
-def _zero_point(text: str, flag: str) -> str:
-    return ZERO_POINTS[one_of(text, ZERO_POINTS, flag)]
-
-
-def _adaln(text: str, flag: str) -> int:
-    return one_of(_number(None)(text, flag), ADALN_BITS, flag)
-
-
-def _rank(text: str, flag: str) -> int | None:
-    return None if text == "paper" else _number(0)(text, flag)
+def _rank(text: str, flag: Part) -> int | None:
+    return None if text == "paper" else _whole(0, text, flag)
 
 
 def _has_one_group_size(recipe: Recipe) -> bool:
@@ -125,29 +144,35 @@ def _evolves(recipe: Recipe) -> bool:
     return bool(recipe.group_sizes) and recipe.allocate == "evolution"
 
 
+BEYOND_BLOCKS = [scope for scope in SCOPES if scope != "blocks"]
+SIZES = ("a list of ", Setting("group_sizes"))
 GROUPED = Needs(
-    _has_one_group_size, "--weight-granularity group or strided, and --group-sizes none")
-STATIC = Needs(lambda recipe: recipe.act_range == "static", "--act-range static")
-LEARNED = Needs(lambda recipe: recipe.weight == "adaround", "--weight adaround")
-ALLOCATED = Needs(lambda recipe: bool(recipe.group_sizes), "a list of --group-sizes")
-EVOLVED = Needs(_evolves, "a list of --group-sizes, and --allocate evolution")
+    _has_one_group_size,
+    (Setting("weight_granularity", "group", "strided"), ", and ", Setting("group_sizes", "none")))
+STATIC = Needs(lambda recipe: recipe.act_range == "static", (Setting("act_range", "static"),))
+LEARNED = Needs(lambda recipe: recipe.weight == "adaround", (Setting("weight", "adaround"),))
+ALLOCATED = Needs(lambda recipe: bool(recipe.group_sizes), SIZES)
+EVOLVED = Needs(_evolves, (*SIZES, ", and ", Setting("allocate", "evolution")))
 IN_GROUPS = Needs(
-    lambda recipe: recipe.weight_granularity == "group", "--weight-granularity group")
+    lambda recipe: recipe.weight_granularity == "group", (Setting("weight_granularity", "group"),))
 CALIBRATED = Needs(
-    lambda recipe: needs_trajectory(recipe, BitWidths(4, 8)), "recipes that look at data")
+    lambda recipe: needs_trajectory(recipe, BitWidths(4, 8)), ("recipes that look at data",))
 TWO_LEVEL = Needs(
-    lambda recipe: recipe.weight_scales == "two-level", "--weight-scales two-level")
-BY_MOMENTS = Needs(uses_moments, "--weight gptq, or --lowrank-metric output")
-CONDITIONED = Needs(lambda recipe: recipe.scope != "blocks", "--scope adaln or all")
-SMOOTHQUANT = Needs(lambda recipe: recipe.balance == "smoothquant", "--balance smoothquant")
+    lambda recipe: recipe.weight_scales == "two-level", (Setting("weight_scales", "two-level"),))
+BY_MOMENTS = Needs(
+    uses_moments, (Setting("weight", "gptq"), ", or ", Setting("lowrank_metric", "output")))
+CONDITIONED = Needs(lambda recipe: recipe.scope != "blocks", (Setting("scope", *BEYOND_BLOCKS),))
+SMOOTHQUANT = Needs(
+    lambda recipe: recipe.balance == "smoothquant", (Setting("balance", "smoothquant"),))
 MIGRATED = Needs(
-    lambda recipe: recipe.balance in ("smoothquant", "tas"), "--balance smoothquant or tas")
+    lambda recipe: recipe.balance in ("smoothquant", "tas"),
+    (Setting("balance", "smoothquant", "tas"),))
 SEARCHED = Needs(
     lambda recipe: MIGRATED.applies(recipe) and len(recipe.alphas) > 1,
-    "--alpha grid, and --balance smoothquant or tas")
+    (Setting("alpha", "grid"), ", and ", *MIGRATED.requires))
 SHIFTED = Needs(
-    lambda recipe: recipe.balance == "reparameterise", "--balance reparameterise")
-BRANCHED = Needs(lambda recipe: recipe.rank != 0, "a --lowrank above 0")
+    lambda recipe: recipe.balance == "reparameterise", (Setting("balance", "reparameterise"),))
+BRANCHED = Needs(lambda recipe: recipe.rank != 0, (Setting("lowrank"), " above 0"))
 
 FLAGS = (
     Flag("scope", "scope", _choice(*SCOPES),
@@ -163,7 +188,7 @@ FLAGS = (
     Flag("timestep", "smooth-timestep", _number(None),
          "index in sampling order that balance smoothquant looks at (0 is the noisiest)",
          SMOOTHQUANT),
-    Flag("alphas", "alpha", _alphas,
+    Flag("alphas", "alpha", Values(_alphas, "grid|ALPHA"),
          "migration strength: 'grid' searches layer by layer, or one number", MIGRATED),
     Flag("search_steps", "search-steps", _choice("all", "published"),
          "timesteps whose losses that search sums: all, "
@@ -180,7 +205,7 @@ FLAGS = (
          "or integers inside one scale per output channel"),
     Flag("group_tail", "group-tail", _choice("refuse", "allow"),
          "a last group that is shorter, where a size does not divide the width", IN_GROUPS),
-    Flag("convention", "zero-point", _zero_point,
+    Flag("convention", "zero-point", _named(ZERO_POINTS),
          "of ranges wholly off zero: free (Q-DiT's paper), clamped to the codes (its code), "
          "or of the range widened to include zero (elsewhere)"),
     Flag("hessian", "hessian", _choice("float", "sequential"),
@@ -197,14 +222,14 @@ FLAGS = (
          "or for what the timestep embedding decides", STATIC),
     Flag("attention", "attention", _choice("none", "uniform", "log-sqrt2"),
          "quantiser of queries, keys, values and the softmax output"),
-    Flag("rank", "lowrank", _rank,
+    Flag("rank", "lowrank", Values(_rank, "N|paper"),
          "rank of the low-rank branch; 0 for none, "
          "'paper' for 32 at width 1152 and the same share elsewhere"),
     Flag("metric", "lowrank-metric", _choice("weight", "output"),
          "errors that the low-rank branch makes small", BRANCHED),
     Flag("adaln_input", "adaln-input", _choice("quantised", "float"),
          "inputs of adaLN and of the timestep embedder", CONDITIONED),
-    Flag("adaln_bits", "adaln-weight-bit", _adaln,
+    Flag("adaln_bits", "adaln-weight-bit", _named({str(bits): bits for bits in ADALN_BITS}),
          "of the adaLN modulation, weight-only; 16 is none"),
     Flag("units", "units", _choice(*UNITS),
          "what AdaRound learns at once: blocks; whole, with the linears around them; temporal, all "
@@ -212,7 +237,7 @@ FLAGS = (
     Flag("learned", "learn", _choice("both", "rounding"),
          "what AdaRound learns: rounding and activation steps, or rounding alone", LEARNED),
     Flag("iterations", "iterations", _number(1), "of AdaRound, per unit", LEARNED),
-    Flag("rounding_rate", "rounding-rate", _positive,
+    Flag("rounding_rate", "rounding-rate", Values(_positive, "RATE"),
          "learning rate of AdaRound; fewer iterations need a higher one", LEARNED),
     Flag("tuning", "tune", _number(0),
          "iterations in which codes and branches learn, from end to end, what the float model "
@@ -220,7 +245,7 @@ FLAGS = (
     Flag("images", "calibration-images", _number(1),
          "images that calibration samples, of classes or prompts in turn "
          "(default: the recipe's, 16, or of a pipeline one a prompt)", CALIBRATED),
-    Flag("group_sizes", "group-sizes", _sizes,
+    Flag("group_sizes", "group-sizes", Values(_sizes, "SIZES|none"),
          "to choose from for every layer, such as 32,64,128; 'none' for one size"),
     Flag("allocate", "allocate", _choice("evolution", "ilp", "hessian"),
          "how group sizes are chosen: by evolution, or an integer program over the layers' "
@@ -232,7 +257,7 @@ FLAGS = (
          "of group sizes: SQNR of latents, FID of 500 images, or FVD of 100 videos", ALLOCATED),
     Flag("judge_sampler", "judge-sampler", _choice("ddim", "ddpm"),
          "how the judge's images are sampled", ALLOCATED),
-    Flag("judge_cfg_scale", "judge-cfg-scale", _guidance,
+    Flag("judge_cfg_scale", "judge-cfg-scale", Values(_guidance, "SCALE"),
          "guidance of the judge's images; 1 is none", ALLOCATED),
 )
 
@@ -243,7 +268,8 @@ def add_recipe_flags(parser: Parser) -> None:
         "parts of the recipe (default: the recipe's own, see config.py)")
     for flag in FLAGS:
         group.add_argument(
-            f"--{flag.name}", dest=f"part_{flag.field}", metavar="VALUE", help=flag.help)
+            f"--{flag.name}", dest=f"part_{flag.field}", metavar=flag.values.metavar,
+            help=flag.help)
 
 
 def build_recipe(args: argparse.Namespace) -> Recipe:
@@ -253,28 +279,22 @@ def build_recipe(args: argparse.Namespace) -> Recipe:
         UserError: an unknown recipe or value, or a flag that has no effect on what the recipe is
             now.
     """
-    return recipe_with(args.recipe, given_flags(args), lambda name: f"--{name}")
+    return recipe_with(args.recipe, given_flags(args))
 
 
-def recipe_with(
-    recipe_name: str, given: dict[Flag, str], spelled: Callable[[str], str]
-) -> Recipe:
-    """Put flags on top of a row of ``config.RECIPES``.
-
-    Args:
-        given: the texts of the flags.
-        spelled: writes the name of a flag as the user does, for messages.
+def recipe_with(recipe_name: str, given: dict[Flag, str]) -> Recipe:
+    """Put flags, by their texts, on top of a row of ``config.RECIPES``.
 
     Raises:
         UserError: as ``build_recipe``.
     """
-    recipe = RECIPES[one_of(recipe_name, RECIPES, spelled("recipe"))]
-    values = {flag.field: flag.read(text, spelled(flag.name)) for flag, text in given.items()}
+    recipe = RECIPES[one_of(recipe_name, RECIPES, Setting("recipe"))]
+    values = {flag.field: flag.values.read(text, flag.setting) for flag, text in given.items()}
     recipe = replace(recipe, **values)
     for flag in given:
         if not flag.needs.applies(recipe):
-            raise UserError(f"{spelled(flag.name)} has no effect on this recipe: "
-                            f"it is for {flag.needs.requires}")
+            raise UserError(flag.setting, " has no effect on this recipe: it is for ",
+                            *flag.needs.requires)
     return recipe
 
 

@@ -7,11 +7,15 @@ from quant.backend import BACKENDS
 # What is read for the folder of a pipeline alone.
 PIPELINE_FLAGS = ("prompts", "pipeline_args")
 
+# What goes elsewhere than with --model.
+QUANTISED = ("while a quantised checkpoint, or the folder of a pipeline, goes with --path "
+             "(and a file of float weights with --ckpt)")
+
 
 def make_parser(description: str) -> Parser:
     """Make the parser of all flags; ``description`` stands above them in its help."""
     parser = make_script_parser(description)
-    add_model_flags(parser)
+    add_model_flags(parser, QUANTISED)
     _add_folder_flags(parser)
     _add_image_flags(parser)
     _add_arithmetic_flags(parser)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from cli.parser import find_card, refuse_flags
-from cli.sample_flags import PIPELINE_FLAGS, make_parser
+from cli.sample_flags import PIPELINE_FLAGS, QUANTISED, make_parser
 from cli.settings import ModelChoice, choose_model, cpu_threads
 from cli.threads import cores_per_process, user_threads
 from cli.values import at_least, class_labels, user_value
@@ -200,7 +200,7 @@ def _choose_float_model(args: argparse.Namespace) -> ModelChoice:
     if args.weight_bit is not None or args.act_bit is not None:
         raise UserError("--weight-bit and --act-bit describe a quantised checkpoint: give it with "
                         "--path (without, the float model is sampled)")
-    model = choose_model(args)
+    model = choose_model(args, QUANTISED)
     if args.backend == "integer" and not args.assemble:
         raise UserError("--backend integer needs a quantised checkpoint: give one with --path")
     return model

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import config
-from cli.parser import find_card, refuse_flags
-from cli.quantize_flags import PIPELINE_FLAGS, make_parser
+from cli.next_command import sampling_command
+from cli.parser import DEFAULT_VAE, find_card, refuse_flags
+from cli.quantize_flags import PIPELINE_FLAGS, PIPELINES, make_parser
 from cli.recipe_flags import bit_widths, build_recipe, recipe_label
 from cli.threads import default_threads
 from cli.values import at_least, class_labels, new_folder, user_value
@@ -26,6 +27,9 @@ from quant.recipe import check_recipe
 STEPS = "50"
 # Guidance of the picture, if the command line does not say.
 PICTURE_CFG_SCALE = 4.0
+# Images that the next command makes: as many as papers judge, or what a CPU makes in a minute.
+IMAGES = 10_000
+SMALL_MODEL_IMAGES = 200
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,10 @@ class QuantizeSettings:
     @property
     def sampling_command(self) -> str:
         """The command that samples from the checkpoint."""
-        return ("torchrun --nnodes=1 --nproc_per_node=1 sample_merge_TAS.py "
-                f"--image-size {self.model.image_size} --model {self.model.name} "
-                f"--num-fid-samples 10000 --act-bit {self.act_bits} "
-                f"--weight-bit {self.weight_bits} --path {self.output} "
-                f"--num-sampling-steps {self.steps}")
+        images = SMALL_MODEL_IMAGES if self.model.card.is_small else IMAGES
+        # The decoder is all that a checkpoint does not say.
+        vae = () if self.model.vae == DEFAULT_VAE else ("--vae", self.model.vae)
+        return sampling_command(self.output, images, *vae)
 
 
 def quantize_settings(args: argparse.Namespace) -> QuantizeSettings:
@@ -79,7 +82,7 @@ def quantize_settings(args: argparse.Namespace) -> QuantizeSettings:
     Raises:
         UserError: a flag is unknown, out of range, or contradicts another.
     """
-    model = choose_model(args)
+    model = choose_model(args, PIPELINES)
     others = f"the folder of a diffusers pipeline, and {model.name} is a model of this repository"
     refuse_flags(args, make_parser(), PIPELINE_FLAGS, others)
     bits = bit_widths(args)
@@ -124,14 +127,17 @@ def quantize_settings(args: argparse.Namespace) -> QuantizeSettings:
     )
 
 
-def choose_model(args: argparse.Namespace) -> ModelChoice:
+def choose_model(args: argparse.Namespace, otherwise: str) -> ModelChoice:
     """Complete the flags that say which float model is meant by what its card says.
+
+    Args:
+        otherwise: what else a command takes, for the message.
 
     Raises:
         UserError: no such model, or too few classes.
     """
     name = args.model or config.default_model
-    card = find_card(name)
+    card = find_card(name, otherwise)
     num_classes = args.num_classes
     if num_classes is None:
         num_classes = card.num_classes
@@ -148,7 +154,8 @@ def choose_model(args: argparse.Namespace) -> ModelChoice:
 def _check_video_judge(recipe: Recipe, model: ModelChoice) -> None:
     if recipe.judge == "fvd" and model.card.features != "digits":
         raise UserError(f"--judge fvd looks at videos, and {model.name} makes images: "
-                        "give --judge fid (the bundled models have videos that stand in)")
+                        "give --judge fid (of all models the digits alone have videos, which "
+                        "stand in)")
 
 
 def _calibration_labels(text: str | None, num_classes: int, recipe: Recipe) -> tuple[int, ...]:

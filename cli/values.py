@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
-from errors import UserError
+from errors import Part, SettingError, UserError
 from files.atomic import writable_folder
 
 Value = TypeVar("Value")
@@ -19,11 +19,13 @@ def user_value(call: Callable[..., Value], *args) -> Value:
     """
     try:
         return call(*args)
+    except SettingError as error:
+        raise UserError(*error.args) from None
     except ValueError as error:
         raise UserError(str(error)) from None
 
 
-def one_of(value: Value, allowed: Iterable[Value], flag: str) -> Value:
+def one_of(value: Value, allowed: Iterable[Value], flag: Part) -> Value:
     """Return ``value`` if it is allowed.
 
     Raises:
@@ -31,7 +33,7 @@ def one_of(value: Value, allowed: Iterable[Value], flag: str) -> Value:
     """
     if value not in allowed:
         names = ", ".join(map(str, allowed))
-        raise UserError(f"{flag} {value} is not available: expected one of {names}")
+        raise UserError(flag, f" {value} is not available: expected one of {names}")
     return value
 
 
@@ -48,14 +50,14 @@ def expression(text: str, flag: str) -> str:
     return text
 
 
-def at_least(value: Number, minimum: float, flag: str) -> Number:
+def at_least(value: Number, minimum: float, flag: Part) -> Number:
     """Return ``value`` if it is not below ``minimum``.
 
     Raises:
         UserError: it is below, or not a number.
     """
     if not value >= minimum:
-        raise UserError(f"{flag} {value} is too small: expected at least {minimum}")
+        raise UserError(flag, f" {value} is too small: expected at least {minimum}")
     return value
 
 

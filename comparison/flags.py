@@ -8,6 +8,9 @@ from cli.settings import STEPS
 PIPELINE_RECIPES = ("rtn", "smoothquant", "ditas", "ditas-plus")
 # What is read for the folder of a pipeline alone.
 PIPELINE_FLAGS = ("prompts", "calibration_prompts", "pipeline_args", "clip")
+# What else --model may be.
+PIPELINES = ("or the folder or hub id of a diffusers pipeline "
+             "(a file of float weights goes with --ckpt)")
 
 
 def make_parser(description: str) -> Parser:

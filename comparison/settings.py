@@ -1,6 +1,5 @@
 """The checked command line of compare.py, for a model of this repository."""
 import argparse
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,9 @@ import torch
 from cli.parser import find_card, refuse_flags
 from cli.sample_settings import CFG_SCALE
 from cli.settings import STEPS
+from cli.threads import cores_per_process
 from cli.values import at_least, one_of
-from comparison.flags import PIPELINE_FLAGS, make_parser
+from comparison.flags import PIPELINE_FLAGS, PIPELINES, make_parser
 from errors import UserError
 from evaluation.networks import load_reference
 from files.atomic import writable_folder
@@ -95,7 +95,7 @@ def compare_settings(args: argparse.Namespace) -> CompareSettings:
     Raises:
         UserError: a value is not allowed, or the output folder cannot be written to.
     """
-    card = find_card(args.model)
+    card = find_card(args.model, PIPELINES)
     others = f"the folder of a pipeline, and {args.model} is none"
     refuse_flags(args, make_parser(""), PIPELINE_FLAGS, others)
     common = table_settings(args)
@@ -135,9 +135,9 @@ def table_settings(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: a number is too small.
     """
-    cores = os.cpu_count() or 1
+    cores = cores_per_process()
     nproc = (torch.cuda.device_count() or cores) if args.nproc is None else args.nproc
-    threads = args.threads or max(1, cores // max(1, nproc))
+    threads = max(1, cores // max(1, nproc)) if args.threads is None else args.threads
     check_numbers(args, nproc, threads)
     return {
         "model": args.model,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ditas.request import Request
+from errors import Part
 from quant.activations.quantisers import TimestepIndex
 from quant.backend import faster, resolve
 from quant.install import make_linear, with_stand_in
@@ -36,7 +37,7 @@ def faster_backend(
     return faster(list(islice(of_integers, TIMED_LAYERS)), TIMED_TOKENS, kind, device, packed=False)
 
 
-def obstacle(request: Request) -> str | None:
+def obstacle(request: Request) -> tuple[Part, ...] | None:
     """Say why a recipe cannot run on integers; None: it can."""
     recipe, bits = request.recipe, request.bits
     return integer_obstacle(

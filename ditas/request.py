@@ -82,7 +82,7 @@ def read_request(recipe_name: str, flags: dict[str, Any]) -> Request:
             given[RECIPE_FLAGS[name]] = _as_text(value)
         else:
             raise UserError(f"'{name}' is no flag of a recipe{_advice(name)}")
-    recipe = recipe_with(recipe_name, given, lambda name: name.replace("-", "_"))
+    recipe = recipe_with(recipe_name, given)
     bits = BitWidths(
         one_of(others["weight_bit"], WEIGHT_BITS, "weight_bit"),
         one_of(others["act_bit"], ACT_BITS, "act_bit"))

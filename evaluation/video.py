@@ -125,7 +125,7 @@ def load_video_extractor(kind: str, i3d: str | None, device: torch.device) -> Vi
         from examples.digits.videos import digits_video_extractor
         return digits_video_extractor(device)
     raise UserError("FVD needs a video network: give --i3d FILE, a TorchScript file such as "
-                    "i3d_torchscript.pt (the bundled models have a stand-in of their own)")
+                    "i3d_torchscript.pt (the digits alone have a stand-in of their own)")
 
 
 def i3d_extractor(path: Path, device: torch.device) -> VideoExtractor:

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
+from errors import Part, Setting, UserError
 from quant.install import make_linear, unnumbered
 from quant.layers.quantised import QuantizedLayer
 
@@ -20,7 +20,7 @@ ROUNDS = 5
 
 
 def resolve(
-        backend: str, reason: str | None, device: torch.device,
+        backend: str, reason: tuple[Part, ...] | None, device: torch.device,
         measure: Callable[[], str]) -> str:
     """Choose ``fake`` or ``integer``.
 
@@ -43,13 +43,14 @@ def resolve(
     if reason:
         if backend == "integer":
             raise UserError(
-                f"--backend integer cannot run this checkpoint: {reason}, or --backend fake")
+                Setting("backend", "integer"), " cannot run this checkpoint: ", *reason, ", or ",
+                Setting("backend", "fake"))
         return "fake"
     if _has_int8(device):
         return "integer" if backend == "integer" else measure()
     if backend == "integer":
         print(
-            f"warning: no int8 instructions on {device.type}: --backend fake instead",
+            f"warning: no int8 instructions on {device.type}: simulating instead",
             file=sys.stderr)
     return "fake"
 

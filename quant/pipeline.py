@@ -9,6 +9,7 @@ import config
 from architectures.registry import architecture_of
 from architectures.sites import Call, Site, modulations
 from config import Recipe
+from errors import Setting, SettingError
 from quant.activations.attention import Operands
 from quant.activations.quantisers import Activation
 from quant.balancing.maxima import check_step
@@ -207,9 +208,9 @@ def check_units(task: Task) -> None:
     """
     is_temporal = task.learns_rounding and task.recipe.units == "temporal"
     if is_temporal and not architecture_of(task.model).temporal(task.model):
-        raise ValueError(
+        raise SettingError(
             f"what the timestep decides in a {type(task.model).__name__} cannot be run on its own, "
-            "which this recipe learns first: give --units blocks or whole")
+            "which this recipe learns first: give ", Setting("units", "blocks", "whole"))
 
 
 def _look(task: Task, weights: WeightPart, first: FirstPass) -> Parts:

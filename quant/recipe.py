@@ -3,6 +3,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from config import Recipe
+from errors import Part, Setting, SettingError
 from quant.numerics.uniform import OFF_BITS, QuantSpec
 
 # Widths of the adaLN modulation's weights that a checkpoint can hold.
@@ -107,12 +108,12 @@ class Conflict:
     Attributes:
         when: whether a recipe has it, at a bit width of the activations.
         because: the reason, for the person at the terminal.
-        instead: flags that avoid it; empty where the reason says it all.
+        instead: what avoids it.
     """
 
     when: Callable[[Recipe, int], bool]
     because: str
-    instead: str = ""
+    instead: tuple[Part, ...]
 
 
 def _has_floating_scales(recipe: Recipe) -> bool:
@@ -137,94 +138,99 @@ def _has_groups(recipe: Recipe) -> bool:
     return not granularities.isdisjoint({"group", "strided"})
 
 
+AND, OR = " and ", ", or "
+OTHER_KINDS = (Setting("balance"), AND, Setting("attention"), " of another kind")
+
 CONFLICTS = (
     Conflict(
         when=lambda recipe, _: (
             recipe.weight_scales == "two-level" and recipe.weight_granularity != "group"),
         because="two-level weight scales are for groups along the inputs",
-        instead="--weight-granularity group, or --weight-scales float"),
+        instead=(Setting("weight_granularity", "group"), OR, Setting("weight_scales", "float"))),
     Conflict(
         when=lambda recipe, _: _has_groups(recipe) and recipe.weight_group < 1,
         because="groups need a size",
-        instead="--group-size"),
+        instead=(Setting("group_size"),)),
     Conflict(
         when=lambda recipe, _: (
             recipe.act_granularity == "group" and recipe.weight_granularity != "group"),
         because="activations are grouped as weights are",
-        instead="--weight-granularity group too"),
+        instead=(Setting("weight_granularity", "group"), " too")),
     Conflict(
         when=lambda recipe, _: recipe.is_static and recipe.act_granularity != "tensor",
         because="static ranges are one per layer",
-        instead="--act-granularity tensor, or --act-range dynamic"),
+        instead=(Setting("act_granularity", "tensor"), OR, Setting("act_range", "dynamic"))),
     Conflict(
         when=lambda recipe, _: recipe.attention != "none" and not recipe.is_static,
         because="quantised attention operands have static ranges",
-        instead="--act-range static too, or --attention none"),
+        instead=(Setting("act_range", "static"), " too", OR, Setting("attention", "none"))),
     Conflict(
         when=lambda recipe, _: recipe.act_steps != "uniform" and not recipe.is_static,
-        because="--act-steps other than uniform are for static ranges",
-        instead="--act-range static"),
+        because="timesteps that are not drawn uniformly are for static ranges",
+        instead=(Setting("act_range", "static"),)),
     Conflict(
         when=lambda recipe, _: recipe.act_steps == "each" and _is_repq(recipe),
         because="RepQ-ViT's factors and powers of the square root of 2 are the same at every step",
-        instead="--act-steps embedding, or --balance and --attention of another kind"),
+        instead=(Setting("act_steps", "embedding"), OR, *OTHER_KINDS)),
     Conflict(
         when=lambda recipe, _: recipe.act_clip == "search" and _is_repq(recipe),
-        because="--act-clip search is for uniform ranges of whole tensors",
-        instead="--act-clip percentile, or --balance and --attention of another kind"),
+        because="a search of scale and zero point is for uniform ranges of whole tensors",
+        instead=(Setting("act_clip", "percentile"), OR, *OTHER_KINDS)),
     Conflict(
         when=lambda recipe, _: recipe.balance == "reparameterise" and not recipe.is_static,
         because="balancing by RepQ-ViT's reparameterisation is for static ranges",
-        instead="--act-range static"),
+        instead=(Setting("act_range", "static"),)),
     Conflict(
         when=lambda recipe, act_bits: (
             recipe.balance == "reparameterise" and act_bits == OFF_BITS),
-        because="without quantised activations (--act-bit 16) there are no ranges to "
-                "reparameterise"),
+        because="without quantised activations there are no ranges to reparameterise",
+        instead=(Setting("act_bit"), " 4 to 8", OR, Setting("balance"), " of another kind")),
     Conflict(
         when=lambda recipe, _: (
             _uses_maxima(recipe) and len(recipe.alphas) > 1
             and (recipe.is_static or recipe.act_granularity == "group")),
         because="the grid search scores dynamic ranges per token, image or tensor",
-        instead="one --alpha, or other activations"),
+        instead=("one ", Setting("alpha"), ", or other activations")),
     Conflict(
         when=lambda recipe, _: _uses_maxima(recipe) and not recipe.alphas,
         because="balancing by activation maxima needs a migration strength",
-        instead="--alpha"),
+        instead=(Setting("alpha"),)),
     Conflict(
         when=lambda recipe, _: recipe.weight != "nearest" and recipe.order == "lowrank-first",
         because="GPTQ and AdaRound need the calibration trajectory, which comes after the weights "
                 "in the order lowrank-first",
-        instead="--weight nearest"),
+        instead=(Setting("weight", "nearest"),)),
     Conflict(
         when=lambda recipe, _: recipe.weight == "gptq" and recipe.weight_granularity == "strided",
         because="GPTQ works on whole rows or groups of consecutive inputs",
-        instead="another --weight-granularity, or --weight nearest"),
+        instead=("another ", Setting("weight_granularity"), OR, Setting("weight", "nearest"))),
     Conflict(
         when=lambda recipe, _: (
             recipe.weight == "adaround"
             and (not _has_floating_scales(recipe) or recipe.rank != 0)),
         because="AdaRound learns the rounding of floating scales without a low-rank branch",
-        instead="--weight-scales float --lowrank 0, or --weight nearest"),
+        instead=(Setting("weight_scales", "float"), AND, Setting("lowrank", 0), OR,
+                 Setting("weight", "nearest"))),
     Conflict(
         when=lambda recipe, _: (
             recipe.weight_range != "minmax" and not _has_floating_scales(recipe)),
         because="weight ranges other than minmax are for floating scales",
-        instead="--weight-scales float, or --weight-range minmax"),
+        instead=(Setting("weight_scales", "float"), OR, Setting("weight_range", "minmax"))),
     Conflict(
         when=lambda recipe, _: (
             recipe.tuning > 0 and (recipe.weight_scales != "two-level" or recipe.is_static)),
         because="tuning is for two-level weight scales and dynamic ranges of activations",
-        instead="--weight-scales two-level --act-range dynamic, or --tune 0"),
+        instead=(Setting("weight_scales", "two-level"), AND, Setting("act_range", "dynamic"), OR,
+                 Setting("tune", 0))),
     Conflict(
         when=lambda recipe, _: recipe.metric == "output" and recipe.order == "lowrank-first",
         because="the low-rank branch cannot look at outputs in the order lowrank-first",
-        instead="--lowrank-metric weight"),
+        instead=(Setting("lowrank_metric", "weight"),)),
     Conflict(
         when=lambda recipe, _: (
             bool(recipe.group_sizes) and recipe.weight_granularity != "group"),
         because="a choice of group sizes is for weights in groups",
-        instead="--weight-granularity group, or --group-sizes none"),
+        instead=(Setting("weight_granularity", "group"), OR, Setting("group_sizes", "none"))),
     Conflict(
         when=lambda recipe, _: (
             _has_tail(recipe)
@@ -232,23 +238,23 @@ CONFLICTS = (
                  or recipe.weight == "adaround")),
         because="a short last group is for floating scales from minima and maxima, "
                 "rounded to the nearest or by GPTQ",
-        instead="--group-tail refuse, or "
-                "--weight-scales float --weight-range minmax --weight gptq"),
+        instead=(Setting("group_tail", "refuse"), OR, Setting("weight_scales", "float"), AND,
+                 Setting("weight_range", "minmax"), AND, Setting("weight", "gptq"))),
     Conflict(
         when=lambda recipe, _: (
             bool(recipe.group_sizes) and recipe.allocate != "evolution" and recipe.is_static),
         because="integer programs weigh layers with dynamic ranges",
-        instead="--allocate evolution, or --act-range dynamic"),
+        instead=(Setting("allocate", "evolution"), OR, Setting("act_range", "dynamic"))),
     Conflict(
         when=lambda recipe, _: recipe.scope != "blocks" and recipe.adaln_bits != OFF_BITS,
-        because="scope adaln and all quantise adaLN modulation already",
-        instead="--adaln-weight-bit 16"),
+        because="every scope but blocks quantises adaLN modulation already",
+        instead=(Setting("adaln_weight_bit", OFF_BITS),)),
     Conflict(
         when=lambda recipe, _: (
             recipe.order == "lowrank-first" and recipe.weight_granularity != "strided"),
         because="the order lowrank-first is for strided groups, whose scales follow the input "
                 "channels",
-        instead="--weight-granularity strided"),
+        instead=(Setting("weight_granularity", "strided"),)),
 )
 
 
@@ -256,9 +262,9 @@ def check_recipe(recipe: Recipe, act_bits: int) -> None:
     """Make sure that the parts of a recipe go together.
 
     Raises:
-        ValueError: some do not; the message says why and what to give instead.
+        SettingError: some do not; the message says why and what to give instead.
     """
     for conflict in CONFLICTS:
         if conflict.when(recipe, act_bits):
-            advice = f": give {conflict.instead}" if conflict.instead else ""
-            raise ValueError(f"these parts do not go together: {conflict.because}{advice}")
+            raise SettingError(
+                f"these parts do not go together: {conflict.because}: give ", *conflict.instead)

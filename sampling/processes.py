@@ -50,10 +50,9 @@ def start_processes(threads: int, tf32: bool, launcher: int) -> Processes:
 
 @contextmanager
 def reported_endings(run: Processes, folder: Path) -> Iterator[None]:
-    """Turn the ways in which sampling may end into a line on stderr and an exit status.
+    """Turn a SIGTERM into a line on stderr, with the command to go on with, and status 143.
 
-    SIGTERM: status 143, and the command to go on with. A full disk: status 1. A run that ends well
-    closes the process group.
+    A run that ends well closes the process group.
     """
     try:
         yield
@@ -61,9 +60,16 @@ def reported_endings(run: Processes, folder: Path) -> Iterator[None]:
         if run.is_first:
             print(f"stopped by SIGTERM; the same command continues in {folder}", file=sys.stderr)
         sys.exit(STATUS)
+    PartialState().destroy_process_group()
+
+
+@contextmanager
+def reported_full_disk(folder: Path) -> Iterator[None]:
+    """Turn a failure to write into a line on stderr and status 1."""
+    try:
+        yield
     except OSError as error:
         reason = error.strerror or error
         print(f"sample_merge_TAS.py: error: cannot write to '{folder}': {reason}; make room, then "
               "run the same command again", file=sys.stderr)
         sys.exit(1)
-    PartialState().destroy_process_group()

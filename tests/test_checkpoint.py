@@ -331,7 +331,7 @@ def test_an_older_format_is_still_read(tmp_path):
     assert torch.allclose(old.layers[name].weight.dense(), expected)
     cpu = torch.device("cpu")
     assert checkpoint.backend_for(old.header, "auto", cpu, pytest.fail) == "fake"
-    with pytest.raises(UserError, match="quantise again with --weight-scales two-level"):
+    with pytest.raises(UserError, match="quantise again with weight_scales='two-level'"):
         checkpoint.backend_for(old.header, "integer", cpu, pytest.fail)
 
 

@@ -5,6 +5,7 @@ import os
 import pickle
 import platform
 import resource
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +21,9 @@ import QuantDiT
 import sample_merge_TAS
 from cli import sample_settings, settings
 from cli.memory import keep_freed_memory, large_blocks_apart, return_freed_memory
+from cli.quantize import judgement
 from cli.settings import quantize_settings
+from sampling.class_conditional import ClassConditional
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {"quant": QuantDiT, "sample": sample_merge_TAS}
@@ -45,6 +48,10 @@ def checkpoint_path(tmp_path_factory):
 
 @pytest.mark.parametrize("argv, message", [
     (["--model", "DiT-XXL/2"], "unknown model 'DiT-XXL/2': expected one of DiT-XL/2"),
+    (["--model", "w.safetensors"], "or the folder or hub id of a diffusers pipeline (a file of "
+     "float weights goes with --ckpt, a quantised checkpoint with --path)"),
+    (["--model", "DiT-Emoji", "--recipe", "qdit", "--judge", "fvd"],
+     "DiT-Emoji makes images: give --judge fid (of all models the digits alone have videos"),
     (["--recipe", "magic"], "--recipe magic is not available: expected one of rtn"),
     (["--weight-bit", "1"], "--weight-bit 1 is not available: expected one of 2, 3"),
     (["--weight-bit", "9"], "--weight-bit 9 is not available"),
@@ -97,7 +104,8 @@ def test_quantdit_refuses(capsys, argv, message):
 @pytest.mark.parametrize("argv, message", [
     (["--path", "nothing"], "checkpoint 'nothing' does not exist"),
     (["--weight-bit", "4"], "give it with --path"),
-    (["--model", "DiT-XXL/2"], "unknown model"),
+    (["--model", "DiT-XXL/2"], "while a quantised checkpoint, or the folder of a pipeline, goes "
+     "with --path"),
     (["--cfg-scale", "0.99"], "--cfg-scale 0.99 is too small"),
     (["--num-sampling-steps", "1001"], "expected 1 to 1000"),
     (["--num-fid-samples", "0"], "--num-fid-samples 0"),
@@ -138,6 +146,41 @@ def test_flags_that_contradict_the_checkpoint_are_refused(capsys, checkpoint_pat
 def test_classes_take_turns_among_the_images_of_calibration(argv, labels):
     args = QuantDiT.make_parser().parse_args(["--model", "DiT-Digits", *argv])
     assert quantize_settings(args).labels == labels
+
+
+def test_a_file_that_cannot_be_read_is_no_full_disk(capsys, checkpoint_path, monkeypatch):
+    def load(self, processes):
+        raise PermissionError(13, "Permission denied", "model.safetensors")
+
+    monkeypatch.setattr(ClassConditional, "load", load)
+    line = fails(capsys, "sample", "--path", checkpoint_path)
+    assert "cannot read what makes the images ([Errno 13] Permission denied: " in line
+    assert "make room" not in line
+
+
+@pytest.mark.parametrize("judge, loss, shown", [
+    ("sqnr", -18.3, "18.3 dB SQNR"), ("fid", 7.25, "FID 7.2"), ("fvd", 101.06, "FVD 101.1")])
+def test_a_judge_is_told_as_what_it_measures(judge, loss, shown):
+    assert judgement(judge, loss) == shown
+
+
+@pytest.mark.parametrize("argv, images", [
+    (["--model", "DiT-Digits"], 200),
+    (["--model", "DiT-Digits", "--output", "it's here/a b", "--vae", "mse"], 200),
+    (["--model", "DiT-XL/2", "--weight-bit", "8", "--num-sampling-steps", "100"], 10_000),
+])
+def test_the_next_command_samples_what_was_quantised(argv, images, monkeypatch):
+    settings = quantize_settings(QuantDiT.make_parser().parse_args(argv))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    launcher, script, *flags = shlex.split(settings.sampling_command)
+    assert (launcher, script) == ("python", "sample_merge_TAS.py")
+    args = sample_merge_TAS.make_parser().parse_args(flags)
+    assert (args.path, args.vae, args.num_fid_samples) == (
+        str(settings.output), settings.model.vae, images)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    words = shlex.split(settings.sampling_command)
+    assert words[:4] == ["torchrun", "--nnodes=1", "--nproc_per_node=3", "sample_merge_TAS.py"]
+    assert words[4:] == flags
 
 
 def test_parts_that_were_changed_show_in_the_name(capsys):

@@ -1,6 +1,7 @@
 """The comparison against the scripts it stands for, resuming, wrong command lines, fidelity."""
 import csv
 import json
+import os
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from comparison.judging import find_lpips
 from comparison.kept import KeptStep
 from comparison.quantdit import parse_arguments
 from comparison.rows import Row
+from comparison.settings import table_settings
 from diffusion import ddpm_step, make_schedule
 from diffusion.generate import Sampling, generate_latents, labels_for
 from download import load_decoder, load_model
@@ -220,6 +222,8 @@ def test_notes_of_rows_keep_their_entries(compared):
 
 @pytest.mark.parametrize("change, expected", [
     (["--model", "DiT-None"], "unknown model 'DiT-None'"),
+    (["--model", "DiT-None"], "or the folder or hub id of a diffusers pipeline"),
+    (["--threads", "0"], "--threads 0 is too small"),
     (["--recipes", "none"], "--recipes none is not available"),
     (["--recipes", "ditas:rank"], "bad override 'rank'"),
     (["--recipes", "ditas:colour=red"], "bad override 'colour=red'"),
@@ -317,3 +321,14 @@ def test_npz_of_a_row_holds_its_images(compared):
     files = list((folder / "out").glob("*/*/samples-*/*.npz"))
     assert len(files) == 3
     assert all(read_arrays(file)["arr_0"].shape == (COUNT, 16, 16, 3) for file in files)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="there is no affinity")
+def test_processes_and_threads_are_those_of_the_cores_that_may_be_used(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(6)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    settings = table_settings(compare.make_parser().parse_args([]))
+    assert (settings["nproc"], settings["threads"]) == (6, 1)
+    settings = table_settings(compare.make_parser().parse_args(["--nproc", "2"]))
+    assert (settings["nproc"], settings["threads"]) == (2, 3)

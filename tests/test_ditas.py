@@ -246,7 +246,13 @@ def test_rtn_needs_no_calls():
     ({"act_bit": "all"}, "act_bit all is not available"),
     ({"recipe": "ditto"}, "recipe ditto is not available: expected one of rtn"),
     ({"lowrank": "many"}, "lowrank 'many' is not a whole number"),
-    ({"iterations": 5}, "iterations has no effect on this recipe: it is for --weight adaround"),
+    ({"iterations": 5}, "iterations has no effect on this recipe: it is for weight='adaround'"),
+    ({"act_clip": "search"}, "act_clip has no effect on this recipe: it is for act_range='static'"),
+    ({"act_range": "static"}, "these parts do not go together: static ranges are one per layer: "
+                              "give act_granularity='tensor', or act_range='dynamic'"),
+    ({"act_bit": 16, "backend": "integer"},
+     "backend='integer' cannot run this checkpoint: its activations are not quantised: quantise "
+     "with act_bit 4 to 8, or backend='fake'"),
     ({"weight": "gptq", "weight_scales": "two-level"}, "these parts do not go together"),
     ({"backend": "gpu"}, "backend gpu is not available"),
     ({"exclude": "("}, "exclude '(' is no regular expression"),

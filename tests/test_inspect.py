@@ -1,14 +1,23 @@
 """QuantDiT.py --inspect: a table from a configuration alone, and one line where there is none."""
+import functools
 import json
 from pathlib import Path
 
 import pytest
 from conftest import call, error_line
+from torch import nn
 
+import cli.inspect
 import QuantDiT
 from architectures import survey
-from architectures.examples import EXAMPLES, build
-from architectures.inspection import inspect
+from architectures.examples import EXAMPLES, build, draw_call
+from architectures.inspection import Inspection, inspect
+from architectures.registry import architecture_of
+from architectures.sites import SCOPES, linears_of
+from cli.inspect import UNREAD, chosen_sites, inspect_settings
+from cli.quantize_flags import IGNORED, make_parser
+from ditas.quantizing import look_into
+from ditas.request import read_request
 
 SIZES = {example.name: example.sizes for example in EXAMPLES}
 FLUX = {"_class_name": "FluxTransformer2DModel", **SIZES["FluxTransformer2DModel"],
@@ -19,6 +28,17 @@ FLUX = {"_class_name": "FluxTransformer2DModel", **SIZES["FluxTransformer2DModel
 @pytest.fixture(autouse=True)
 def _in_a_fresh_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli.inspect, "inspect", inspected)
+
+
+def inspected(configuration: dict) -> Inspection:
+    """Look into each configuration once."""
+    return _inspected(json.dumps(configuration))
+
+
+@functools.cache
+def _inspected(configuration: str) -> Inspection:
+    return inspect(json.loads(configuration))
 
 
 def write(path: str, content: dict) -> None:
@@ -126,12 +146,51 @@ def test_the_table_and_quantising_choose_the_same_linears(capsys):
         outcome.site.pattern for outcome in done.sites}
 
 
+@pytest.mark.parametrize("scope", SCOPES)
+# The sites of the second are written down by hand, with roles of their own.
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "DiTTransformer2DModel"])
+def test_a_scope_holds_the_same_linears_in_the_table_and_in_quantising(capsys, name, scope):
+    write("folder/config.json", {"_class_name": name, **SIZES[name]})
+    argv = ("--model", "folder", "--recipe", "rtn", "--scope", scope)
+    rows, _ = table(capsys, *argv)
+    settings = inspect_settings(make_parser().parse_args(argv))
+    chosen = chosen_sites(inspected(settings.configuration).discovery, settings)
+    model = explored(name)
+    quantised = set(linears_of(architecture_of(model).sites(model, scope)))
+    assert set(linears_of(chosen)) == quantised
+    assert sum(int(row[1]) * linears_in(row[2]) for row in rows if row[4] == "W4A8") \
+        == len(quantised)
+
+
+@functools.cache
+def explored(name: str) -> nn.Module:
+    """Build a model that carries what is quantised of it, as ``ditas.quantize`` lets it."""
+    example = next(example for example in EXAMPLES if example.name == name)
+    model = build(example)
+    look_into(model, [draw_call(example)], read_request("rtn", {}))
+    return model
+
+
+def linears_in(weights: str) -> int:
+    """Count the linears in a cell such as ``2 of 32x32, 1 of 64x32``."""
+    return sum(int(part.split(" of ")[0]) for part in weights.split(", "))
+
+
+def test_outside_linears_stand_where_they_run(capsys):
+    write("folder/config.json", FLUX)
+    rows, _ = table(capsys, "--model", "folder")
+    names = [row[0] for row in rows]
+    assert names.index("x_embedder") < names.index("transformer_blocks.*.norm1.linear")
+    assert names[-1] == "proj_out"
+
+
 def test_blocks_that_differ_are_told_apart():
     sizes = {**SIZES["SD3Transformer2DModel 3.5"], "num_layers": 6,
              "dual_attention_layers": (0, 1, 2)}
     found = inspect({"_class_name": "SD3Transformer2DModel", **sizes})
     assert not found.warning
-    dual = [site.name for site in found.sites if site.name.endswith("attn2.to_q+to_k+to_v")]
+    names = [site.name for site in found.discovery.sites]
+    dual = [name for name in names if name.endswith("attn2.to_q+to_k+to_v")]
     assert len(dual) == 3
     assert all(found.places[name] == "norm1.linear" for name in dual)
 
@@ -144,7 +203,7 @@ def test_a_class_without_an_example_is_listed():
         "pad_token_id": 0, "rope_scaling": {"long_factor": [1.0] * 8, "short_factor": [1.0] * 8}})
     assert found.warning == "no call of OmniGenTransformer2DModel is known here, so that no fold " \
                             "could be proved"
-    assert len(found.blocks) == 2
+    assert len(found.discovery.blocks) == 2
     assert not found.places
 
 
@@ -183,9 +242,26 @@ def test_a_hub_id_without_network_is_refused(capsys, monkeypatch):
     (["--model", "DiT-XL/2"], "DiT-XL/2 is one of this repository"),
     (["--model", ".", "--weight-bit", "1"], "--weight-bit 1 is not available"),
     (["--model", ".", "--exclude", "("], "--exclude '(' is no regular expression"),
+    (["--model", ".", "--act-range", "static"], "static ranges are one per layer"),
+    *((["--model", ".", f"--{flag.replace('_', '-')}", "7"],
+       f"--{flag.replace('_', '-')} is for quantising, and --inspect only looks: drop it")
+      for flag in UNREAD if flag not in ("vae", "svd", "export", "offload")),
+    *((["--model", ".", *argv],
+       f"{argv[0]} is for quantising, and --inspect only looks: drop it")
+      for argv in (("--vae", "mse"), ("--svd", "exact"), ("--export", "diffusers"),
+                   ("--offload",))),
 ])
 def test_wrong_flags_are_refused(capsys, argv, message):
     assert message in error_line(capsys, lambda: call(QuantDiT, *argv, "--inspect"))
+
+
+def test_every_flag_is_read_or_refused():
+    args = vars(make_parser().parse_args([]))
+    parts = {name for name in args if name.startswith("part_")}
+    ignored = {name.replace("-", "_") for name in IGNORED}
+    read = {"model", "component", "recipe", "weight_bit", "act_bit", "include", "exclude"}
+    # With --path the export refuses --inspect.
+    assert args.keys() - parts - ignored - {"inspect", "path"} == read | set(UNREAD)
 
 
 def test_every_transformer_of_diffusers_is_surveyed_or_said_not_to_be():

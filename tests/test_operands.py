@@ -40,7 +40,7 @@ def test_an_attention_that_multiplies_by_itself_is_refused(recipe_name):
     with pytest.raises(ValueError, match=message) as caught:
         quantise(unfused_model(), recipe_name)
     assert "TIMM_FUSED_ATTN=1" in str(caught.value)
-    assert "--attention none" in str(caught.value)
+    assert "give attention='none'" in str(caught.value)
 
 
 def test_it_is_refused_before_weights_are_quantised(monkeypatch):

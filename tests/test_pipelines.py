@@ -13,6 +13,7 @@ import QuantDiT
 from cli import pipelines
 from cli.call_arguments import call_arguments, write
 from cli.pipelines import PROMPTS, prompts_file, read_prompts, repeated
+from cli.quantize_flags import make_parser
 from examples.emoji import pixart
 
 WORDS = ["red apple", "lion", "face"]
@@ -51,6 +52,8 @@ def test_a_folder_becomes_a_quantised_folder(float_folder, capsys):
     printed = capsys.readouterr().out
     assert "| transformer_blocks.*.ff.net.2 | 7 | W4A8 | at run time |" in printed
     assert "next, in Python: import ditas" in printed
+    # Sampling goes on with what was calibrated on.
+    assert read_prompts(prompts_file(None, Path("made/quantised"))) == tuple(WORDS)
     assert [path.name for path in Path("made").iterdir()] == ["quantised"]
     name_the_tokenizer(Path("made/quantised"))
     images = pixart.draw_prompts(pixart.load_pipeline(Path("made/quantised")), WORDS, steps=2)
@@ -81,6 +84,45 @@ def test_prompts_are_the_given_ones_then_the_folders_then_our_own():
     (folder / "prompts.txt").write_text("lion")
     assert prompts_file(None, folder) == folder / "prompts.txt"
     assert prompts_file("given.txt", folder) == Path("given.txt")
+
+
+@pytest.mark.parametrize("given, own, kept", [
+    ("prompts.txt", "lion", tuple(WORDS)),
+    ("prompts.txt", None, tuple(WORDS)),
+    (None, "lion", ("lion",)),
+    # Sampling finds our own by itself.
+    (None, None, ()),
+])
+def test_the_prompts_of_a_folder_are_those_that_were_calibrated_on(given, own, kept):
+    folder = folder_with(BROKEN)
+    if own is not None:
+        Path(folder, "prompts.txt").write_text(own)
+    argv = [] if given is None else ["--prompts", given]
+    # How many images calibration makes changes none of them.
+    args = make_parser().parse_args(["--model", folder, "--calibration-images", "7", *argv])
+    settings = pipelines.pipeline_settings(args)
+    assert settings.kept_prompts == kept
+    Path("written").mkdir()
+    pipelines.write_prompts(Path("written"), settings.kept_prompts)
+    if kept:
+        assert read_prompts(prompts_file(None, Path("written"))) == kept
+    assert prompts_file(None, Path("written")) == (
+        Path("written/prompts.txt") if kept else PROMPTS)
+
+
+@pytest.mark.parametrize("model, argv, name", [
+    ("folder", (), "folder-W4A8-ditas"),
+    (".", ("--weight-bit", "3"), "folder-W3A8-ditas"),
+    ("../folder/", ("--recipe", "rtn", "--act-granularity", "token"),
+     "folder-W4A8-rtn-act-granularity=token"),
+    ("folder", ("--lowrank", "0", "--alpha", "0.5"), "folder-W4A8-ditas-alpha=0.5-lowrank=0"),
+])
+def test_the_default_folder_says_what_was_done(monkeypatch, model, argv, name):
+    folder = folder_with(BROKEN)
+    if model != "folder":
+        monkeypatch.chdir(folder)
+    args = make_parser().parse_args(["--model", model, *argv])
+    assert pipelines.pipeline_settings(args).output == Path("results") / name
 
 
 def test_arguments_of_a_call_json_over_flags_over_folder(tmp_path):

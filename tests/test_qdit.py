@@ -16,6 +16,7 @@ from architectures.sites import Site
 from config import RECIPES, Recipe
 from diffusion import ddim_step, make_schedule
 from diffusion.generate import Sampling, generate_latents
+from errors import UserError
 from evaluation.judge import Judge, sqnr_judge
 from evaluation.metrics import sqnr_db
 from quant import checkpoint
@@ -97,12 +98,13 @@ def test_adaln_of_16_bits_is_left_alone_too():
 
 
 def test_integer_products_need_quantised_weights_and_zero_points_that_are_codes():
-    def obstacle(recipe: Recipe, bits: int) -> str | None:
-        return integer_obstacle(recipe, weight_spec(recipe, bits), act_spec(recipe, 8))
+    def obstacle(recipe: Recipe, bits: int) -> str:
+        parts = integer_obstacle(recipe, weight_spec(recipe, bits), act_spec(recipe, 8))
+        return str(UserError(*parts or ()))
 
-    assert obstacle(RECIPES["ditas"], 4) is None
-    assert "--weight-bit 2 to 8" in obstacle(RECIPES["ditas"], 16)
-    assert "--zero-point widened" in obstacle(replace(RECIPES["ditas"], convention="free"), 4)
+    assert obstacle(RECIPES["ditas"], 4) == ""
+    assert "weight_bit 2 to 8" in obstacle(RECIPES["ditas"], 16)
+    assert "zero_point='widened'" in obstacle(replace(RECIPES["ditas"], convention="free"), 4)
 
 
 # Inputs that are computed from the timestep.

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from architectures.registry import architecture_of
 from cli.recipe_flags import FLAGS, build_recipe
-from config import RECIPES
-from errors import UserError
+from config import RECIPES, Recipe
+from errors import Setting, SettingError, UserError, as_flag
 from evaluation.judge import Judge
 from quant.calibration.observers import ImageMaxima, Samples, StepSamples, pick
 from quant.calibration.trajectory import record, replay
 from quant.calibration.watch import Observer, Watch
 from quant.numerics.tokens import matrix
 from quant.pipeline import quantize_model
-from quant.recipe import BitWidths, check_recipe
+from quant.recipe import CONFLICTS, OR, BitWidths, check_recipe
 from quant.refinement.allocation import GroupSearch
 from QuantDiT import make_parser
 
@@ -33,7 +33,8 @@ def test_every_recipe_is_sound(name):
     check_recipe(RECIPES[name], 8)
 
 
-@pytest.mark.parametrize("name, changes, advice", [
+# Recipes, changes of theirs that do not go together, and what is told to the command line.
+WRONG = (
     ("rtn", {"weight_scales": "two-level"}, "--weight-granularity group"),
     ("rtn", {"weight_granularity": "group"}, "--group-size"),
     ("rtn", {"weight_granularity": "strided"}, "--group-size"),
@@ -55,16 +56,72 @@ def test_every_recipe_is_sound(name):
     ("ditas-published", {"metric": "output"}, "--lowrank-metric weight"),
     ("rtn", {"tuning": 1}, "--weight-scales two-level"),
     ("rtn", {"group_sizes": (32,)}, "--weight-granularity group"),
-    ("ditas", {"scope": "adaln"}, "--adaln-weight-bit 16"),
+    *(("ditas", {"scope": scope}, "scope but blocks quantises adaLN modulation already: "
+       "give --adaln-weight-bit 16") for scope in ("adaln", "inner", "all")),
     ("ditas", {"group_tail": "allow"}, "--weight-scales float"),
     ("qdit", {"group_tail": "allow", "weight_range": "shrink"}, "--group-tail refuse"),
     ("qdit", {"allocate": "ilp", "act_range": "static", "act_granularity": "tensor"},
      "--act-range dynamic"),
-])
+)
+
+
+def refusal(recipe: Recipe) -> SettingError | None:
+    """Return the error that a recipe is refused with; None: it is not."""
+    try:
+        check_recipe(recipe, 8)
+    except SettingError as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("name, changes, advice", WRONG)
 def test_parts_that_do_not_go_together_are_refused(name, changes, advice):
-    with pytest.raises(ValueError, match="do not go together") as caught:
-        check_recipe(replace(RECIPES[name], **changes), 8)
-    assert advice in str(caught.value)
+    message = refusal(replace(RECIPES[name], **changes)).spelled(as_flag)
+    assert "do not go together" in message and advice in message
+
+
+@pytest.mark.parametrize("name, changes, advice", WRONG)
+def test_whoever_follows_the_advice_meets_this_refusal_no_more(name, changes, advice):
+    recipe = replace(RECIPES[name], **changes)
+    before = refusal(recipe)
+    ways = [()]
+    for part in before.args[1:]:
+        ways = [*ways, ()] if part == OR else [*ways[:-1], (*ways[-1], part)]
+    flags = {flag.setting.name: flag for flag in FLAGS}
+    for way in ways:
+        settings = [part for part in way if isinstance(part, Setting)]
+        if not all(setting.values for setting in settings):
+            # A value of the user's choice.
+            continue
+        values = {flags[setting.name].field: flags[setting.name].values.read(
+            str(setting.values[0]), setting) for setting in settings}
+        assert str(refusal(replace(recipe, **values))) != str(before)
+
+
+def test_every_setting_in_a_message_is_a_flag():
+    known = {flag.setting.name for flag in FLAGS} | {"act_bit"}
+    told = [*(conflict.instead for conflict in CONFLICTS), *(flag.needs.requires for flag in FLAGS)]
+    settings = [part for parts in told for part in parts if isinstance(part, Setting)]
+    assert {setting.name for setting in settings} <= known
+    flags = {flag.setting.name: flag for flag in FLAGS}
+    for setting in settings:
+        for value in setting.values:
+            flags[setting.name].values.read(str(value), setting)
+    assert not any("--" in part for parts in told for part in parts if isinstance(part, str))
+    assert not any("--" in conflict.because for conflict in CONFLICTS)
+
+
+def test_help_lists_what_can_be_chosen():
+    text = " ".join(make_parser().format_help().split())
+    for choice in ("--weight {nearest,gptq,adaround}", "--scope {blocks,adaln,inner,all}",
+                   "--zero-point {free,clamped,widened}", "--adaln-weight-bit {4,8,16}",
+                   "--lowrank N|paper"):
+        assert choice in text
+    for flag in FLAGS:
+        if flag.values.metavar.startswith("{"):
+            for value in flag.values.metavar.strip("{}").split(","):
+                flag.values.read(value, flag.setting)
+    assert "VALUE" not in text
 
 
 def test_every_part_has_a_flag_and_every_flag_its_part():
@@ -110,11 +167,12 @@ def test_flags_change_the_parts_of_a_recipe():
     (["--recipe", "qdit", "--judge-cfg-scale", "0.5"], "--judge-cfg-scale 0.5 is too small"),
     (["--recipe", "qdit", "--allocate", "ilp", "--population", "4"], "--allocate evolution"),
     (["--hessian", "sequential"], "it is for --weight gptq"),
-    (["--adaln-input", "float"], "it is for --scope adaln or all"),
+    (["--adaln-input", "float"], "it is for --scope adaln, inner or all"),
 ])
 def test_a_wrong_part_is_named(arguments, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError) as caught:
         build_recipe(make_parser().parse_args(arguments))
+    assert message in caught.value.spelled(as_flag)
 
 
 def test_scopes_hold_what_they_say():

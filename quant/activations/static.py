@@ -4,6 +4,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from architectures.sites import AttentionSite, Site
+from errors import Setting, SettingError
 from quant.activations.attention import Operands
 from quant.activations.quantisers import Activation
 from quant.activations.softmax import PowersOfRootTwo
@@ -182,10 +183,10 @@ class StaticOperands:
         for output, samples in self._samples.items():
             name = self._by_output[output].name
             if samples.is_empty:
-                raise ValueError(
+                raise SettingError(
                     f"attention {name} never called scaled_dot_product_attention, where its "
-                    "operands are quantised: let it (timm's does under TIMM_FUSED_ATTN=1), or give "
-                    "--attention none")
+                    "operands are quantised: let it (timm's does under TIMM_FUSED_ATTN=1), or "
+                    "give ", Setting("attention", "none"))
             operands[name] = self._operands(samples, smoothing[output])
         return operands
 

@@ -6,6 +6,7 @@ from quant.checkpoint.header import (
     SUFFIX,
     Header,
     default_name,
+    default_stem,
     find,
     read_header,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "backend_for",
     "build",
     "default_name",
+    "default_stem",
     "find",
     "load",
     "read",

@@ -65,7 +65,12 @@ def default_name(
     model: str, image_size: int, weight_bit: int, act_bit: int, recipe_name: str
 ) -> str:
     """Make a file's name of what it will hold."""
-    return file_stem(f"{model}-{image_size}-W{weight_bit}A{act_bit}-{recipe_name}") + SUFFIX
+    return default_stem(f"{model}-{image_size}", weight_bit, act_bit, recipe_name) + SUFFIX
+
+
+def default_stem(model: str, weight_bit: int, act_bit: int, recipe_name: str) -> str:
+    """Name what is made of a model; the recipe's name may hold flags (``ditas:lowrank=0``)."""
+    return file_stem(f"{model}-W{weight_bit}A{act_bit}-{recipe_name}")
 
 
 def find(path: str) -> Path:

@@ -180,7 +180,7 @@ def backend_for(
         recipe, weight_spec(recipe, header.weight_bit), act_spec(recipe, header.act_bit))
     if header.format_version < FIRST_WITH_INTEGER_BRANCH and recipe.rank != 0:
         obstacle = obstacle or ("its low-rank branch is of an older format: "
-                                "quantise again with this QuantDiT.py")
+                                "quantise again with this QuantDiT.py",)
     return resolve(backend, obstacle, device, measure)
 
 

@@ -16,9 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from config import Recipe
+import config
+from config import RECIPES, Recipe
+from errors import Part, Setting
 from quant.layers.quantised import QuantizedLayer
 from quant.numerics.uniform import OFF_BITS, QuantSpec
+from quant.recipe import act_spec, weight_spec
 
 INT8 = torch.iinfo(torch.int8)
 # Taken from 8-bit codes, so that they fit int8.
@@ -73,32 +76,48 @@ class Nibbles:
         return ((groups - self.zero) * self.scale).flatten(1)
 
 
-def integer_obstacle(recipe: Recipe, weight: QuantSpec, act: QuantSpec) -> str | None:
+def integer_obstacle(
+    recipe: Recipe, weight: QuantSpec, act: QuantSpec
+) -> tuple[Part, ...] | None:
     """Say why layers quantised like this cannot run on integers, and what to use instead.
 
     Returns:
-        The reason; None if they can.
+        The parts of the message; None if they can.
     """
+    obstacle = _obstacle(recipe, weight, act)
+    if obstacle is None:
+        return None
+    reason, instead = obstacle
+    return f"{reason}: ", *(instead or ("use ", Setting("recipe", *integer_recipes())))
+
+
+def integer_recipes() -> list[str]:
+    """Name the recipes whose layers can run on integers."""
+    return [name for name, recipe in RECIPES.items()
+            if _obstacle(recipe, weight_spec(recipe, config.weight_bit),
+                         act_spec(recipe, config.act_bit)) is None]
+
+
+def _obstacle(
+    recipe: Recipe, weight: QuantSpec, act: QuantSpec
+) -> tuple[str, tuple[Part, ...]] | None:
+    """Find the reason, and what to do; nothing: another recipe is needed."""
     if recipe.act_range == "static" or recipe.scope != "blocks":
-        return (
-            "static ranges, and layers outside the blocks, are only simulated: "
-            "use recipe ditas, ditas-plus, rtn or smoothquant")
+        return "static ranges, and layers outside the blocks, are only simulated", ()
     if act.bits == OFF_BITS:
-        return "its activations are not quantised (--act-bit 16): quantise with --act-bit 4 to 8"
+        return ("its activations are not quantised",
+                ("quantise with ", Setting("act_bit"), " 4 to 8"))
     if weight.bits == OFF_BITS:
-        return "its weights are not quantised (--weight-bit 16): quantise with --weight-bit 2 to 8"
+        return ("its weights are not quantised",
+                ("quantise with ", Setting("weight_bit"), " 2 to 8"))
     if act.convention in ("free", "clamped"):
-        return (
-            "its zero points are no codes of ranges that include 0: "
-            "quantise again with --zero-point widened")
+        return ("its zero points are no codes of ranges that include 0",
+                ("quantise again with ", Setting("zero_point", "widened")))
     if act.granularity not in ("token", "image") or weight.granularity == "strided":
-        return (
-            "its scales vary along the inputs of one product or with the batch: "
-            "use recipe ditas, ditas-plus, rtn or smoothquant")
+        return "its scales vary along the inputs of one product or with the batch", ()
     if weight.granularity == "group" and weight.convention != "two-level":
-        return (
-            "its groups have floating scales (an older file, or --weight-scales float): "
-            "quantise again with --weight-scales two-level")
+        return ("its groups have floating scales, as those of older files",
+                ("quantise again with ", Setting("weight_scales", "two-level")))
     return None
 
 
