@@ -11,7 +11,7 @@ import torch
 
 from comparison.arguments import flags
 from comparison.jobs import Job
-from comparison.judging import device
+from comparison.judging import default_device
 from comparison.kept import KeptStep
 from comparison.quantdit import quantize
 from comparison.subject import Quantised, Subject, TableRow
@@ -76,7 +76,7 @@ class Comparison:
         subject = self.subject
         path = subject.output(folder)
         arguments = subject.quantising_arguments(job, path)
-        results, pages = [subject.proof(path)], []
+        results, pages = [subject.marker_file(path)], []
         if self._settings.report is not None:
             report = self._settings.report / subject.place / job.name
             pages = subject.report_arguments(report)
@@ -118,7 +118,7 @@ class Comparison:
 
     def _images_key(self, quantised: Quantised | None, sampling: list[str]) -> list[str]:
         """Everything that decides the images of a row but their number."""
-        machine = [torch.__version__, device().type]
+        machine = [torch.__version__, default_device().type]
         if quantised is None:
             return [*sampling, *self.subject.float_identity(), *machine]
         digest = self.subject.digest(quantised.path)

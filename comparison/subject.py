@@ -81,7 +81,7 @@ class Subject(Protocol):
     def output(self, folder: Path) -> Path:
         """Say where QuantDiT.py writes, in the folder of a row."""
 
-    def proof(self, output: Path) -> Path:
+    def marker_file(self, output: Path) -> Path:
         """Name the file that is there when QuantDiT.py has written ``output``."""
 
     def digest(self, output: Path) -> str:
