@@ -50,11 +50,11 @@ PICTURE_COLUMNS = 4
 
 
 @dataclass(frozen=True)
-class Quantized:
-    """What became of a float model.
+class QuantizedFile:
+    """A quantised model as it was written.
 
     Attributes:
-        path: of the checkpoint.
+        path: of the checkpoint, or of a pipeline's folder.
         seconds: that quantisation took; loading, picture and report are not counted.
         search_seconds: of these the choice of group sizes; None where there was none.
     """
@@ -72,7 +72,7 @@ class Shown:
     result: Result  # the layers are those that are drawn
 
 
-def quantize(settings: QuantizeSettings) -> Quantized:
+def quantize(settings: QuantizeSettings) -> QuantizedFile:
     """Write a quantised checkpoint, a picture, and the figures that the settings ask for.
 
     Prints what was written, the time of every stage, and the command that comes next.
@@ -119,7 +119,7 @@ def quantize(settings: QuantizeSettings) -> Quantized:
     if shown is not None:
         write_report(settings, shown, pair, len(schedule))
     print(f"next: {settings.sampling_command}")
-    return Quantized(settings.output, quantising.seconds, search_seconds)
+    return QuantizedFile(settings.output, quantising.seconds, search_seconds)
 
 
 @large_blocks_apart()

@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import config
+from cli.quantize import QuantizedFile
 from cli.values import user_value
 from comparison.arguments import SAMPLING_ARITHMETIC, flags
 from comparison.jobs import FLOAT, Job, check_job, default_recipes, parse_job
@@ -10,7 +11,6 @@ from comparison.judging import ImageJudge, default_device, load_float
 from comparison.kept import file_identity
 from comparison.rows import COLUMNS, Row
 from comparison.settings import CompareSettings
-from comparison.subject import Quantised
 from diffusion import make_schedule
 from diffusion.generate import Sampling
 from files.digests import sha256
@@ -120,7 +120,7 @@ class ClassConditional:
         ]
 
     def judge(
-        self, job: Job, quantised: Quantised | None, images: Path, float_images: Path,
+        self, job: Job, quantised: QuantizedFile | None, images: Path, float_images: Path,
     ) -> Row:
         fidelity = None
         if quantised is not None and self.settings.num_fidelity_samples > 0:

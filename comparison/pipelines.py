@@ -8,13 +8,13 @@ from typing import Any
 
 from cli.call_arguments import call_arguments
 from cli.pipelines import COMPONENT, read_prompts
+from cli.quantize import QuantizedFile
 from comparison.arguments import SAMPLING_ARITHMETIC, flags
 from comparison.jobs import FLOAT, OVERRIDES, Job, parse_job
 from comparison.judging import default_device
 from comparison.kept import file_identity
 from comparison.pipeline_judging import FORMATS, PipelineJudge
 from comparison.pipeline_settings import PipelineTableSettings
-from comparison.subject import Quantised
 from files.atomic import file_stem
 from files.digests import folder_sha256, text_sha256
 
@@ -151,7 +151,7 @@ class PipelineSubject:
         ]
 
     def judge(
-        self, job: Job, quantised: Quantised | None, images: Path, float_images: Path,
+        self, job: Job, quantised: QuantizedFile | None, images: Path, float_images: Path,
     ) -> PipelineRow:
         folder = self.settings.folder if quantised is None else quantised.path
         numbers = {
