@@ -21,6 +21,7 @@ from cli.settings import QuantizeSettings
 from cli.stages import stage
 from cli.values import one_of, user_value
 from diffusion import Schedule, ddpm_step, make_schedule
+from diffusion.decoding import Decoder
 from diffusion.generate import (
     Sampling,
     device_of,
@@ -28,11 +29,12 @@ from diffusion.generate import (
     guided_drive,
     latent_noise,
 )
-from download import Decoder, load_decoder, load_model
+from download import load_decoder, load_model
 from evaluation.judge import Judge, fid_judge, sqnr_judge
 from evaluation.networks import load_extractor, load_reference, load_video_reference
 from evaluation.video import load_video_extractor
 from evaluation.video_judge import fvd_judge
+from examples.bundles import find_videos
 from files.atomic import atomic
 from files.images import grid, side_by_side, to_bytes
 from quant import checkpoint
@@ -182,11 +184,11 @@ def make_video_judge(
     settings: QuantizeSettings, model: nn.Module, decoder: Decoder, sampling: Sampling,
 ) -> Judge:
     """Make a loss that looks at videos, which the bundled models make of images that follow."""
-    from examples.digits.videos import sample_videos
     card = settings.model.card
+    videos = find_videos(card.bundle)
     extractor = load_video_extractor(card.features, settings.i3d, device_of(model))
     reference = load_video_reference(card, settings.reference, settings.output.parent)
-    sample = partial(sample_videos, decode=decoder, sampling=sampling)
+    sample = partial(videos.sample, decode=decoder, sampling=sampling)
     return user_value(fvd_judge, sample, extractor, reference, str(sampling))
 
 

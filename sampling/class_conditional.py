@@ -10,9 +10,10 @@ from architectures.registry import architecture_of
 from cli.memory import large_blocks_apart
 from cli.sample_settings import SampleSettings
 from diffusion import ddim_step, ddpm_step, make_schedule
+from diffusion.decoding import Decoder
 from diffusion.generate import batch_indices, decode_images, generate_latents, labels_for
 from diffusion.sampler import Step
-from download import Decoder, load_decoder, load_model
+from download import load_decoder, load_model
 from files.digests import sha256, weights_sha256
 from quant import checkpoint
 from quant.backend import faster
