@@ -16,8 +16,8 @@ from quant.calibration.trajectory import Drive, record, replay
 from quant.install import device_of
 from quant.layers.quantised import QuantizedLayer
 from quant.numerics.smoothing import Smoothing
-from quant.numerics.tokens import matrix
-from quant.numerics.uniform import grouped
+from quant.numerics.tokens import matrix_shape
+from quant.numerics.uniform import check_groups
 from quant.parts import (
     FirstPass,
     Parts,
@@ -177,11 +177,11 @@ def check_task(task: Task, search: GroupSearch | None) -> None:
     Raises:
         ValueError: they do not.
     """
-    check_groups(task, search)
+    check_group_sizes(task, search)
     check_units(task)
 
 
-def check_groups(task: Task, search: GroupSearch | None) -> None:
+def check_group_sizes(task: Task, search: GroupSearch | None) -> None:
     """Make sure that group sizes fit or can be chosen, before any work is done.
 
     Raises:
@@ -196,7 +196,7 @@ def check_groups(task: Task, search: GroupSearch | None) -> None:
     spec = weight_spec(task.recipe, task.bits.weights)
     for site in task.sites:
         for name in site.linears:
-            grouped(matrix(task.model.get_submodule(name)), spec)
+            check_groups(matrix_shape(task.model.get_submodule(name)), spec)
 
 
 def check_units(task: Task) -> None:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
@@ -21,6 +21,7 @@ from quant.calibration.trajectory import Trajectory, joint_weight
 from quant.install import install
 from quant.layers.quantised import QuantizedLayer
 from quant.numerics.smoothing import Smoothing
+from quant.numerics.tokens import matrix_shape
 from quant.parts import Parts, Task
 from quant.refinement.draws import Budget
 from quant.refinement.evolution import Objective, Round, evolve
@@ -82,7 +83,7 @@ def choose_group_sizes(
         ValueError: no size divides any width, or as ``evolve`` and ``least_cost``.
     """
     recipe, bits = task.recipe, task.bits
-    shapes = {site.name: tuple(joint_weight(site, task.weight).shape) for site in task.sites}
+    shapes = {site.name: _joint_shape(site, task.model) for site in task.sites}
     choices = _choices(shapes, recipe)
     allowed = _constraint(recipe, choices, shapes, (bits.weights, bits.activations))
     drafts = Drafts(task, parts, smoothing)
@@ -140,6 +141,12 @@ class Drafts:
             weight = smoothing.of_weight(self.task.weight(name))
             total += cost(inputs, weight, layer)
         return total
+
+
+def _joint_shape(site: Site, model: nn.Module) -> tuple[int, int]:
+    """Return the shape (O, I) of the weights of a site's linears, stacked."""
+    shapes = [matrix_shape(model.get_submodule(name)) for name in site.linears]
+    return sum(rows for rows, _ in shapes), shapes[0][1]
 
 
 def _choices(shapes: dict[str, tuple[int, int]], recipe: Recipe) -> dict[str, Sizes]:
