@@ -35,6 +35,10 @@ from quant.recipe import (
     adaln_spec,
     check_recipe,
     has_weight_only_adaln,
+    is_tuned,
+    learns_rounding,
+    needs_trajectory,
+    runs_quantised_so_far,
     weight_spec,
 )
 from quant.refinement.adaround import reconstruct
@@ -139,11 +143,11 @@ def quantize_model(
     # The weights, and what is learned or added afterwards.
     so_far = _quantised_so_far(task, first, acts, smoothing, operands)
     layers = _layers(task, parts, acts, smoothing, groups, so_far)
-    if task.learns_rounding:
+    if learns_rounding(recipe, bits):
         layers, operands = learn_rounding(task, first, layers, operands)
     if has_weight_only_adaln(recipe, bits.weights):
         layers |= weight_only_layers(task)
-    if task.is_tuned:
+    if is_tuned(recipe, bits):
         layers = tune(model, layers, first.trajectory, recipe.tuning)
     return Result(layers, operands, first.maxima, smoothing, allocation)
 
@@ -154,7 +158,7 @@ def sampled(task: Task, drive: Drive) -> FirstPass:
     Raises:
         ValueError: the recipe looks at a timestep that the trajectory does not have.
     """
-    if not task.needs_trajectory:
+    if not needs_trajectory(task.recipe, task.bits):
         return FirstPass(None, {})
     trajectory, maxima = record(task.model, task.sites, drive)
     check_step(task.recipe.timestep, len(trajectory))
@@ -205,7 +209,8 @@ def check_units(task: Task) -> None:
     Raises:
         ValueError: it cannot.
     """
-    is_temporal = task.learns_rounding and task.recipe.units == "temporal"
+    learned = learns_rounding(task.recipe, task.bits)
+    is_temporal = learned and task.recipe.units == "temporal"
     if is_temporal and not architecture_of(task.model).temporal(task.model):
         raise ValueError(
             f"what the timestep decides in a {type(task.model).__name__} cannot be run on its own, "
@@ -232,7 +237,7 @@ def _quantised_so_far(
     operands: dict[str, Operands],
 ) -> QuantisedSoFar | None:
     """Make the model that goes along with its quantisation, if the recipe looks at it."""
-    if not task.has_sequential_moments:
+    if not runs_quantised_so_far(task.recipe, task.bits):
         return None
     inputs = _drawn_call(first, task.recipe, config.hessian_images)
     return QuantisedSoFar(task, acts, smoothing, operands, inputs)

@@ -23,6 +23,7 @@ from quant.layers.quantised import QuantizedLayer
 from quant.numerics.smoothing import Smoothing
 from quant.numerics.tokens import matrix_shape
 from quant.parts import Parts, Task
+from quant.recipe import weighs_layers
 from quant.refinement.draws import Budget
 from quant.refinement.evolution import Objective, Round, evolve
 from quant.refinement.group_sizes import (
@@ -92,7 +93,7 @@ def choose_group_sizes(
         return search.objective.loss(install(deepcopy(task.model), drafts.layers(groups)))
 
     started = time.perf_counter()
-    if task.weighs_layers:
+    if weighs_layers(recipe):
         groups = least_cost(drafts.costs(choices), allowed)
         seconds = time.perf_counter() - started
         return Allocation(groups, loss_of(groups), seconds)
