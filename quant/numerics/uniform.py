@@ -219,9 +219,8 @@ def affine_grid(scale: Tensor, zero: Tensor, spec: QuantSpec) -> Grid:
     return Grid(scale, zero, -zero, spec.top - zero, scale)
 
 
-@dataclass(frozen=True)
-class Quantized:
-    """Integer codes with what turns them back into values.
+class Coded:
+    """Integer codes with what turns them back into values, however the codes are held.
 
     Attributes:
         codes: uint8, the shape of the quantised tensor.
@@ -236,7 +235,7 @@ class Quantized:
     scale: Tensor
     zero: Tensor
     spec: QuantSpec
-    step: Tensor | None = None
+    step: Tensor | None
 
     def integers(self) -> tuple[Tensor, Tensor] | None:
         """Split a weight (O, I) into integer values and one float32 multiplier per row.
@@ -263,7 +262,7 @@ class Quantized:
         values = (view.to(self.scale.dtype) - self.zero) * self.scale
         return ungrouped(values, codes.shape)
 
-    def scale_columns(self, factors: Tensor) -> "Quantized":
+    def scale_columns(self, factors: Tensor) -> "Coded":
         """Multiply input channels by ``factors`` (I,) through the scales, without a new code.
 
         Raises:
@@ -273,6 +272,17 @@ class Quantized:
             raise ValueError(f"granularity {self.spec.granularity!r} shares scales across columns")
         scale = self.scale.reshape(-1, len(factors)) * factors
         return replace(self, scale=scale.reshape(self.scale.shape))
+
+
+@dataclass(frozen=True)
+class Quantized(Coded):
+    """A quantised tensor whose codes are a tensor of their own (see ``Coded``)."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    spec: QuantSpec
+    step: Tensor | None = None
 
 
 def quantize(x: Tensor, spec: QuantSpec) -> Quantized:
