@@ -1,6 +1,7 @@
-"""Recipes, and what the command line may change; a constant of one formula stands beside it.
+"""The recipes, and the numbers behind them that several files read.
 
-A flag overrides what stands here; a checkpoint stores what was used.
+A constant of a single formula stands beside that formula. A flag overrides a recipe's field or a
+default; a checkpoint stores the recipe that was used.
 """
 from dataclasses import dataclass, replace
 
@@ -20,8 +21,8 @@ replay_tokens = 1024           # tokens, of several timesteps, in one call of th
 factor_floor = 1e-4            # least activation maximum, weight maximum and smoothing factor
 alpha_grid = tuple(0.05 * i for i in range(21))  # migration strengths that a search tries
 
-# A sequential Hessian is that of a sample's inputs.
-hessian_images = 256           # images, each at one of the timesteps, as Q-DiT's code has them
+# Where Hessians are sequential, these images run through the model as it is quantised.
+hessian_images = 256           # images, each at one of the timesteps, as many as in Q-DiT's code
 
 # Static ranges are found on a sample of every layer's input.
 sample_images = 256            # images, each at one of the timesteps
@@ -278,7 +279,7 @@ RECIPES: dict[str, Recipe] = {
     ),
 }
 
-# Flags that scale a published search or training down to a model of ten blocks, as in compare.py.
+# Flags with which compare.py scales a published search or training down to a bundled model.
 small_model_budgets = {
     "ptq4dit": "iterations=150,rounding-rate=0.03",
     "tfmq-dm": "iterations=150,rounding-rate=0.03",

@@ -4,38 +4,21 @@ Published DiT-XL/2 weights (CC BY-NC 4.0) come from the DiT authors' server. ``-
 takes a copy of the hub's ``facebook/DiT-XL-2-256`` (a diffusers ``DiTTransformer2DModel``)
 instead. Nothing is ever unpickled beyond plain tensors.
 """
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from architectures.dit import convert_diffusers
+from diffusion.decoding import Decoder, vae_decoder
 from errors import UserError
-from files.digests import weights_sha256
+from examples.bundles import find_bundle
 from files.weights import load_into, read_state_dict
 from models import DiT, ModelCard
 
 FOLDER = Path("pretrained_models")
 PUBLISHED_URL = "https://dl.fbaipublicfiles.com/DiT/models/"
 VAE_SCALE = 0.18215  # latents are this many times what the VAE decodes
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """Turns latents (N, C, H, W) into images (N, 1 or 3, H', W') in [-1, 1].
-
-    Attributes:
-        name: identifies it, weights included.
-        run: the function itself.
-    """
-
-    name: str
-    run: Callable[[Tensor], Tensor]
-
-    def __call__(self, latents: Tensor) -> Tensor:
-        return self.run(latents)
 
 
 def load_model(
@@ -57,7 +40,7 @@ def load_model(
             model = card.build(image_size, num_classes)
         except ValueError as error:
             raise UserError(f"{name}: {error}") from None
-    source, state = find_state_dict(name, image_size, ckpt)
+    source, state = find_state_dict(name, card, image_size, ckpt)
     # The position embedding is fixed, and not in diffusers' files.
     state.setdefault("pos_embed", model.pos_embed.data)
     wanted = f"{name} at {image_size} pixels and {num_classes} classes"
@@ -66,6 +49,7 @@ def load_model(
 
 def find_state_dict(
     name: str,
+    card: ModelCard,
     image_size: int,
     ckpt: str | None,
 ) -> tuple[str, dict[str, Tensor]]:
@@ -76,12 +60,9 @@ def find_state_dict(
     """
     if ckpt is not None:
         return ckpt, _read_published(Path(ckpt))
-    if name.startswith("DiT-Digits"):
-        from examples.digits.outliers import bundled_weights
-        return "examples/digits", bundled_weights(name)
-    if name.startswith("DiT-Emoji"):
-        from examples.emoji.outliers import bundled_weights
-        return "examples/emoji", bundled_weights(name)
+    bundle = find_bundle(card.bundle)
+    if bundle is not None:
+        return bundle.folder, bundle.weights(name)
     if name != "DiT-XL/2":
         raise UserError(f"there are no published weights of {name}: give a file with --ckpt")
     path = FOLDER / f"DiT-XL-2-{image_size}x{image_size}.pt"
@@ -130,14 +111,10 @@ def load_decoder(card: ModelCard, vae: str, device: torch.device) -> Decoder:
     Raises:
         UserError: the VAE's weights cannot be had; says where to put them by hand.
     """
-    if card.decoder == "digits":
-        from examples.digits.data import decode as decode_digits
-        return Decoder("digits", decode_digits)
-    if card.decoder == "emoji":
-        from examples.emoji.autoencoder import load_autoencoder
-        model = load_autoencoder().to(device)
-        return _vae_decoder("emoji", model, model.config.scaling_factor)
-    return _vae_decoder(vae, stable_diffusion_vae(vae).to(device), VAE_SCALE)
+    bundle = find_bundle(card.bundle)
+    if bundle is not None:
+        return bundle.decoder(device)
+    return vae_decoder(vae, stable_diffusion_vae(vae).to(device), VAE_SCALE)
 
 
 def stable_diffusion_vae(vae: str) -> torch.nn.Module:
@@ -156,11 +133,3 @@ def stable_diffusion_vae(vae: str) -> torch.nn.Module:
         raise UserError(
             f"cannot load the VAE from '{source}' ({type(error).__name__}): put config.json and "
             f"diffusion_pytorch_model.safetensors into '{local}' by hand") from None
-
-
-def _vae_decoder(name: str, model: torch.nn.Module, scale: float) -> Decoder:
-    """Make a decoder of latents that are ``scale`` times what the VAE decodes."""
-    def decode(latents: Tensor) -> Tensor:
-        return model.decode(latents / scale).sample
-
-    return Decoder(f"vae-{name}-{weights_sha256(model)[:16]}", decode)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from cli.parser import Parser, run
+from cli.parser import Parser, make_script_parser, run
 from cli.values import at_least, user_value
 from errors import UserError
 from evaluation.features import load_set
@@ -166,8 +166,7 @@ def as_table(headings: tuple[str, ...], rows: list[tuple[str, list[str]]]) -> st
 
 
 def make_parser() -> Parser:
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_script_parser(__doc__)
     parser.add_argument(
         "reference",
         help=".npz of real images (arr_0) and/or their statistics (mu sigma mu_s sigma_s); "

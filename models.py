@@ -234,8 +234,8 @@ class ModelCard:
     num_classes: int = 1000
     image_sizes: tuple[int, ...] = (256, 512)  # pixels per side; the first is the default
     downsample: int = 8                      # pixels per latent cell and side
-    decoder: str = "vae"                     # turns latents into images, see download.load_decoder
-    features: str = "inception"              # judges the images, see download.load_extractor
+    bundle: str = ""                         # its family in examples.bundles; empty: published
+    features: str = "inception"              # judges the images: a key of evaluation.networks
     origin: str = ""                         # what a reader of its numbers has to know
     is_small: bool = False                   # it has short searches and few images by default
 
@@ -276,7 +276,7 @@ _DIGITS = ModelCard(
     num_classes=10,
     image_sizes=(16,),
     downsample=2,
-    decoder="digits",
+    bundle="digits",
     features="digits",
     is_small=True,
 )
@@ -288,7 +288,7 @@ _EMOJI = ModelCard(
     num_classes=31,
     image_sizes=(64,),
     downsample=4,
-    decoder="emoji",
+    bundle="emoji",
     features="efficientnet",
     is_small=True,
 )

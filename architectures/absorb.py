@@ -186,14 +186,17 @@ class Walk:
         return iter([(Edit(node, demand),)])
 
     def _same(self, node: fx.Node, demand: Demand) -> Iterator[Edits]:
+        """Pass the demand through a cast or a copy, and without a plus through a ReLU."""
         if name_of(node) in _POSITIVE:
             _refuse_plus(node, demand)
         return self._ways(node.args[0], demand)
 
     def _move(self, node: fx.Node, demand: Demand) -> Iterator[Edits]:
+        """Pass the demand to where each element came from."""
         return self._ways(*self._source(node, demand))
 
     def _join(self, node: fx.Node, demand: Demand) -> Iterator[Edits]:
+        """Invert ``cat``: each piece takes over its stretch of the demand along ``dim``."""
         pieces, dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
         start, demands = 0, []
         for piece in pieces:
@@ -203,6 +206,7 @@ class Walk:
         return self._touched(demands)
 
     def _stack(self, node: fx.Node, demand: Demand) -> Iterator[Edits]:
+        """Invert ``stack``: each piece takes over its index of the demand along ``dim``."""
         pieces, dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
         return self._touched([(piece, demand.select(dim, number))
                               for number, piece in enumerate(pieces)])
@@ -213,6 +217,7 @@ class Walk:
                             if (demand.factor != UNTOUCHED).any()])
 
     def _add(self, node: fx.Node, demand: Demand) -> Iterator[Edits]:
+        """Invert a sum: ``(a + b + plus) / s - plus = ((a + plus) / s - plus) + b / s``."""
         one, other = node.args
         if "alpha" in node.kwargs:
             raise Obstacle("a weighted sum")
@@ -229,6 +234,7 @@ class Walk:
         return itertools.chain.from_iterable(ways)
 
     def _subtract(self, node: fx.Node, demand: Demand) -> Iterator[Edits]:
+        """Invert ``a - b``, as a sum of ``a`` and ``-b``."""
         one, other = node.args
         if not isinstance(one, fx.Node) or "alpha" in node.kwargs:
             raise Obstacle("a weighted sum")
@@ -238,6 +244,7 @@ class Walk:
                             (other, self._broadcast(other, demand.without_plus()))])
 
     def _multiply(self, node: fx.Node, demand: Demand) -> Iterator[Edits]:
+        """Invert a product: ``a b / s = (a / s) b = a (b / s)``, two ways; a number moves plus."""
         one, other = node.args
         if not isinstance(one, fx.Node) or not isinstance(other, fx.Node):
             tensor, number = (one, other) if isinstance(one, fx.Node) else (other, one)
@@ -259,6 +266,7 @@ class Walk:
             return []
 
     def _divide(self, node: fx.Node, demand: Demand) -> Iterator[Edits]:
+        """Invert ``a / b``: ``a`` is divided; a number ``b`` moves plus."""
         one, other = node.args
         if isinstance(other, fx.Node):
             _refuse_plus(node, demand)
@@ -266,6 +274,7 @@ class Walk:
         return self._ways(one, demand.scale_plus(other))
 
     def _where(self, node: fx.Node, demand: Demand) -> Iterator[Edits]:
+        """Invert a choice between two tensors: both take over the whole demand."""
         branches = [branch for branch in node.args[1:] if isinstance(branch, fx.Node)]
         return self.all_of([(branch, self._broadcast(branch, demand)) for branch in branches])
 
@@ -276,6 +285,7 @@ class Walk:
         return self._rows(node, demand, channel=1)
 
     def _rows(self, node: fx.Node, demand: Demand, channel: int) -> Iterator[Edits]:
+        """End at a weight W (O, I): one factor and plus per output channel, W's rows."""
         weight = behind_casts(node.args[1])
         if weight not in self._trace.names:
             raise Obstacle("a computed weight")
@@ -285,6 +295,7 @@ class Walk:
         return iter([(Edit(weight, rows, rows=True),)])
 
     def _norm(self, node: fx.Node, demand: Demand) -> Iterator[Edits]:
+        """Invert ``n(x) w + b``: w is divided, and b becomes ``(b + plus) / s - plus``."""
         affine = [values for values in node.args[2:4] if isinstance(values, fx.Node)]
         if not affine:
             raise Obstacle("a norm without weights")
@@ -297,6 +308,7 @@ class Walk:
         return self.all_of(list(zip(affine, demands)))
 
     def _attention(self, node: fx.Node, demand: Demand) -> Iterator[Edits]:
+        """Invert ``P V``, which averages over tokens: V is divided alike in all of them."""
         _refuse_plus(node, demand)
         value = node.args[2]
         *batch, heads, tokens, _ = self._shape(value)
@@ -313,6 +325,7 @@ class Walk:
         return self._ways(value, demand.moved(lambda tensor: tensor.expand(shape)))
 
     def _matrices(self, node: fx.Node, demand: Demand) -> Iterator[Edits]:
+        """Invert ``A B``: factors of columns divide those of B, factors of rows those of A."""
         _refuse_plus(node, demand)
         one, other = node.args[:2]
         ways = (self._operand(operand, demand, summed)

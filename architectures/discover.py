@@ -22,7 +22,7 @@ from architectures.absorb import (
 )
 from architectures.attentions import find_attentions
 from architectures.channels import Obstacle, is_last_channels, last_channels
-from architectures.places import folds_of
+from architectures.folds import folds_of
 from architectures.proving import Prover
 from architectures.sites import AttentionSite, Call, Fold, Site
 from architectures.tracing import ARGUMENT, Trace, trace

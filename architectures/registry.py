@@ -57,10 +57,15 @@ def architecture_named(name: str) -> Architecture:
     Raises:
         ValueError: there is none of that name.
     """
+    check_architecture(name)
+    return _BY_NAME[name]
+
+
+def check_architecture(name: str) -> None:
+    """Raise a ``ValueError`` if there is no architecture of that name."""
     if name not in _BY_NAME:
         raise ValueError(f"architecture {name!r} is unknown here: "
                          f"expected one of {', '.join(_BY_NAME)}")
-    return _BY_NAME[name]
 
 
 def registered_configuration(

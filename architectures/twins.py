@@ -78,12 +78,15 @@ def _replace(model: nn.Module, place: str, entries: nn.ModuleList) -> None:
 
 
 def extended(found: Discovery, blocks: list[str], twins: dict[str, str]) -> Discovery:
-    """Say of all blocks what was found of their likes in a shortened model.
+    """Describe a whole model by what was found in its shortened copy.
+
+    Sites, folds, reasons and attentions of a copied block are renamed for every block like it.
+    What stands before and behind the blocks is taken as it is.
 
     Args:
-        found: in the shortened model.
-        blocks: of the whole model.
-        twins: for each of them the name of its like.
+        found: in the shortened copy.
+        blocks: names of all blocks of the whole model, in forward order.
+        twins: for each of them the name, in the copy, of the block that stands for it.
     """
     before, inside, behind = _parts(found.sites)
     sites, reasons = list(before), {}

@@ -13,7 +13,7 @@ import config
 from architectures.hooked import hooked
 from benchmarks.subjects import block_linears, block_sites, calibration_start
 from config import Recipe
-from diffusion import Schedule, guided_denoiser, sample
+from diffusion import Schedule, guided_denoiser, sample_loop
 from models import DiT
 from quant.balancing.maxima import aggregate, smoothing_factors
 from quant.calibration.trajectory import record
@@ -105,7 +105,8 @@ def store_inputs(model: DiT, name: str, schedule: Schedule) -> list[Tensor]:
     start = calibration_start(model, IMAGES)
     denoise = guided_denoiser(model, start.labels, config.calibration_cfg_scale)
     with hooked(model, [name], lambda _, inputs, __: history.append(inputs)):
-        sample(denoise, schedule, start.x, start.draw)
+        for _ in sample_loop(denoise, schedule, start.x, start.draw):
+            pass
     return history
 
 

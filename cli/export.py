@@ -15,6 +15,7 @@ from cli.threads import default_threads
 from cli.values import new_folder
 from download import stable_diffusion_vae
 from errors import UserError
+from examples.bundles import find_bundle
 from files.atomic import atomic_folder
 from models import ModelCard
 from quant import checkpoint
@@ -98,11 +99,7 @@ def load_vae(card: ModelCard, vae: str) -> nn.Module:
     Raises:
         UserError: as ``download.load_decoder``.
     """
-    if card.decoder == "digits":
-        # Its decoder is a pixel shuffle.
-        from ditas.dit import DitasPatchDecoder
-        return DitasPatchDecoder(out_channels=1, patch_size=2)
-    if card.decoder == "emoji":
-        from examples.emoji.autoencoder import load_autoencoder
-        return load_autoencoder()
+    bundle = find_bundle(card.bundle)
+    if bundle is not None:
+        return bundle.pipeline_decoder()
     return stable_diffusion_vae(vae)

@@ -17,7 +17,7 @@ from cli.call_arguments import write as write_call
 from cli.hub import fetch_file, fetch_parts, is_hub_id, not_given
 from cli.next_command import sampling_command
 from cli.parser import refuse_flags
-from cli.quantize import Quantized
+from cli.quantize import QuantizedFile
 from cli.quantize_flags import make_parser
 from cli.recipe_flags import bit_widths, build_recipe, given_flags, recipe_label
 from cli.settings import cpu_threads
@@ -235,7 +235,7 @@ def repeated(prompts: tuple[str, ...], images: int | None) -> tuple[str, ...]:
     return tuple(prompts[image % len(prompts)] for image in range(count))
 
 
-def quantize_pipeline(settings: PipelineSettings) -> Quantized:
+def quantize_pipeline(settings: PipelineSettings) -> QuantizedFile:
     """Write the folder of a pipeline whose transformer is quantised; print what was done.
 
     Raises:
@@ -265,7 +265,7 @@ def quantize_pipeline(settings: PipelineSettings) -> Quantized:
     print(f"next: {sampling_command(settings.output, NEXT_IMAGES)}")
     print("next, in Python: import ditas; from diffusers import DiffusionPipeline; "
           f"DiffusionPipeline.from_pretrained({str(settings.output)!r})")
-    return Quantized(settings.output, quantising.seconds, None)
+    return QuantizedFile(settings.output, quantising.seconds, None)
 
 
 def run_from_the_cpu(pipeline, component: str, device: torch.device) -> None:

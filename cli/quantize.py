@@ -21,6 +21,7 @@ from cli.settings import QuantizeSettings
 from cli.stages import stage
 from cli.values import one_of, user_value
 from diffusion import Schedule, ddpm_step, make_schedule
+from diffusion.decoding import Decoder
 from diffusion.generate import (
     Sampling,
     device_of,
@@ -28,11 +29,12 @@ from diffusion.generate import (
     guided_drive,
     latent_noise,
 )
-from download import Decoder, load_decoder, load_model
+from download import load_decoder, load_model
 from evaluation.judge import Judge, fid_judge, sqnr_judge
 from evaluation.networks import load_extractor, load_reference, load_video_reference
 from evaluation.video import load_video_extractor
 from evaluation.video_judge import fvd_judge
+from examples.bundles import find_videos
 from files.atomic import atomic
 from files.images import grid, side_by_side, to_bytes
 from quant import checkpoint
@@ -50,11 +52,11 @@ PICTURE_COLUMNS = 4
 
 
 @dataclass(frozen=True)
-class Quantized:
-    """What became of a float model.
+class QuantizedFile:
+    """A quantised model as it was written.
 
     Attributes:
-        path: of the checkpoint.
+        path: of the checkpoint, or of a pipeline's folder.
         seconds: that quantisation took; loading, picture and report are not counted.
         search_seconds: of these the choice of group sizes; None where there was none.
     """
@@ -72,7 +74,7 @@ class Shown:
     result: Result  # the layers are those that are drawn
 
 
-def quantize(settings: QuantizeSettings) -> Quantized:
+def quantize(settings: QuantizeSettings) -> QuantizedFile:
     """Write a quantised checkpoint, a picture, and the figures that the settings ask for.
 
     Prints what was written, the time of every stage, and the command that comes next.
@@ -119,7 +121,7 @@ def quantize(settings: QuantizeSettings) -> Quantized:
     if shown is not None:
         write_report(settings, shown, pair, len(schedule))
     print(f"next: {settings.sampling_command}")
-    return Quantized(settings.output, quantising.seconds, search_seconds)
+    return QuantizedFile(settings.output, quantising.seconds, search_seconds)
 
 
 @large_blocks_apart()
@@ -181,12 +183,12 @@ def make_judge(
 def make_video_judge(
     settings: QuantizeSettings, model: nn.Module, decoder: Decoder, sampling: Sampling,
 ) -> Judge:
-    """Make a loss that looks at videos, which the digits make of images that follow."""
-    from examples.digits.videos import sample_videos
+    """Make a loss that looks at videos, which the model's family makes of images that follow."""
     card = settings.model.card
+    videos = find_videos(card.bundle)
     extractor = load_video_extractor(card.features, settings.i3d, device_of(model))
     reference = load_video_reference(card, settings.reference, settings.output.parent)
-    sample = partial(sample_videos, decode=decoder, sampling=sampling)
+    sample = partial(videos.sample, decode=decoder, sampling=sampling)
     return user_value(fvd_judge, sample, extractor, reference, str(sampling))
 
 

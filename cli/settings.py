@@ -17,6 +17,7 @@ from cli.values import at_least, class_labels, new_folder, user_value
 from config import Recipe
 from diffusion import make_schedule
 from errors import UserError
+from examples.bundles import find_videos
 from files.atomic import writable_folder
 from models import ModelCard
 from quant import checkpoint
@@ -152,7 +153,7 @@ def choose_model(args: argparse.Namespace, otherwise: str) -> ModelChoice:
 
 
 def _check_video_judge(recipe: Recipe, model: ModelChoice) -> None:
-    if recipe.judge == "fvd" and model.card.features != "digits":
+    if recipe.judge == "fvd" and find_videos(model.card.bundle) is None:
         raise UserError(f"--judge fvd looks at videos, and {model.name} makes images: "
                         "give --judge fid (of all models the digits alone have videos, which "
                         "stand in)")

@@ -52,17 +52,19 @@ def wait_gently() -> None:
     """
     if any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", FIRST)):
         return
-    if is_first() and busy_cores() < BUSY_CORES:
+    if claim_machine() and busy_cores() < BUSY_CORES:
         os.environ[FIRST] = "1"
     else:
         os.environ["GOMP_SPINCOUNT"] = GENTLE_SPIN_COUNT
 
 
-def is_first() -> bool:
-    """Say whether no other script of this user computes here, and be the one that does.
+def claim_machine() -> bool:
+    """Take this user's lock on the machine until the process ends.
 
-    The lock that says so ends with the process. torchrun's processes share the cores among them
-    and are no strangers to each other: all of them are first.
+    Returns:
+        Whether no other script of this user holds it. torchrun's processes share the cores among
+        them and are no strangers to each other: it is true of all of them. It is true, too, where
+        no lock can be had.
     """
     if fcntl is None:
         return True

@@ -3,14 +3,14 @@ from pathlib import Path
 from typing import Any
 
 import config
+from cli.quantize import QuantizedFile
 from cli.values import user_value
 from comparison.arguments import SAMPLING_ARITHMETIC, flags
 from comparison.jobs import FLOAT, Job, check_job, default_recipes, parse_job
-from comparison.judging import ImageJudge, device, load_float
+from comparison.judging import ImageJudge, default_device, load_float
 from comparison.kept import file_identity
 from comparison.rows import COLUMNS, Row
 from comparison.settings import CompareSettings
-from comparison.subject import Quantised
 from diffusion import make_schedule
 from diffusion.generate import Sampling
 from files.digests import sha256
@@ -50,7 +50,7 @@ class ClassConditional:
         self._image_size = image_size
         self._steps = steps
         self._cfg_scale = cfg_scale
-        self._judge = ImageJudge(settings, image_size, sampling, reference, device())
+        self._judge = ImageJudge(settings, image_size, sampling, reference, default_device())
 
     def check_reference(self) -> None:
         self._judge.check_reference()
@@ -72,7 +72,7 @@ class ClassConditional:
     def output(self, folder: Path) -> Path:
         return folder / f"checkpoint{checkpoint.SUFFIX}"
 
-    def proof(self, output: Path) -> Path:
+    def marker_file(self, output: Path) -> Path:
         return output
 
     def digest(self, output: Path) -> str:
@@ -120,7 +120,7 @@ class ClassConditional:
         ]
 
     def judge(
-        self, job: Job, quantised: Quantised | None, images: Path, float_images: Path,
+        self, job: Job, quantised: QuantizedFile | None, images: Path, float_images: Path,
     ) -> Row:
         fidelity = None
         if quantised is not None and self.settings.num_fidelity_samples > 0:
@@ -155,7 +155,7 @@ class ClassConditional:
 
     def _float_sizes(self) -> tuple[int, int]:
         """Count the bytes of the float weights, and what Q-DiT counts of them at float16."""
-        model = load_float(self.settings, self._image_size, device())
+        model = load_float(self.settings, self._image_size, default_device())
         return sum(4 * parameter.numel() for parameter in model.parameters()), float_bytes(model)
 
 

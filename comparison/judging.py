@@ -29,8 +29,8 @@ LPIPS_SIZE = 64    # pixels per side that its network needs
 TIMED_IMAGES = 16  # at most, in the batch whose sampling is timed
 
 
-def device() -> torch.device:
-    """Choose where samples are judged: on a GPU, where there is one."""
+def default_device() -> torch.device:
+    """Choose where samples are judged: on a GPU, if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -59,16 +59,11 @@ def pipeline_settings(args: argparse.Namespace) -> PipelineTableSettings:
     others = f"the models of this repository, and '{args.model}' is none of them"
     refuse_flags(args, make_parser(""), OTHERS_FLAGS, others)
     folder = folder_of(args.model)
-    component_of(folder, COMPONENT)
-    for steps in args.num_sampling_steps or []:
-        number_of_steps(steps)
-    call_arguments(folder, args.pipeline_args)
-
-    # The prompts of both, read once so that a mistake is told before any work is done.
+    check_call(args, folder)
     prompts = prompts_file(args.prompts, folder)
     calibration = Path(args.calibration_prompts or prompts)
-    read_prompts(prompts)
-    read_prompts(calibration)
+    check_prompts(prompts)
+    check_prompts(calibration)
     common = table_settings(args)
     writable_folder(Path(args.output))
     return PipelineTableSettings(
@@ -82,6 +77,27 @@ def pipeline_settings(args: argparse.Namespace) -> PipelineTableSettings:
         clip=None if args.clip is None else Path(args.clip),
         # A download is the last: all else was checked.
         folder=whole_folder(args.model, folder))
+
+
+def check_call(args: argparse.Namespace, folder: Path) -> None:
+    """Check that a pipeline has a transformer, and can be called as asked.
+
+    Raises:
+        UserError: it has none, or cannot.
+    """
+    component_of(folder, COMPONENT)
+    for steps in args.num_sampling_steps or []:
+        number_of_steps(steps)
+    call_arguments(folder, args.pipeline_args)
+
+
+def check_prompts(path: Path) -> None:
+    """Check that prompts can be read, before any work is done.
+
+    Raises:
+        UserError: they cannot, or there are none.
+    """
+    read_prompts(path)
 
 
 def _only_reference(given: list[str] | None) -> Path | None:

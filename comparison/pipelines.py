@@ -8,13 +8,13 @@ from typing import Any
 
 from cli.call_arguments import call_arguments
 from cli.pipelines import COMPONENT, read_prompts
+from cli.quantize import QuantizedFile
 from comparison.arguments import SAMPLING_ARITHMETIC, flags
 from comparison.jobs import FLOAT, OVERRIDES, Job, parse_job
-from comparison.judging import device
+from comparison.judging import default_device
 from comparison.kept import file_identity
 from comparison.pipeline_judging import FORMATS, PipelineJudge
 from comparison.pipeline_settings import PipelineTableSettings
-from comparison.subject import Quantised
 from files.atomic import file_stem
 from files.digests import folder_sha256, text_sha256
 
@@ -84,7 +84,7 @@ class PipelineSubject:
         self.note = file_stem(f"row-{scale}.json")
         self.setting = (settings.model, "-", shown, scale)
         self.jobs = [FLOAT, *_jobs(settings)]
-        self._judge = PipelineJudge(settings, device())
+        self._judge = PipelineJudge(settings, default_device())
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -106,7 +106,7 @@ class PipelineSubject:
     def output(self, folder: Path) -> Path:
         return folder / "pipeline"
 
-    def proof(self, output: Path) -> Path:
+    def marker_file(self, output: Path) -> Path:
         return output / "model_index.json"
 
     def digest(self, output: Path) -> str:
@@ -151,7 +151,7 @@ class PipelineSubject:
         ]
 
     def judge(
-        self, job: Job, quantised: Quantised | None, images: Path, float_images: Path,
+        self, job: Job, quantised: QuantizedFile | None, images: Path, float_images: Path,
     ) -> PipelineRow:
         folder = self.settings.folder if quantised is None else quantised.path
         numbers = {

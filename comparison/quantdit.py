@@ -2,7 +2,7 @@
 import argparse
 
 from cli.pipelines import is_pipeline, pipeline_settings, quantize_pipeline
-from cli.quantize import Quantized
+from cli.quantize import QuantizedFile
 from cli.quantize import quantize as quantize_settled
 from cli.quantize_flags import make_parser
 from cli.settings import quantize_settings
@@ -13,7 +13,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     return make_parser("").parse_args(arguments)
 
 
-def quantize(arguments: list[str]) -> Quantized:
+def quantize(arguments: list[str]) -> QuantizedFile:
     """Do in this process what QuantDiT.py does."""
     args = parse_arguments(arguments)
     if is_pipeline(args):

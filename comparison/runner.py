@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
+from cli.quantize import QuantizedFile
 from comparison.arguments import flags
 from comparison.jobs import Job
-from comparison.judging import device
+from comparison.judging import default_device
 from comparison.kept import KeptStep
 from comparison.quantdit import quantize
-from comparison.subject import Quantised, Subject, TableRow
+from comparison.subject import Subject, TableRow
 from errors import UserError
 from files.atomic import writable_folder
 
@@ -55,7 +56,7 @@ class Comparison:
         folder = writable_folder(self._folder / job.name)
         quantised = None if job.arguments is None else self.quantise(job, folder)
         sampling = subject.sampling_arguments(None if quantised is None else quantised.path)
-        images_key = self._images_key(quantised, sampling)
+        images_key = self._images_key(job, quantised, sampling)
         amount = str(self._settings.num_fid_samples)
         key = [*images_key, amount, *subject.judging_identity()]
         step = KeptStep(folder / subject.note, key, [])
@@ -71,12 +72,12 @@ class Comparison:
         step.keep(**row.as_note())
         return row
 
-    def quantise(self, job: Job, folder: Path) -> Quantised:
+    def quantise(self, job: Job, folder: Path) -> QuantizedFile:
         """Write a quantised model, and its report if one is wanted, unless both are there."""
         subject = self.subject
         path = subject.output(folder)
         arguments = subject.quantising_arguments(job, path)
-        results, pages = [subject.proof(path)], []
+        results, pages = [subject.marker_file(path)], []
         if self._settings.report is not None:
             report = self._settings.report / subject.place / job.name
             pages = subject.report_arguments(report)
@@ -85,16 +86,16 @@ class Comparison:
             path.with_suffix(".json"), [*arguments, *subject.float_identity()], results)
         note = step.load()
         if note is not None and {"seconds", "search_seconds"} <= note.keys():
-            return Quantised(arguments, path, note["seconds"], note["search_seconds"])
+            return QuantizedFile(path, note["seconds"], note["search_seconds"])
 
         # The old note has to go first: an interruption must not leave it beside a new result.
         step.forget()
         shutil.rmtree(path, ignore_errors=True)
         command = [*arguments, *pages]
         print(f"\n$ python QuantDiT.py {shlex.join(command)}", flush=True)
-        made = quantize(command)
-        step.keep(seconds=made.seconds, search_seconds=made.search_seconds)
-        return Quantised(arguments, path, made.seconds, made.search_seconds)
+        quantised = quantize(command)
+        step.keep(seconds=quantised.seconds, search_seconds=quantised.search_seconds)
+        return quantised
 
     def sample(self, arguments: list[str], folder: Path) -> Path:
         """Run the sampling script on ``--nproc`` processes; returns the ``.npz``.
@@ -116,13 +117,16 @@ class Comparison:
                 "see above, then run the same command again")
         return next(folder.glob("*.npz"))
 
-    def _images_key(self, quantised: Quantised | None, sampling: list[str]) -> list[str]:
+    def _images_key(
+        self, job: Job, quantised: QuantizedFile | None, sampling: list[str],
+    ) -> list[str]:
         """Everything that decides the images of a row but their number."""
-        machine = [torch.__version__, device().type]
+        machine = [torch.__version__, default_device().type]
         if quantised is None:
             return [*sampling, *self.subject.float_identity(), *machine]
+        quantising = self.subject.quantising_arguments(job, quantised.path)
         digest = self.subject.digest(quantised.path)
-        return [*quantised.arguments, *sampling, digest, *machine]
+        return [*quantising, *sampling, digest, *machine]
 
     def _kept_row(self, step: KeptStep) -> TableRow | None:
         """Read a finished row whose images are still there; None where there is none."""

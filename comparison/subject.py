@@ -1,28 +1,11 @@
 """What is compared: a model at one setting, as far as tables have to know it."""
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from cli.quantize import QuantizedFile
 from comparison.jobs import Job
 from comparison.settings import TableSettings
 from evaluation.fidelity import Fidelity
-
-
-@dataclass(frozen=True)
-class Quantised:
-    """A quantised model.
-
-    Attributes:
-        arguments: what QuantDiT.py was given.
-        path: the checkpoint, or the pipeline's folder.
-        seconds: that quantisation took.
-        search_seconds: of these the choice of group sizes; None where there was none.
-    """
-
-    arguments: list[str]
-    path: Path
-    seconds: float
-    search_seconds: float | None
 
 
 class TableRow(Protocol):
@@ -81,7 +64,7 @@ class Subject(Protocol):
     def output(self, folder: Path) -> Path:
         """Say where QuantDiT.py writes, in the folder of a row."""
 
-    def proof(self, output: Path) -> Path:
+    def marker_file(self, output: Path) -> Path:
         """Name the file that is there when QuantDiT.py has written ``output``."""
 
     def digest(self, output: Path) -> str:
@@ -107,7 +90,7 @@ class Subject(Protocol):
         """List what decides the numbers of a row, beside its images."""
 
     def judge(
-        self, job: Job, quantised: Quantised | None, images: Path, float_images: Path,
+        self, job: Job, quantised: QuantizedFile | None, images: Path, float_images: Path,
     ) -> TableRow:
         """Measure the images of a row.
 

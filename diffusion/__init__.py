@@ -1,6 +1,6 @@
 """Gaussian diffusion: one schedule, two samplers, one loss."""
 from diffusion.noise import ImageNoise, image_labels
-from diffusion.sampler import ddim_step, ddpm_step, guided_denoiser, sample, sample_loop
+from diffusion.sampler import ddim_step, ddpm_step, guided_denoiser, sample_loop
 from diffusion.schedule import Schedule, make_schedule
 
 __all__ = [
@@ -11,6 +11,5 @@ __all__ = [
     "guided_denoiser",
     "image_labels",
     "make_schedule",
-    "sample",
     "sample_loop",
 ]

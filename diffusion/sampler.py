@@ -112,16 +112,3 @@ def sample_loop(
         t = torch.full((len(x),), int(schedule.timestep_map[i]), device=x.device)
         x = step(schedule, i, x, denoise(x, t), draw)
         yield x
-
-
-def sample(
-    denoise: Denoiser,
-    schedule: Schedule,
-    x: Tensor,
-    draw: Draw,
-    step: Step = ddpm_step,
-) -> Tensor:
-    """Return the final latents of ``sample_loop``; serves tests and benchmarks only."""
-    for latents in sample_loop(denoise, schedule, x, draw, step):
-        final = latents
-    return final

@@ -15,8 +15,7 @@ class Schedule:
     betas: NDArray
     alphas_cumprod: NDArray
     alphas_cumprod_prev: NDArray
-    posterior_variance: NDArray              # Ho et al., eq. 7
-    posterior_log_variance_clipped: NDArray  # entry 0, whose variance is 0, repeats entry 1
+    posterior_log_variance_clipped: NDArray  # Ho et al., eq. 7; entry 0, a 0, repeats entry 1
     posterior_mean_coef1: NDArray            # of the predicted x_0, Ho et al., eq. 7
     posterior_mean_coef2: NDArray            # of x_t
 
@@ -96,7 +95,6 @@ def make_schedule(respacing: str = str(TRAIN_STEPS)) -> Schedule:
         betas=betas,
         alphas_cumprod=alphas_cumprod,
         alphas_cumprod_prev=prev,
-        posterior_variance=variance,
         posterior_log_variance_clipped=np.log(clipped),
         posterior_mean_coef1=betas * np.sqrt(prev) / (1.0 - alphas_cumprod),
         posterior_mean_coef2=(1.0 - prev) * np.sqrt(1.0 - betas) / (1.0 - alphas_cumprod),

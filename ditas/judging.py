@@ -1,4 +1,4 @@
-"""By what group sizes are chosen where nothing is known of a model but its calls."""
+"""Judge a quantised model of which only recorded calls are known, to choose its group sizes."""
 from collections.abc import Sequence
 
 import torch

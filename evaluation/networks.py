@@ -1,5 +1,6 @@
 """The networks that judge images, and the real images they compare with."""
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -9,11 +10,11 @@ from download import FOLDER, fetch
 from errors import UserError
 from evaluation.features import Extractor
 from evaluation.fidelity import Perceptual
+from examples.bundles import find_bundle, find_videos
 from files.digests import sha256
 from files.weights import read_state_dict
 from models import ModelCard
 
-FEATURES = ("inception", "efficientnet", "digits")
 ALEXNET_URL = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
 IMAGENET_REFERENCE_URL = (
     "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
@@ -30,12 +31,11 @@ def load_extractor(kind: str, weights: str | None, device: torch.device) -> Extr
     Raises:
         UserError: its weights cannot be had, or are not the published ones.
     """
-    if kind == "digits":
-        from examples.digits.classifier import digits_extractor
-        return digits_extractor(device)
-    if kind == "efficientnet":
-        from evaluation.efficientnet import load_efficientnet
-        return load_efficientnet(device)
+    return FEATURES[kind](weights, device)
+
+
+def _inception(weights: str | None, device: torch.device) -> Extractor:
+    """Load ADM's network from a file, which is fetched where none is given."""
     from evaluation.inception import SHA256, URL, build_network, inception_extractor
     file_name = _file_name(URL)
     advice = f"give {file_name} (from {URL})"
@@ -51,6 +51,24 @@ def load_extractor(kind: str, weights: str | None, device: torch.device) -> Extr
     return inception_extractor(build_network(read_state_dict(path)), device)
 
 
+def _efficientnet(weights: str | None, device: torch.device) -> Extractor:
+    from evaluation.efficientnet import load_efficientnet
+    return load_efficientnet(device)
+
+
+def _digits(weights: str | None, device: torch.device) -> Extractor:
+    from examples.digits.classifier import digits_extractor
+    return digits_extractor(device)
+
+
+# The networks, and what loads each of them.
+FEATURES: dict[str, Callable[[str | None, torch.device], Extractor]] = {
+    "inception": _inception,
+    "efficientnet": _efficientnet,
+    "digits": _digits,
+}
+
+
 def load_reference(card: ModelCard, given: str | None, folder: Path) -> Path:
     """Choose the ``.npz`` of real images that samples of a model are compared with.
 
@@ -61,21 +79,13 @@ def load_reference(card: ModelCard, given: str | None, folder: Path) -> Path:
     """
     if given is not None:
         return Path(given)
-    if card.decoder in ("digits", "emoji"):
-        path = folder / f"{card.decoder}-reference.npz"
-        return path if path.exists() else _write_bundled(card.decoder, path)
+    bundle = find_bundle(card.bundle)
+    if bundle is not None:
+        path = folder / f"{card.bundle}-reference.npz"
+        return path if path.exists() else bundle.write_reference(path)
     raise UserError(
         "--reference is missing: give ADM's file of real images and their statistics, "
         f"for 256 pixels {IMAGENET_REFERENCE_URL}")
-
-
-def _write_bundled(data: str, path: Path) -> Path:
-    """Write the images that a bundled model was trained on, and return their path."""
-    if data == "digits":
-        from examples.digits.data import write_reference
-    else:
-        from examples.emoji.data import write_reference
-    return write_reference(path)
 
 
 def load_video_reference(card: ModelCard, given: str | None, folder: Path) -> Path:
@@ -88,10 +98,10 @@ def load_video_reference(card: ModelCard, given: str | None, folder: Path) -> Pa
     """
     if given is not None:
         return Path(given)
-    if card.features == "digits":
-        from examples.digits.videos import write_video_reference
-        path = folder / "digits-videos.npz"
-        return path if path.exists() else write_video_reference(path)
+    videos = find_videos(card.bundle)
+    if videos is not None:
+        path = folder / f"{card.bundle}-videos.npz"
+        return path if path.exists() else videos.write_reference(path)
     raise UserError("--reference is missing: give an .npz of real videos, uint8 (N, F, H, W, 3)")
 
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from errors import UserError
 from evaluation.metrics import Statistics, frechet_distance, statistics
+from examples.bundles import find_videos
 from files.digests import sha256
 from files.npz import read_arrays, read_videos
 
@@ -113,7 +114,7 @@ def load_video_extractor(kind: str, i3d: str | None, device: torch.device) -> Vi
     """Load the network that judges videos.
 
     Args:
-        kind: ``digits`` has a small stand-in, which a file given replaces.
+        kind: a family of ``examples.bundles``, whose stand-in a file given replaces.
         i3d: a TorchScript file.
 
     Raises:
@@ -121,9 +122,9 @@ def load_video_extractor(kind: str, i3d: str | None, device: torch.device) -> Vi
     """
     if i3d is not None:
         return i3d_extractor(Path(i3d), device)
-    if kind == "digits":
-        from examples.digits.videos import digits_video_extractor
-        return digits_video_extractor(device)
+    videos = find_videos(kind)
+    if videos is not None:
+        return videos.extractor(device)
     raise UserError("FVD needs a video network: give --i3d FILE, a TorchScript file such as "
                     "i3d_torchscript.pt (the digits alone have a stand-in of their own)")
 

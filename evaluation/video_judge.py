@@ -1,4 +1,7 @@
-"""By what group sizes of a video model are chosen: FVD (Q-DiT, equation 5)."""
+"""Judge a quantised video model by its FVD, so that a search can choose group sizes.
+
+The FVD of its videos to real ones is its loss (Q-DiT, equation 5). Less is better.
+"""
 from collections.abc import Callable
 from pathlib import Path
 

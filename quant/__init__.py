@@ -10,10 +10,12 @@ A layer passes through the rooms in this order.
 ``balancing/``      Smoothing factors: TAS, SmoothQuant, PTQ4DiT, RepQ-ViT; the grid search.
 ``weights/``        Rounding to nearest, GPTQ, two-level scales, the low-rank branch.
 ``activations/``    Ranges of activations, dynamic or found once; attention's operands.
-``refinement/``     What is learned or searched afterwards: AdaRound, group sizes by evolution.
+``refinement/``     What is learned or chosen besides: rounding, tuning, group sizes; sequential
+                    Hessians.
 ``layers/``         The quantised linear, simulated; folding factors into the layers before.
 ``integer/``        The same on integers: exact reference, CPUs (oneDNN), GPUs (Triton).
 ``install``         Quantised layers into a model; ``backend`` says in which arithmetic.
+``streaming``       A model on the CPU whose parts come to the device of their inputs.
 ``checkpoint/``     All of that as one file.
 ``numerics/``       What every room uses: codes and scales, ranges, smoothing, compiled passes.
 ==================  ===========================================================================

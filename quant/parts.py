@@ -47,10 +47,6 @@ from quant.recipe import (
     BitWidths,
     act_spec,
     has_static_ranges,
-    is_tuned,
-    learns_rounding,
-    needs_trajectory,
-    runs_quantised_so_far,
     weighs_layers,
     weight_spec,
 )
@@ -98,38 +94,9 @@ class Task:
         return moved(value, device_of(self.model))
 
     @property
-    def has_static_ranges(self) -> bool:
-        return has_static_ranges(self.recipe, self.bits)
-
-    @property
     def quantizes_first(self) -> bool:
         """Whether weights are quantised before the trajectory is seen."""
         return self.recipe.order == "lowrank-first" and not self.bits.leave_weights
-
-    @property
-    def has_sequential_moments(self) -> bool:
-        """Whether weights are quantised by what the layers before, quantised, give."""
-        return runs_quantised_so_far(self.recipe, self.bits)
-
-    @property
-    def learns_rounding(self) -> bool:
-        """Whether blocks are reconstructed by AdaRound."""
-        return learns_rounding(self.recipe, self.bits)
-
-    @property
-    def is_tuned(self) -> bool:
-        """Whether codes and branches are tuned from end to end."""
-        return is_tuned(self.recipe, self.bits)
-
-    @property
-    def weighs_layers(self) -> bool:
-        """Whether group sizes are chosen by what each layer costs on its own."""
-        return weighs_layers(self.recipe)
-
-    @property
-    def needs_trajectory(self) -> bool:
-        """Whether any part has to see the model sample."""
-        return needs_trajectory(self.recipe, self.bits)
 
     def act_spec(self, site: Site, group: int | None = None) -> QuantSpec:
         """Say how the input of a site is quantised."""
@@ -194,7 +161,7 @@ def build_parts(task: Task, weights: WeightPart, first: FirstPass) -> Parts:
     samples_of = _shared_samples(task, first)
     balance = _balance(task, weights, first, samples_of)
     activations = _activations(task, first, samples_of, balance)
-    sensitivity = Sensitivity(samples_of) if task.weighs_layers else NoSensitivity()
+    sensitivity = Sensitivity(samples_of) if weighs_layers(task.recipe) else NoSensitivity()
     return Parts(balance, weights, activations, _operands(task, first), sensitivity)
 
 
@@ -245,7 +212,7 @@ def _new_search(task: Task, weights: WeightPart, name: str, factors: Tensor) -> 
 def _activations(
     task: Task, first: FirstPass, samples_of: SamplesOf, balance: Balance
 ) -> DynamicRanges | StaticRanges | EmbeddingRanges | ReparameterisedRanges:
-    if not task.has_static_ranges:
+    if not has_static_ranges(task.recipe, task.bits):
         return DynamicRanges(task.act_spec)
     ranges = _static_ranges(task, first, samples_of)
     if isinstance(balance, Reparameterisation):
@@ -275,7 +242,7 @@ def _static_ranges(
 
 def _operands(task: Task, first: FirstPass) -> FloatOperands | StaticOperands:
     recipe, trajectory = task.recipe, first.trajectory
-    if recipe.attention == "none" or not task.has_static_ranges:
+    if recipe.attention == "none" or not has_static_ranges(recipe, task.bits):
         return FloatOperands()
     attentions = architecture_of(task.model).attentions(task.model)
     spec = act_spec(recipe, task.bits.activations)

@@ -17,8 +17,8 @@ from quant.calibration.trajectory import Drive, record, replay
 from quant.install import device_of
 from quant.layers.quantised import QuantizedLayer
 from quant.numerics.smoothing import Smoothing
-from quant.numerics.tokens import matrix
-from quant.numerics.uniform import grouped
+from quant.numerics.tokens import matrix_shape
+from quant.numerics.uniform import check_groups
 from quant.parts import (
     FirstPass,
     Parts,
@@ -36,6 +36,10 @@ from quant.recipe import (
     adaln_spec,
     check_recipe,
     has_weight_only_adaln,
+    is_tuned,
+    learns_rounding,
+    needs_trajectory,
+    runs_quantised_so_far,
     weight_spec,
 )
 from quant.refinement.adaround import reconstruct
@@ -140,11 +144,11 @@ def quantize_model(
     # The weights, and what is learned or added afterwards.
     so_far = _quantised_so_far(task, first, acts, smoothing, operands)
     layers = _layers(task, parts, acts, smoothing, groups, so_far)
-    if task.learns_rounding:
+    if learns_rounding(recipe, bits):
         layers, operands = learn_rounding(task, first, layers, operands)
     if has_weight_only_adaln(recipe, bits.weights):
         layers |= weight_only_layers(task)
-    if task.is_tuned:
+    if is_tuned(recipe, bits):
         layers = tune(model, layers, first.trajectory, recipe.tuning)
     return Result(layers, operands, first.maxima, smoothing, allocation)
 
@@ -155,7 +159,7 @@ def sampled(task: Task, drive: Drive) -> FirstPass:
     Raises:
         ValueError: the recipe looks at a timestep that the trajectory does not have.
     """
-    if not task.needs_trajectory:
+    if not needs_trajectory(task.recipe, task.bits):
         return FirstPass(None, {})
     trajectory, maxima = record(task.model, task.sites, drive)
     check_step(task.recipe.timestep, len(trajectory))
@@ -178,11 +182,11 @@ def check_task(task: Task, search: GroupSearch | None) -> None:
     Raises:
         ValueError: they do not.
     """
-    check_groups(task, search)
+    check_group_sizes(task, search)
     check_units(task)
 
 
-def check_groups(task: Task, search: GroupSearch | None) -> None:
+def check_group_sizes(task: Task, search: GroupSearch | None) -> None:
     """Make sure that group sizes fit or can be chosen, before any work is done.
 
     Raises:
@@ -197,7 +201,7 @@ def check_groups(task: Task, search: GroupSearch | None) -> None:
     spec = weight_spec(task.recipe, task.bits.weights)
     for site in task.sites:
         for name in site.linears:
-            grouped(matrix(task.model.get_submodule(name)), spec)
+            check_groups(matrix_shape(task.model.get_submodule(name)), spec)
 
 
 def check_units(task: Task) -> None:
@@ -206,7 +210,8 @@ def check_units(task: Task) -> None:
     Raises:
         ValueError: it cannot.
     """
-    is_temporal = task.learns_rounding and task.recipe.units == "temporal"
+    learned = learns_rounding(task.recipe, task.bits)
+    is_temporal = learned and task.recipe.units == "temporal"
     if is_temporal and not architecture_of(task.model).temporal(task.model):
         raise SettingError(
             f"what the timestep decides in a {type(task.model).__name__} cannot be run on its own, "
@@ -233,7 +238,7 @@ def _quantised_so_far(
     operands: dict[str, Operands],
 ) -> QuantisedSoFar | None:
     """Make the model that goes along with its quantisation, if the recipe looks at it."""
-    if not task.has_sequential_moments:
+    if not runs_quantised_so_far(task.recipe, task.bits):
         return None
     inputs = _drawn_call(first, task.recipe, config.hessian_images)
     return QuantisedSoFar(task, acts, smoothing, operands, inputs)

@@ -1,5 +1,4 @@
 """A model of this repository as a source of images: float, or a quantised checkpoint."""
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +8,16 @@ from torch import nn
 from architectures.registry import architecture_of
 from cli.memory import large_blocks_apart
 from cli.sample_settings import SampleSettings
-from diffusion import ddim_step, ddpm_step, make_schedule
-from diffusion.generate import batch_indices, decode_images, generate_latents, labels_for
-from diffusion.sampler import Step
-from download import Decoder, load_decoder, load_model
+from diffusion import make_schedule
+from diffusion.decoding import Decoder
+from diffusion.generate import (
+    Sampling,
+    batch_indices,
+    decode_images,
+    generate_latents,
+    labels_for,
+)
+from download import load_decoder, load_model
 from files.digests import sha256, weights_sha256
 from quant import checkpoint
 from quant.backend import faster
@@ -20,7 +25,7 @@ from quant.layers.quantised import QuantizedLayer
 from sampling import manifest
 from sampling.job import Make
 from sampling.processes import Processes
-from sampling.source import Images, backend_before, common_settings
+from sampling.source import Images, backend_before, common_settings, compile_blocks
 
 TIMED_TOKENS = 4096  # at most, so that choosing a backend takes seconds
 
@@ -61,7 +66,7 @@ def load_computing(
     load = load_float if settings.path is None else load_checkpoint
     model, digest, backend = load(settings, folder, processes)
     if settings.run.compile:
-        compile_blocks(model)
+        compile_blocks(model, architecture_of(model).blocks(model))
     computed = {
         "weights_sha256": digest,
         "backend": backend,
@@ -157,28 +162,19 @@ def tokens_per_image(model: nn.Module) -> int:
     return (model.input_size // model.patch_size) ** 2
 
 
-def compile_blocks(model: nn.Module) -> None:
-    """Compile the transformer blocks, which share one compilation."""
-    for name in architecture_of(model).blocks(model):
-        model.get_submodule(name).compile()
-
-
 def batch_maker(
     settings: SampleSettings, model: nn.Module, decoder: Decoder,
 ) -> Make:
     """Return a function of a batch's number that makes its images, uint8 (N, H, W, 3)."""
-    schedule = make_schedule(settings.steps)
-    step = step_of(settings)
+    sampling = Sampling(
+        make_schedule(settings.steps), settings.run.seed, settings.cfg_scale, settings.sampler,
+        settings.eta)
 
     def make(batch: int) -> np.ndarray:
         indices = batch_indices(batch, settings.run.batch)
-        labels = labels_for(indices, settings.run.seed, model.num_classes, settings.listed)
+        labels = labels_for(indices, sampling.seed, model.num_classes, settings.listed)
         latents = generate_latents(
-            model, schedule, indices, labels, settings.run.seed, settings.cfg_scale, step)
+            model, sampling.schedule, indices, labels, sampling.seed, sampling.cfg_scale,
+            sampling.step)
         return decode_images(decoder, latents, settings.decode_batch)
     return make
-
-
-def step_of(settings: SampleSettings) -> Step:
-    """Choose the sampler's step."""
-    return partial(ddim_step, eta=settings.eta) if settings.sampler == "ddim" else ddpm_step

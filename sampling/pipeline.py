@@ -21,7 +21,7 @@ from files.digests import folder_sha256, text_sha256
 from sampling import manifest
 from sampling.job import Make
 from sampling.processes import Processes
-from sampling.source import Images, backend_before, common_settings
+from sampling.source import Images, backend_before, common_settings, compile_blocks
 
 # Arguments of a call that say how many frames a video has.
 FRAMES = {"num_frames", "video_length"}
@@ -46,7 +46,7 @@ class PipelineSource:
         backend = self._agree_on_backend(pipeline, processes)
         if self.run.compile:
             for part in computing_parts(pipeline):
-                compile_blocks(part)
+                compile_blocks(part, blocks_of(part))
         fixed = {
             **common_settings(self.run, processes),
             **manifest_settings(settings),
@@ -113,18 +113,16 @@ def computing_parts(pipeline) -> list[nn.Module]:
     return [part for name, part in parts.items() if name == COMPONENT or is_quantised(part)]
 
 
-def compile_blocks(model: nn.Module) -> None:
-    """Compile the repeated blocks, which share one compilation.
+def blocks_of(model: nn.Module) -> list[str]:
+    """Name the repeated blocks of a part.
 
     Raises:
         UserError: there are none.
     """
     try:
-        blocks = find_blocks(model)
+        return find_blocks(model)
     except ValueError as error:
         raise UserError(f"--compile: {error}") from None
-    for name in blocks:
-        model.get_submodule(name).compile()
 
 
 def manifest_settings(settings: PipelineSampling) -> manifest.Settings:

@@ -1,9 +1,11 @@
 """What makes images by their number: the seam between a long run and what it samples."""
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from cli.sample_settings import RunSettings
 from sampling import manifest
@@ -81,3 +83,9 @@ def backend_before(run: RunSettings, folder: Path) -> str | None:
         return None
     before = manifest.read(folder).get("backend")
     return before if before in ("fake", "integer") else None
+
+
+def compile_blocks(model: nn.Module, names: Iterable[str]) -> None:
+    """Compile the blocks of these names; those of one kind share a compilation."""
+    for name in names:
+        model.get_submodule(name).compile()

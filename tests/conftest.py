@@ -28,7 +28,7 @@ from architectures.sites import linears_of, modulations
 from cli.memory import keep_freed_memory
 from cli.parser import run
 from config import RECIPES, Recipe
-from diffusion import ImageNoise, make_schedule
+from diffusion import ImageNoise, make_schedule, sample_loop
 from diffusion.generate import guided_drive
 from download import load_model
 from models import DiT, DiT_models
@@ -95,6 +95,11 @@ def replayed(noise: np.ndarray):
     """Make a ``draw`` that hands out recorded noise (steps, N, C, H, W) in order."""
     draws = iter(noise)
     return lambda: torch.tensor(next(draws))
+
+
+def sample(*args) -> Tensor:
+    """Return the final latents of ``sample_loop``, whose arguments these are."""
+    return list(sample_loop(*args))[-1]
 
 
 # Begun last, they would run alone while the other workers are done.

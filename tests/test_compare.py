@@ -13,7 +13,7 @@ from torchvision.models import alexnet
 
 import compare
 import evaluate
-from cli.quantize import Quantized
+from cli.quantize import QuantizedFile
 from comparison import runner
 from comparison.judging import find_lpips
 from comparison.kept import KeptStep
@@ -154,7 +154,7 @@ def test_finished_rows_are_kept_and_changed_settings_make_them_anew(compared, mo
 
     def quantize(words):
         quantised.append(parse_arguments(words).recipe)
-        return Quantized(Path(words[-1]), 0.0, None)
+        return QuantizedFile(Path(words[words.index("--output") + 1]), 0.0, None)
 
     def refuse(self, *_):
         pytest.fail("sampled again")

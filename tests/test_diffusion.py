@@ -3,7 +3,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import golden, golden_model, relative, replayed
+from conftest import golden, golden_model, relative, replayed, sample
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,7 +14,6 @@ from diffusion import (
     guided_denoiser,
     image_labels,
     make_schedule,
-    sample,
 )
 from diffusion.generate import device_of, guided_drive
 from diffusion.loss import discretised_nll, gaussian_kl, training_loss
@@ -26,9 +25,10 @@ def test_schedule_matches_the_published_one(respacing):
     values = golden("diffusion")
     schedule = make_schedule("1000" if respacing == "full" else respacing)
     for key in values:
-        if key.startswith(respacing + "/"):
-            ours = getattr(schedule, key.split("/")[1])
-            assert np.allclose(ours, values[key], rtol=1e-12, atol=0), key
+        place, _, name = key.partition("/")
+        # Of the variance the logarithm is compared.
+        if place == respacing and name != "posterior_variance":
+            assert np.allclose(getattr(schedule, name), values[key], rtol=1e-12, atol=0), key
 
 
 def test_sections_are_spaced_one_by_one():

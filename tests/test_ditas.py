@@ -9,7 +9,7 @@ from conftest import relative
 from torch import Tensor, nn
 
 import ditas
-from architectures.examples import EXAMPLES, Example, build, draw_call
+from architectures.examples import IMAGE_EXAMPLES, VIDEO_EXAMPLES, Example, build, draw_call
 from architectures.explored import ExploredArchitecture, explore
 from architectures.registry import describe
 from architectures.sites import Call
@@ -23,7 +23,7 @@ from quant.layers.fold import fold
 from quant.pipeline import quantize_model
 
 # The classes that the docs promise; DiT and PixArt are known by hand.
-BY_NAME = {example.name: example for example in EXAMPLES[:17]}
+BY_NAME = {example.name: example for example in (*IMAGE_EXAMPLES[:12], *VIDEO_EXAMPLES[:5])}
 FLUX = "FluxTransformer2DModel"
 # One group a row, whatever its length.
 WHOLE_ROWS = 1024

@@ -98,7 +98,7 @@ def test_published_weights_are_fetched_once(tmp_path, monkeypatch):
     torch.save(state, server / "DiT-XL-2-512x512.pt")
     monkeypatch.setattr(download, "PUBLISHED_URL", server.as_uri() + "/")
     for _ in range(2):
-        source, found = find_state_dict("DiT-XL/2", 512, None)
+        source, found = find_state_dict("DiT-XL/2", DiT_models["DiT-XL/2"], 512, None)
         assert found.keys() == state.keys() and source == "pretrained_models/DiT-XL-2-512x512.pt"
         # The second time the server is gone.
         (server / "DiT-XL-2-512x512.pt").unlink(missing_ok=True)
@@ -120,9 +120,9 @@ def test_a_failed_download_says_where_to_put_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     message = "put the file at 'pretrained_models/DiT-XL-2-256x256.pt' by hand"
     with pytest.raises(UserError, match=message):
-        find_state_dict("DiT-XL/2", 256, None)
+        find_state_dict("DiT-XL/2", DiT_models["DiT-XL/2"], 256, None)
     with pytest.raises(UserError, match="give a file with --ckpt"):
-        find_state_dict("DiT-B/4", 256, None)
+        find_state_dict("DiT-B/4", DiT_models["DiT-B/4"], 256, None)
     from diffusers.models import AutoencoderKL
     monkeypatch.setattr(AutoencoderKL, "from_pretrained", lambda source: offline(source, None))
     with pytest.raises(UserError, match="into 'pretrained_models/sd-vae-ft-mse' by hand"):

@@ -133,7 +133,6 @@ def test_history_tells_of_every_round():
     losses = losses.reshape(BUDGET.rounds, -1)
     assert [r.mean for r in result.history] == pytest.approx(losses.mean(1))
     assert [r.best for r in result.history] == np.minimum.accumulate(losses.min(1)).tolist()
-    assert result.history[-1].mean_group_size == mean_group_size(result.groups)
     assert result.history[-1].mean < result.history[0].mean
 
 

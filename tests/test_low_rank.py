@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from config import RECIPES, lowrank_rank
 from download import find_state_dict
+from models import DiT_models
 from quant.numerics.uniform import QuantSpec, quantize
 from quant.weights.low_rank import SOLVERS, exact_factors, lowrank_quantize
 from quant.weights.rounding import nearest_quantizer
@@ -106,7 +107,7 @@ def test_rank_is_the_papers_share_of_the_width():
 
 @pytest.mark.parametrize("model", ["DiT-Digits", "DiT-Digits-Outliers"])
 def test_fast_solver_is_as_good_as_the_exact_one_on_every_digits_layer(model):
-    _, state = find_state_dict(model, 16, None)
+    _, state = find_state_dict(model, DiT_models[model], 16, None)
     for i in range(10):
         for name in BLOCK_LINEARS:
             weight = state[f"blocks.{i}.{name}.weight"]

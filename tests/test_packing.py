@@ -1,4 +1,6 @@
 """Codes of a few bits as a dense stream of bytes."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -35,3 +37,12 @@ def test_stowed_codes_are_the_same(bits, bytes_kept):
     assert torch.equal(stowed.dequantize(), weight.dequantize())
     kept = [value for value in vars(stowed).values() if isinstance(value, torch.Tensor)]
     assert sum(value.nbytes for value in kept if value.dtype == torch.uint8) == bytes_kept
+
+
+def test_stowed_codes_take_other_scales():
+    weight = quantize(torch.randn(8, 16), QuantSpec(4, "strided", 4))
+    stowed, factors = stow(weight), torch.rand(16) + 0.5
+    doubled = replace(stowed, scale=2 * stowed.scale)
+    assert torch.equal(doubled.dequantize(), 2 * weight.dequantize())
+    expected = weight.scale_columns(factors).dequantize()
+    assert torch.equal(stowed.scale_columns(factors).dequantize(), expected)

@@ -13,13 +13,14 @@ from conftest import (
     random_model,
     relative,
     replayed,
+    sample,
 )
 from torch import Tensor, nn
 
 from architectures.registry import architecture_of
 from architectures.sites import Site
 from config import RECIPES, Recipe
-from diffusion import guided_denoiser, make_schedule, sample
+from diffusion import guided_denoiser, make_schedule
 from diffusion.generate import guided_drive
 from evaluation.metrics import sqnr_db
 from quant.activations.quantisers import Activation

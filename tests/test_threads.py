@@ -134,21 +134,21 @@ def test_alone_threads_wait_as_the_library_has_it(monkeypatch, first, busy, spin
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", FIRST):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    monkeypatch.setattr(threads, "is_first", lambda: first)
+    monkeypatch.setattr(threads, "claim_machine", lambda: first)
     monkeypatch.setattr(threads, "busy_cores", lambda: busy)
     wait_gently()
     assert os.environ.get("GOMP_SPINCOUNT") == spin
 
     # A child decides as its parent did, whatever it sees.
-    monkeypatch.setattr(threads, "is_first", lambda: not first)
+    monkeypatch.setattr(threads, "claim_machine", lambda: not first)
     monkeypatch.setattr(threads, "busy_cores", lambda: 2.0)
     wait_gently()
     assert os.environ.get("GOMP_SPINCOUNT") == spin
 
 
 ASK_AND_STAY = """
-from cli.threads import is_first
-print(is_first(), flush=True)
+from cli.threads import claim_machine
+print(claim_machine(), flush=True)
 input()
 """
 

@@ -6,37 +6,22 @@
 Both took 41 minutes on two CPU cores that also did other work.
 """
 import argparse
-import math
-import os
 from copy import deepcopy
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from cli.parser import make_script_parser, run
 from diffusion import make_schedule
 from diffusion.loss import training_loss
 from examples.digits.classifier import DigitClassifier, augment
 from examples.digits.data import IMAGE_SIZE, encode, load_images
+from examples.training import learning_rate, save_half
 from models import DiT_models
 
 HERE = Path(__file__).parent
-
-
-def learning_rate(
-    step: int,
-    steps: int,
-    peak: float = 1e-3,
-    warmup: int = 200,
-    floor: float = 0.05,
-) -> float:
-    """Return a step's rate: a linear warm-up, then a cosine from ``peak`` to ``floor`` of it."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def train_dit(
@@ -60,7 +45,7 @@ def train_dit(
     bar = tqdm(range(steps), desc="DiT", unit="step")
     for step in bar:
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, steps)
+            group["lr"] = learning_rate(step, steps, peak=1e-3, warmup=200, floor=0.05)
 
         # One step on the loss at random timesteps.
         pick = torch.randint(len(latents), (batch,))
@@ -115,14 +100,6 @@ def fit_classifier(
     return model
 
 
-def save_half(state: dict[str, torch.Tensor], path: Path) -> None:
-    """Write the weights as float16; the file appears whole or not at all."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file({name: value.half().contiguous() for name, value in state.items()}, temporary)
-    os.replace(temporary, path)
-    print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
-
-
 def main(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     classifier = train_classifier(args.epochs, args.seed)
@@ -132,11 +109,10 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_script_parser(__doc__)
     parser.add_argument("--steps", type=int, default=6500)
     parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=HERE)
-    main(parser.parse_args())
+    run(main, parser)

@@ -12,7 +12,6 @@ from examples.emoji.data import IMAGE_SIZE, load_emoji, load_tones, to_tensor
 
 # A part of PixArt-Emoji's pipeline; DiT-Emoji has the same.
 FOLDER = Path(__file__).parent / "pixart" / "vae"
-DOWNSAMPLE = 4          # pixels per latent cell and side
 LATENT_CHANNELS = 4
 CHANNELS = (32, 64, 96)  # of the network, from images to latents
 HELD_OUT = 40           # every 40th emoji is kept from training, with its skin tones

@@ -12,7 +12,6 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from cli.parser import make_script_parser, run
 from diffusion import make_schedule
@@ -43,7 +42,7 @@ from examples.emoji.pixart import (
     words_of,
 )
 from examples.emoji.training import Run, train
-from files.atomic import atomic
+from examples.training import save_half
 from models import DiT_models
 
 HERE = Path(__file__).parent
@@ -128,13 +127,6 @@ def train_pixart(args: argparse.Namespace) -> None:
 
 def watch_nothing(training: Run, step: int) -> None:
     """Log no curve but the loss."""
-
-
-def save_half(state: dict[str, torch.Tensor], path: Path) -> None:
-    """Write the weights as float16; the file appears whole or not at all."""
-    with atomic(path) as temporary:
-        save_file({name: value.half().contiguous() for name, value in state.items()}, temporary)
-    print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
 def main(args: argparse.Namespace) -> None:

@@ -1,5 +1,4 @@
 """The loop behind ``train.py``: state on disk every few minutes, and on from there."""
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from examples.training import learning_rate
 from files.atomic import atomic
 
 SAVE_SECONDS = 180
@@ -35,20 +35,6 @@ class Run:
     curves: dict[str, list[tuple[int, float]]]
 
 
-def learning_rate(
-    step: int,
-    steps: int,
-    peak: float,
-    warmup: int = 100,
-    floor: float = 0.02,
-) -> float:
-    """Return a step's rate: a linear warm-up, then a cosine from ``peak`` to ``floor`` of it."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
 def train(
     run: Run,
     loss: Callable[[], Tensor],         # of a fresh batch, a scalar
@@ -66,7 +52,7 @@ def train(
     bar = tqdm(range(first, steps), desc=run.name, unit="step", initial=first, total=steps)
     for step in bar:
         for group in run.optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak)
+            group["lr"] = learning_rate(step, steps, peak, warmup=100, floor=0.02)
         value = loss()
         run.optimizer.zero_grad(set_to_none=True)
         value.backward()

@@ -21,7 +21,7 @@ from quant.activations.attention import intercepted_attention
 from quant.calibration.calls import batch_size, can_stack, recorded_calls, stack, take
 from quant.calibration.step_maxima import StepMaxima
 from quant.calibration.watch import Watch
-from quant.numerics.tokens import as_tokens, matrix, output_tokens
+from quant.numerics.tokens import as_tokens, matrix_shape, output_tokens
 
 # Lets a model sample once.
 Drive = Callable[[nn.Module], None]
@@ -79,7 +79,7 @@ def record(
     """
     architecture = architecture_of(model)
     readers = {site.linears[0]: site.name for site in sites}
-    widths = {site.name: matrix(model.get_submodule(site.linears[0])).shape[1] for site in sites}
+    widths = {site.name: matrix_shape(model.get_submodule(site.linears[0]))[1] for site in sites}
     maxima = StepMaxima(widths)
     rows = [0]
 

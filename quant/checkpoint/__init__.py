@@ -1,8 +1,6 @@
 """Quantised models as files: one safetensors file per model, with a JSON header."""
 from quant.checkpoint.header import (
     FORMAT_VERSION,
-    HEADER_KEY,
-    READABLE,
     SUFFIX,
     Header,
     default_name,
@@ -14,8 +12,6 @@ from quant.checkpoint.store import Stored, backend_for, build, load, read, save
 
 __all__ = [
     "FORMAT_VERSION",
-    "HEADER_KEY",
-    "READABLE",
     "SUFFIX",
     "Header",
     "Stored",

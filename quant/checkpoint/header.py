@@ -6,13 +6,13 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from architectures.registry import architecture_named, registered_configuration
+from architectures.registry import check_architecture, registered_configuration
 from architectures.sites import SCOPES
 from config import Recipe
 from errors import UserError
 from files.atomic import file_stem
-from quant.numerics.uniform import ACT_BITS, WEIGHT_BITS
-from quant.recipe import ADALN_BITS, act_spec, weight_spec
+from quant.numerics.uniform import ACT_BITS, WEIGHT_BITS, check_quantiser
+from quant.recipe import ADALN_BITS
 
 FORMAT_VERSION = 6
 READABLE = (1, 2, 3, 4, 5, 6)
@@ -124,8 +124,9 @@ def _parse(fields: dict[str, Any], version: int) -> Header:
              for key, value in fields.pop("recipe").items()}
     header = Header(recipe=Recipe(**parts), **fields)
     if header.image_size is not None:
+        _check_classes(header.num_classes)
         architecture, configuration = registered_configuration(
-            header.model, header.image_size, _class_count(header))
+            header.model, header.image_size, header.num_classes)
         if version < FIRST_WITH_ARCHITECTURE:
             header = replace(header, architecture=architecture, configuration=configuration)
         if (header.architecture, header.configuration) != (architecture, configuration):
@@ -136,22 +137,21 @@ def _parse(fields: dict[str, Any], version: int) -> Header:
     return header
 
 
-def _class_count(header: Header) -> int:
-    if not isinstance(header.num_classes, int) or not 1 <= header.num_classes <= 1_000_000:
-        raise ValueError(f"{header.num_classes} classes")
-    return header.num_classes
+def _check_classes(count: Any) -> None:
+    """Raise a ``ValueError`` if a model cannot have so many classes."""
+    if not isinstance(count, int) or not 1 <= count <= 1_000_000:
+        raise ValueError(f"{count} classes")
 
 
 def _check(header: Header) -> None:
     """Raise a ``ValueError`` for a value that no QuantDiT.py writes."""
-    architecture_named(header.architecture)
+    check_architecture(header.architecture)
     if header.num_classes is not None:
-        _class_count(header)
+        _check_classes(header.num_classes)
     if header.weight_bit not in WEIGHT_BITS or header.act_bit not in ACT_BITS:
         raise ValueError(f"{header.model} W{header.weight_bit}A{header.act_bit} is unknown here")
     recipe = header.recipe
     if recipe.adaln_bits not in ADALN_BITS or recipe.scope not in SCOPES:
         raise ValueError(f"{recipe.adaln_bits} bits for adaLN, scope {recipe.scope}")
-    # These raise a ValueError for a granularity or convention that does not exist.
-    weight_spec(recipe, header.weight_bit)
-    act_spec(recipe, header.act_bit)
+    for granularity in (recipe.weight_granularity, recipe.act_granularity):
+        check_quantiser(granularity, recipe.convention)

@@ -45,7 +45,7 @@ from quant.integer.weight import integer_obstacle
 from quant.layers.fold import fold
 from quant.layers.quantised import QuantizedLayer
 from quant.numerics.floating import half_unless_overflow
-from quant.numerics.tokens import matrix
+from quant.numerics.tokens import matrix_shape
 from quant.numerics.uniform import OFF_BITS, QuantSpec
 from quant.pipeline import Result
 from quant.recipe import act_spec, adaln_spec, has_weight_only_adaln, weight_spec
@@ -117,7 +117,7 @@ def _assemble(header: Header, tensors: dict[str, Tensor], path: Path) -> Stored:
     model = empty_model(architecture_named(header.architecture), header.configuration)
     layers = {}
     for name, (spec, act) in layer_specs(header, model).items():
-        shape = matrix(model.get_submodule(name)).shape
+        shape = matrix_shape(model.get_submodule(name))
         layers[name] = read_layer(tensors, name, shape, spec, act)
     operands = _read_operands(tensors, header, model, layers)
     tensors.pop(TIMESTEPS, None)

@@ -15,7 +15,7 @@ from quant.layers.quantised import QuantizedLayer
 from quant.numerics.floating import FloatWeight, half_unless_overflow
 from quant.numerics.smoothing import Smoothing
 from quant.numerics.stowed import Stowed, pack, unpack
-from quant.numerics.uniform import OFF_BITS, Quantized, QuantSpec, grouped
+from quant.numerics.uniform import OFF_BITS, Coded, QuantSpec, grouped
 from quant.weights.low_rank import LowRankWeight
 
 Tensors = dict[str, Tensor]
@@ -45,7 +45,7 @@ def read_zero(tensors: Tensors, name: str, spec: QuantSpec, shape: tuple[int, ..
     return taker(tensors, name)("zero", shape)
 
 
-def write_base(weight: Quantized | FloatWeight) -> Tensors:
+def write_base(weight: Coded | FloatWeight) -> Tensors:
     """Write a quantised weight: codes, zero points and scales; at 16 bits ``weight`` alone.
 
     Scales are float32; two-level ones uint8, beside a bfloat16 step per output channel.
@@ -66,7 +66,7 @@ def write_base(weight: Quantized | FloatWeight) -> Tensors:
 
 def read_base(
     tensors: Tensors, name: str, shape: tuple[int, int], spec: QuantSpec
-) -> Quantized | FloatWeight:
+) -> Coded | FloatWeight:
     """Read a quantised weight (O, I)."""
     take = taker(tensors, name)
     if spec.bits == OFF_BITS:

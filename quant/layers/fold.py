@@ -122,7 +122,20 @@ def divide_modulation(
 def divide_shared_modulation(
     model: nn.Module, place: SharedModulation, smoothing: Smoothing
 ) -> None:
-    """Do the same through a block's table, and divide what enters the block."""
+    """Add the shift b (D,) to ``x (1 + scale) + shift`` and divide by the factors s (D,).
+
+    Chunk c of the modulation is ``vector[c] + table[c]``: a vector (N, chunks D) that all blocks
+    share, and this block's own table (chunks, D). The vector is divided where it enters the block:
+
+        vector[c] <- vector[c] / s                        c: shift and scale
+        table[shift] <- (table[shift] + b) / s
+        table[scale] <- (1 + table[scale]) / s - 1
+
+    Without a table, the vector takes the place of both:
+
+        vector[shift] <- (vector[shift] + b) / s
+        vector[scale] <- (1 + vector[scale]) / s - 1
+    """
     factors, width = smoothing.factors, len(smoothing.factors)
     chunks = [chunk for chunk in (place.shift, place.scale) if chunk is not None]
     vector = argument_of(model.get_submodule(place.block), place.argument, factors.device)

@@ -22,8 +22,9 @@ class QuantizedLayer:
             this one; None for ones.
         offset: (O,) float32, the effect of the shift; None: what it adds to the product with
             ``weight``.
-        folded: what has happened to its input when it arrives, since that was folded into the
-            layers before.
+        folded: the smoothing that the layers before apply already: the input arrives as
+            ``(x + shift) / factors``. ``fold`` moves ``smoothing`` here. No product reads it, but
+            an adapter beside the layer needs the input as it was.
     """
 
     weight: LowRankWeight

@@ -9,7 +9,7 @@ from quant.numerics.uniform import OFF_BITS, QuantSpec
 
 @dataclass(frozen=True)
 class FloatWeight:
-    """A weight of 16 bits, where others have a ``quant.numerics.uniform.Quantized``.
+    """A weight of 16 bits, where others have a ``quant.numerics.uniform.Coded``.
 
     Attributes:
         values: (O, I) float32; in a file float16, unless that overflows.

@@ -1,11 +1,12 @@
 """Codes at their width: as a file holds them, and a weight that waits until it is needed."""
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from quant.numerics.uniform import Quantized, QuantSpec
+from quant.numerics.uniform import Coded, QuantSpec
 
 BYTE = 8
 # Eight codes of a byte each, or of fewer bits side by side, are moved as one number.
@@ -77,36 +78,36 @@ def _halves(half: int, bits: int) -> tuple[np.uint64, np.uint64, np.uint64]:
     return np.uint64(low), np.uint64(low << half * bits), np.uint64(half * (BYTE - bits))
 
 
-class Stowed(Quantized):
+@dataclass(frozen=True)
+class Stowed(Coded):
     """A quantised tensor whose codes lie on the CPU at their width, and are unpacked when read.
 
-    Args:
+    Attributes:
         packed: as ``pack`` gives them.
         shape: of the codes.
-        scale, zero, spec, step: as in ``Quantized``.
+        scale, zero, spec, step: as in ``Coded``.
 
     Raises:
         ValueError: the stream's length does not fit the shape.
     """
 
-    def __init__(
-        self, packed: Tensor, shape: tuple[int, ...], scale: Tensor, zero: Tensor,
-        spec: QuantSpec, step: Tensor | None = None,
-    ):
-        check_stream(packed, spec.bits, shape)
-        parts = {"packed": packed, "_shape": tuple(shape), "scale": scale, "zero": zero,
-                 "spec": spec, "step": step}
-        # It is frozen, as every quantised tensor.
-        for name, value in parts.items():
-            object.__setattr__(self, name, value)
+    packed: Tensor
+    shape: tuple[int, ...]
+    scale: Tensor
+    zero: Tensor
+    spec: QuantSpec
+    step: Tensor | None = None
+
+    def __post_init__(self):
+        check_stream(self.packed, self.spec.bits, self.shape)
 
     @property
     def codes(self) -> Tensor:
         """Unpack the codes, uint8."""
-        return unpack(self.packed, self.spec.bits, self._shape).to(self.scale.device)
+        return unpack(self.packed, self.spec.bits, self.shape).to(self.scale.device)
 
 
-def stow(quantized: Quantized) -> Quantized:
+def stow(quantized: Coded) -> Coded:
     """Pack the codes of a tensor, if they are of fewer than 8 bits."""
     if quantized.spec.bits >= BYTE:
         return quantized

@@ -1,4 +1,6 @@
 """A linear or patch convolution as a matrix, its inputs as tokens; all in float32."""
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,6 +13,12 @@ def matrix(module: nn.Module, device: torch.device | None = None) -> Tensor:
     """
     weight = module.weight if device is None else module.weight.to(device)
     return weight.flatten(1).float()
+
+
+def matrix_shape(module: nn.Module) -> tuple[int, int]:
+    """Return the shape (O, I) of the weight of a linear or patch convolution as a matrix."""
+    rows, *columns = module.weight.shape
+    return rows, math.prod(columns)
 
 
 def as_tokens(module: nn.Module, x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ A quantiser maps ``x`` to integer codes ``q`` in [0, 2^bits - 1], and these back
 ``x ~ scale * (q - zero)``. Which values share a scale is the *granularity*. Every granularity is a
 view of the tensor and the dimensions that are reduced in it.
 """
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -64,11 +65,7 @@ class QuantSpec:
     tail: bool = False
 
     def __post_init__(self):
-        if self.granularity not in GRANULARITIES or self.convention not in CONVENTIONS:
-            raise ValueError(
-                f"unknown quantiser {self.granularity!r}/{self.convention!r}: "
-                f"expected one of {GRANULARITIES} and of {CONVENTIONS}"
-            )
+        check_quantiser(self.granularity, self.convention)
 
     @property
     def top(self) -> int:
@@ -80,10 +77,28 @@ class QuantSpec:
         return replace(self, granularity="image") if self.granularity == "tensor" else self
 
 
+def check_quantiser(granularity: str, convention: str) -> None:
+    """Raise a ``ValueError`` if there is no such granularity or convention."""
+    if granularity not in GRANULARITIES or convention not in CONVENTIONS:
+        raise ValueError(
+            f"unknown quantiser {granularity!r}/{convention!r}: "
+            f"expected one of {GRANULARITIES} and of {CONVENTIONS}"
+        )
+
+
 def check_finite(x: Tensor) -> None:
     """Raise a ``ValueError`` if a tensor to be quantised holds NaN or infinity."""
     if not torch.isfinite(x).all():
         raise ValueError("cannot quantise a tensor that holds NaN or infinity")
+
+
+def check_groups(shape: Sequence[int], spec: QuantSpec) -> None:
+    """Raise a ``ValueError`` if groups do not divide the dimension they are taken from."""
+    rows, columns = shape[0], shape[-1]
+    if spec.granularity == "group" and not spec.tail and columns % min(spec.group, columns):
+        raise ValueError(f"group size {spec.group} does not divide a row of {columns} values")
+    if spec.granularity == "strided" and rows % spec.group:
+        raise ValueError(f"strided groups of {spec.group} rows do not divide {rows} rows")
 
 
 def grouped(x: Tensor, spec: QuantSpec) -> tuple[Tensor, tuple[int, ...]]:
@@ -97,21 +112,16 @@ def grouped(x: Tensor, spec: QuantSpec) -> tuple[Tensor, tuple[int, ...]]:
     """
     if spec.granularity == "tensor":
         return x, tuple(range(x.dim()))
+    check_groups(x.shape, spec)
     if spec.granularity == "group":
         size = min(spec.group, x.shape[-1])
         missing = -x.shape[-1] % size
-        if missing and not spec.tail:
-            raise ValueError(f"group size {size} does not divide a row of {x.shape[-1]} values")
         if missing:
             # Repeats of a group's own value move neither end of its range.
             repeats = x[..., -1:].expand(*x.shape[:-1], missing)
             x = torch.cat([x, repeats], -1)
         x = x.unflatten(-1, (-1, size))
     elif spec.granularity == "strided":
-        if x.shape[0] % spec.group:
-            raise ValueError(
-                f"strided groups of {spec.group} rows do not divide {x.shape[0]} rows"
-            )
         x = x.reshape(spec.group, -1)
     return x, _REDUCED[spec.granularity]
 
@@ -209,9 +219,8 @@ def affine_grid(scale: Tensor, zero: Tensor, spec: QuantSpec) -> Grid:
     return Grid(scale, zero, -zero, spec.top - zero, scale)
 
 
-@dataclass(frozen=True)
-class Quantized:
-    """Integer codes with what turns them back into values.
+class Coded:
+    """Integer codes with what turns them back into values, however the codes are held.
 
     Attributes:
         codes: uint8, the shape of the quantised tensor.
@@ -226,7 +235,7 @@ class Quantized:
     scale: Tensor
     zero: Tensor
     spec: QuantSpec
-    step: Tensor | None = None
+    step: Tensor | None
 
     def integers(self) -> tuple[Tensor, Tensor] | None:
         """Split a weight (O, I) into integer values and one float32 multiplier per row.
@@ -253,7 +262,7 @@ class Quantized:
         values = (view.to(self.scale.dtype) - self.zero) * self.scale
         return ungrouped(values, codes.shape)
 
-    def scale_columns(self, factors: Tensor) -> "Quantized":
+    def scale_columns(self, factors: Tensor) -> "Coded":
         """Multiply input channels by ``factors`` (I,) through the scales, without a new code.
 
         Raises:
@@ -263,6 +272,17 @@ class Quantized:
             raise ValueError(f"granularity {self.spec.granularity!r} shares scales across columns")
         scale = self.scale.reshape(-1, len(factors)) * factors
         return replace(self, scale=scale.reshape(self.scale.shape))
+
+
+@dataclass(frozen=True)
+class Quantized(Coded):
+    """A quantised tensor whose codes are a tensor of their own (see ``Coded``)."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    spec: QuantSpec
+    step: Tensor | None = None
 
 
 def quantize(x: Tensor, spec: QuantSpec) -> Quantized:

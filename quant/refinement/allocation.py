@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
@@ -21,7 +21,9 @@ from quant.calibration.trajectory import Trajectory, joint_weight
 from quant.install import install
 from quant.layers.quantised import QuantizedLayer
 from quant.numerics.smoothing import Smoothing
+from quant.numerics.tokens import matrix_shape
 from quant.parts import Parts, Task
+from quant.recipe import weighs_layers
 from quant.refinement.draws import Budget
 from quant.refinement.evolution import Objective, Round, evolve
 from quant.refinement.group_sizes import (
@@ -82,7 +84,7 @@ def choose_group_sizes(
         ValueError: no size divides any width, or as ``evolve`` and ``least_cost``.
     """
     recipe, bits = task.recipe, task.bits
-    shapes = {site.name: tuple(joint_weight(site, task.weight).shape) for site in task.sites}
+    shapes = {site.name: _joint_shape(site, task.model) for site in task.sites}
     choices = _choices(shapes, recipe)
     allowed = _constraint(recipe, choices, shapes, (bits.weights, bits.activations))
     drafts = Drafts(task, parts, smoothing)
@@ -91,7 +93,7 @@ def choose_group_sizes(
         return search.objective.loss(install(deepcopy(task.model), drafts.layers(groups)))
 
     started = time.perf_counter()
-    if task.weighs_layers:
+    if weighs_layers(recipe):
         groups = least_cost(drafts.costs(choices), allowed)
         seconds = time.perf_counter() - started
         return Allocation(groups, loss_of(groups), seconds)
@@ -140,6 +142,12 @@ class Drafts:
             weight = smoothing.of_weight(self.task.weight(name))
             total += cost(inputs, weight, layer)
         return total
+
+
+def _joint_shape(site: Site, model: nn.Module) -> tuple[int, int]:
+    """Return the shape (O, I) of the weights of a site's linears, stacked."""
+    shapes = [matrix_shape(model.get_submodule(name)) for name in site.linears]
+    return sum(rows for rows, _ in shapes), shapes[0][1]
 
 
 def _choices(shapes: dict[str, tuple[int, int]], recipe: Recipe) -> dict[str, Sizes]:

@@ -13,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from quant.refinement.draws import Budget, Draws
-from quant.refinement.group_sizes import Constraint, Groups, Sizes, mean_group_size
+from quant.refinement.group_sizes import Constraint, Groups, Sizes
 from quant.refinement.history import Evaluated, HistoryFile
 
 
@@ -33,12 +33,10 @@ class Round:
     Attributes:
         best: the least loss so far.
         mean: the mean loss of the round's population.
-        mean_group_size: of the best configuration so far.
     """
 
     best: float
     mean: float
-    mean_group_size: float
 
 
 @dataclass(frozen=True)
@@ -153,16 +151,11 @@ class Evaluations:
             _, self._losses[sizes] = self._known[sizes]
             bar.set_postfix(round=number, best=min(self._losses.values()), refresh=False)
         mean = sum(self._losses[sizes] for sizes in population) / len(population)
-        groups, least = self._least()
-        return Round(least, mean, mean_group_size(groups))
+        return Round(min(self._losses.values()), mean)
 
     def result(self, rounds: list[Round]) -> SearchResult:
-        groups, least = self._least()
-        return SearchResult(groups, least, tuple(rounds))
-
-    def _least(self) -> tuple[Groups, float]:
         best = min(self._losses, key=self._losses.get)
-        return dict(zip(self._names, best)), self._losses[best]
+        return SearchResult(dict(zip(self._names, best)), self._losses[best], tuple(rounds))
 
     def _evaluate(self, sizes: Sizes) -> float:
         loss = self._loss_of(dict(zip(self._names, sizes)))

@@ -11,7 +11,7 @@ from torch import Tensor
 from quant.numerics.cholesky import damped_cholesky
 from quant.numerics.floating import FloatWeight
 from quant.numerics.stowed import stow
-from quant.numerics.uniform import Quantized
+from quant.numerics.uniform import Coded, Quantized
 from quant.weights.rounding import WeightQuantizer
 from quant.weights.two_level import LIMIT
 
@@ -37,7 +37,7 @@ class LowRankWeight:
         right: (r, I) float32.
     """
 
-    base: Quantized | FloatWeight
+    base: Coded | FloatWeight
     left: Tensor
     right: Tensor
 

@@ -1,4 +1,4 @@
-"""Edits of a recorded call as places of a model that divide an activation."""
+"""Describe edits of a recorded call as folds: places of a model that divide an activation."""
 import itertools
 from dataclasses import dataclass
 
