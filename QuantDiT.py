@@ -24,16 +24,17 @@ import argparse
 from functools import partial
 
 from cli import quantize_flags
-from cli.export import export, export_settings
-from cli.inspect import inspect_settings, print_inspection
 from cli.parser import Parser, run
-from cli.pipelines import is_pipeline, pipeline_settings, quantize_pipeline
-from cli.quantize import quantize
-from cli.settings import quantize_settings
 
 
 def main(args: argparse.Namespace) -> None:
     """Quantise what the command line says, or print what is inside it."""
+    # Not above: PyTorch takes seconds to load, which help and a wrong flag do not need.
+    from cli.export import export, export_settings
+    from cli.inspect import inspect_settings, print_inspection
+    from cli.pipelines import is_pipeline, pipeline_settings, quantize_pipeline
+    from cli.quantize import quantize
+    from cli.settings import quantize_settings
     if args.inspect and args.path is None:
         print_inspection(inspect_settings(args))
         return

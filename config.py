@@ -11,6 +11,23 @@ default_recipe = "ditas"
 weight_bit = 4                 # 2 to 8, or 16 to leave weights alone
 act_bit = 8                    # 4 to 8, or 16 to leave activations alone
 
+# How it is sampled, if the command line does not say.
+sampling_steps = "50"
+sampling_cfg_scale = 1.5       # guidance scale
+
+# Where a recipe may look: the four linears of every block ("blocks"); its modulation too ("adaln");
+# every linear and the patch embedding ("all"); all but this one and the last linear ("inner").
+SCOPES = ("blocks", "adaln", "inner", "all")
+
+# What is reconstructed at once: the transformer blocks ("blocks"); these, every linear before them,
+# and what comes after them (PTQ4DiT, "whole"); all that timestep and condition alone decide, then
+# the blocks without it (TFMQ-DM, "temporal").
+UNITS = ("blocks", "whole", "temporal")
+
+# What a quantised model computes in: floating point that simulates integers, integers, or the
+# faster of the two.
+BACKENDS = ("fake", "integer", "auto")
+
 # The calibration trajectory, which needs no data: the model's own guided sampling.
 calibration_labels = (         # ImageNet classes, the paper's
     207, 360, 387, 974, 88, 979, 417, 279, 27, 336, 177, 594, 748, 718, 447, 613)
@@ -38,9 +55,7 @@ class Recipe:
     are.
     """
 
-    # "blocks": the four linears of every block; "adaln": its modulation too;
-    # "all": every linear and the patch embedding; "inner": all but this one and the last linear.
-    scope: str = "blocks"
+    scope: str = "blocks"                # one of SCOPES
 
     # Balancing: factors that move outliers from activations into weights.
     # "smoothquant": from maxima at one timestep; "tas": from maxima over all timesteps;
@@ -104,7 +119,7 @@ class Recipe:
     adaln_bits: int = 16
 
     # Training of "adaround".
-    units: str = "blocks"                # what is learned at once (architectures.units.UNITS)
+    units: str = "blocks"                # what is learned at once, one of UNITS
     learned: str = "both"                # rounding and activation steps; "rounding": that alone
     iterations: int = 20_000             # for each unit
     rounding_rate: float = 1e-3          # learning rate
@@ -297,6 +312,7 @@ mean_group_share = 128 / 140.8
 # What group sizes are judged by.
 judge_images = 8                   # whose latents' SQNR is measured
 judge_fid_images = 500             # whose FID is measured, as published
+FRAMES = 16                        # of a video that FVD looks at, the first ones
 judge_fvd_videos = 100             # whose FVD is measured, as published
 
 # AdaRound with learned activation steps (PTQ4DiT, appendix, and the code it builds on).

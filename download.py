@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from architectures.dit import convert_diffusers
+from cards import ModelCard
 from diffusion.decoding import Decoder, vae_decoder
 from errors import UserError
 from examples.bundles import find_bundle
 from files.weights import load_into, read_state_dict
-from models import DiT, ModelCard
+from models import DiT, build_model
 
 FOLDER = Path("pretrained_models")
 PUBLISHED_URL = "https://dl.fbaipublicfiles.com/DiT/models/"
@@ -37,7 +38,7 @@ def load_model(
     """
     with torch.device("meta"):
         try:
-            model = card.build(image_size, num_classes)
+            model = build_model(card, image_size, num_classes)
         except ValueError as error:
             raise UserError(f"{name}: {error}") from None
     source, state = find_state_dict(name, card, image_size, ckpt)

@@ -3,13 +3,14 @@
 Shapes: N images, C latent channels, H = W latent side, T tokens, D width, p patch side.
 """
 import math
-from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
 from torch import Tensor, nn
+
+from cards import ModelCard
 
 MLP_RATIO = 4          # channels inside an MLP for each of its inputs
 CLASS_DROPOUT = 0.1    # share of labels that training replaces by the null label
@@ -223,92 +224,23 @@ class DiT(nn.Module):
         return torch.cat([torch.cat([guided, guided]), rest], dim=1)
 
 
-@dataclass(frozen=True)
-class ModelCard:
-    """What the command line has to know of a model: its shape, its classes, its images."""
+def build_model(card: ModelCard, image_size: int, num_classes: int | None = None) -> DiT:
+    """Make a randomly initialised model for images of ``image_size`` pixels.
 
-    depth: int                               # blocks
-    hidden_size: int                         # channels of a token
-    num_heads: int                           # of attention
-    patch_size: int                          # latent cells per token and side
-    num_classes: int = 1000
-    image_sizes: tuple[int, ...] = (256, 512)  # pixels per side; the first is the default
-    downsample: int = 8                      # pixels per latent cell and side
-    bundle: str = ""                         # its family in examples.bundles; empty: published
-    features: str = "inception"              # judges the images: a key of evaluation.networks
-    origin: str = ""                         # what a reader of its numbers has to know
-    is_small: bool = False                   # it has short searches and few images by default
+    Args:
+        num_classes: labels that the model knows; None for the card's.
 
-    def build(self, image_size: int, num_classes: int | None = None) -> DiT:
-        """Make a randomly initialised model for images of ``image_size`` pixels.
-
-        Args:
-            num_classes: labels that the model knows; None for the card's.
-
-        Raises:
-            ValueError: the model has no such image size.
-        """
-        if image_size not in self.image_sizes:
-            expected = " or ".join(str(size) for size in self.image_sizes)
-            raise ValueError(
-                f"image size {image_size} does not fit this model: expected {expected}")
-        return DiT(
-            input_size=image_size // self.downsample,
-            patch_size=self.patch_size,
-            hidden_size=self.hidden_size,
-            depth=self.depth,
-            num_heads=self.num_heads,
-            num_classes=num_classes or self.num_classes,
-        )
-
-
-_SIZES = {
-    "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
-    "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
-    "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
-    "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
-}
-_DIGITS = ModelCard(
-    depth=10,
-    hidden_size=128,
-    num_heads=4,
-    patch_size=2,
-    num_classes=10,
-    image_sizes=(16,),
-    downsample=2,
-    bundle="digits",
-    features="digits",
-    is_small=True,
-)
-_EMOJI = ModelCard(
-    depth=8,
-    hidden_size=192,
-    num_heads=6,
-    patch_size=4,
-    num_classes=31,
-    image_sizes=(64,),
-    downsample=4,
-    bundle="emoji",
-    features="efficientnet",
-    is_small=True,
-)
-
-DiT_models: dict[str, ModelCard] = {
-    **{
-        f"DiT-{name}/{patch}": ModelCard(**size, patch_size=patch)
-        for name, size in _SIZES.items()
-        for patch in (2, 4, 8)
-    },
-    "DiT-Digits": _DIGITS,
-    "DiT-Digits-Outliers": replace(
-        _DIGITS,
-        origin="Its activation outliers were put in by construction (examples/digits/outliers.py); "
-               "the model it was made from has none.",
-    ),
-    "DiT-Emoji": _EMOJI,
-    "DiT-Emoji-Outliers": replace(
-        _EMOJI,
-        origin="Its activation outliers were put in by construction (examples/emoji/outliers.py); "
-               "docs/emoji.md says how many the model it was made from has by itself.",
-    ),
-}
+    Raises:
+        ValueError: the model has no such image size.
+    """
+    if image_size not in card.image_sizes:
+        expected = " or ".join(str(size) for size in card.image_sizes)
+        raise ValueError(f"image size {image_size} does not fit this model: expected {expected}")
+    return DiT(
+        input_size=image_size // card.downsample,
+        patch_size=card.patch_size,
+        hidden_size=card.hidden_size,
+        depth=card.depth,
+        num_heads=card.num_heads,
+        num_classes=num_classes or card.num_classes,
+    )

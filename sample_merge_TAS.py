@@ -29,33 +29,21 @@ import argparse
 
 from cli import sample_flags
 from cli.parser import Parser, run
-from cli.pipeline_sampling import is_pipeline_folder, pipeline_sampling
-from cli.sample_settings import sample_settings
-from sampling.class_conditional import ClassConditional
-from sampling.processes import reported_endings, start_processes
-from sampling.source import Source
-from sampling.story import assemble, sample
 
 
 def main(args: argparse.Namespace) -> None:
     """Make the images that the command line asks for."""
-    source = make_source(args)
+    # Not above: PyTorch takes seconds to load, which help and a wrong flag do not need.
+    from cli.image_source import image_source
+    from sampling.processes import reported_endings, start_processes
+    from sampling.story import assemble, sample
+    source = image_source(args)
     processes = start_processes(source.run.threads, source.run.tf32, LAUNCHER)
     with reported_endings(processes, source.folder):
         if source.run.assemble:
             assemble(source, processes)
         else:
             sample(source, processes)
-
-
-def make_source(args: argparse.Namespace) -> Source:
-    """Choose what makes the images."""
-    if is_pipeline_folder(args):
-        settings = pipeline_sampling(args)
-        # It loads diffusers.
-        from sampling.pipeline import PipelineSource
-        return PipelineSource(settings)
-    return ClassConditional(sample_settings(args))
 
 
 def make_parser() -> Parser:

@@ -53,7 +53,7 @@ class Discovery:
     attentions: tuple[AttentionSite, ...] = ()
 
     def scope(self, name: str) -> list[Site]:
-        """List the sites that a scope quantises, one of ``sites.SCOPES``."""
+        """List the sites that a scope quantises, one of ``config.SCOPES``."""
         if name == "all":
             return list(self.sites)
         if name == "inner":

@@ -9,7 +9,8 @@ from architectures.diffusers_dit import DiffusersDiTArchitecture
 from architectures.dit import DiTArchitecture
 from architectures.pixart import PixArtArchitecture
 from architectures.sites import Architecture
-from models import DiT_models
+from cards import DiT_models
+from models import build_model
 
 # By the name of the class, so that diffusers is imported only where a model of it is built.
 _DIT = DiTArchitecture()
@@ -80,7 +81,7 @@ def registered_configuration(
         raise ValueError(f"{model} is unknown here")
     architecture = _BY_CLASS["DiT"]
     with torch.device("meta"):
-        empty = DiT_models[model].build(image_size, num_classes)
+        empty = build_model(DiT_models[model], image_size, num_classes)
     return architecture.name, architecture.configuration(empty)
 
 

@@ -10,8 +10,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-SCOPES = ("blocks", "adaln", "inner", "all")
-
 # The arguments of one call of a module, by name.
 Call = dict[str, Any]
 

@@ -6,15 +6,9 @@ from torch import Tensor, nn
 from architectures.sites import MODEL, Architecture, Call, Site, Unit, linears_of
 from architectures.tracing import tensors_of
 
-# Which units there are.
-#     blocks: the transformer blocks.
-#     whole: these, every linear before them, and what comes after them (PTQ4DiT).
-#     temporal: all that timestep and condition alone decide, then the blocks without it (TFMQ-DM).
-UNITS = ("blocks", "whole", "temporal")
-
 
 def units(architecture: Architecture, model: nn.Module, kind: str) -> list[Unit]:
-    """List the units of a model in forward order; ``kind`` is one of ``UNITS``."""
+    """List the units of a model in forward order; ``kind`` is one of ``config.UNITS``."""
     sites = architecture.sites(model, "all")
     if kind == "blocks":
         return _blocks(architecture, model, sites)

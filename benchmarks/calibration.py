@@ -44,14 +44,15 @@ from benchmarks.subjects import (
     calibration_start,
     load_bundled,
 )
+from cards import DiT_models
 from config import RECIPES, Recipe
 from diffusion import Schedule, make_schedule
-from models import DiT, DiT_models
+from models import DiT, build_model
 from quant.activations.quantisers import Activation
 from quant.install import install
 from quant.layers.quantised import QuantizedLayer
 from quant.numerics.smoothing import Smoothing
-from quant.numerics.uniform import QuantSpec
+from quant.numerics.spec import QuantSpec
 from quant.pipeline import Result, quantize_model
 from quant.recipe import BitWidths, act_spec, weight_spec
 from quant.weights.low_rank import lowrank_quantize, without_branch
@@ -135,7 +136,7 @@ def largest_difference(values: Tensor, expected: Tensor) -> float:
 
 def build_base() -> DiT:
     torch.manual_seed(0)
-    return DiT_models["DiT-B/2"].build(256).eval()
+    return build_model(DiT_models["DiT-B/2"], 256).eval()
 
 
 def fake_quantised(model: DiT, recipe: Recipe) -> DiT:
@@ -249,7 +250,7 @@ def calibrate_once(name: str, image_size: int, steps: str) -> Calibrated:
     """Build a model with random weights, and measure how the resident set grows."""
     card = DiT_models[name]
     torch.manual_seed(0)
-    model = card.build(image_size).eval()
+    model = build_model(card, image_size).eval()
     start = calibration_start(model, IMAGES)
     before = largest_resident_mb()
     calibrate(model, RECIPES["ditas"], make_schedule(steps), start)

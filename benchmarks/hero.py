@@ -27,11 +27,11 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 import config
+from cards import DiT_models
 from diffusion import make_schedule
 from diffusion.generate import Sampling
 from download import load_decoder, load_model
 from evaluation import fidelity
-from models import DiT_models
 from quant import checkpoint
 
 BUNDLED = [name for name, card in DiT_models.items() if card.is_small]

@@ -38,10 +38,11 @@ from architectures.registry import architecture_of
 from architectures.sites import modulations
 from benchmarks.sections import timed
 from benchmarks.subjects import block_linears, randomise
+from cards import DiT_models
 from cli.memory import keep_freed_memory
 from config import RECIPES, lowrank_rank
 from errors import UserError
-from models import DiT, DiT_models
+from models import DiT, build_model
 from quant import checkpoint
 from quant.activations.quantisers import Activation
 from quant.layers.quantised import QuantizedLayer
@@ -68,7 +69,7 @@ class Row:
 
 def random_float(name: str) -> DiT:
     torch.manual_seed(0)
-    model = DiT_models[name].build(256)
+    model = build_model(DiT_models[name], 256)
     randomise(model, std=0.02)
     return model.eval()
 
@@ -162,7 +163,7 @@ def make_rows(folder: Path, name: str, dtype: torch.dtype) -> dict[str, Row]:
     w4_bytes = w4.stat().st_size
     w8_bytes = w8.stat().st_size
     with torch.device("meta"):
-        state = DiT_models[name].build(256).state_dict()
+        state = build_model(DiT_models[name], 256).state_dict()
     parameters = sum(tensor.numel() for tensor in state.values())
 
     rows = {}

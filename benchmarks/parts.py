@@ -47,7 +47,7 @@ from quant.calibration.trajectory import record
 from quant.install import install
 from quant.layers.fold import fold
 from quant.layers.quantised import QuantizedLayer
-from quant.numerics.uniform import QuantSpec
+from quant.numerics.spec import QuantSpec
 from quant.pipeline import quantize_model
 from quant.recipe import BitWidths
 from quant.weights.rounding import quantize_weight

@@ -28,10 +28,10 @@ import torch
 
 from benchmarks.sections import run_sections
 from benchmarks.subjects import load_bundled
+from cards import DiT_models
 from diffusion import ddpm_step, make_schedule
 from diffusion.generate import batch_indices, decode_images, generate_latents, labels_for
 from download import load_decoder
-from models import DiT_models
 from sampling.folder import ImageFolder
 from sampling.writer import BackgroundWriter
 

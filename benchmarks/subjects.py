@@ -9,10 +9,11 @@ from torch import Tensor, nn
 import config
 from architectures.registry import architecture_of
 from architectures.sites import Site
+from cards import DiT_models
 from diffusion import Schedule
 from diffusion.generate import guided_drive, latent_noise
 from download import load_model
-from models import DiT, DiT_models
+from models import DiT
 from quant.calibration.trajectory import Drive, Trajectory, replay
 from quant.calibration.watch import Watch
 from quant.layers.quantised import QuantizedLayer

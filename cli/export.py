@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from cards import ModelCard
 from cli.parser import find_card, refuse_flags
 from cli.quantize_flags import PIPELINE_FLAGS, make_parser
 from cli.recipe_flags import given_flags
@@ -17,7 +18,6 @@ from download import stable_diffusion_vae
 from errors import UserError
 from examples.bundles import find_bundle
 from files.atomic import atomic_folder
-from models import ModelCard
 from quant import checkpoint
 
 # What only quantising reads.

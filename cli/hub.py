@@ -9,8 +9,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TypeVar
 
+from cards import DiT_models
 from errors import UserError
-from models import DiT_models
 
 # What a repository may hold beside a pipeline in float32: other formats and other types.
 OTHER_FILES = ("*.bin", "*.ckpt", "*.h5", "*.msgpack", "*.onnx*", "*.fp16.*", "*.bf16.*")

@@ -13,6 +13,7 @@ from architectures.discover import Discovery
 from architectures.inspection import Inspection, inspect
 from architectures.selected import is_chosen
 from architectures.sites import Site
+from cards import DiT_models
 from cli.hub import fetch_file, not_given
 from cli.parser import refuse_flags
 from cli.pipelines import INDEX, named_component
@@ -21,9 +22,8 @@ from cli.recipe_flags import bit_widths, build_recipe
 from cli.values import expression, user_value
 from config import Recipe
 from errors import UserError
-from models import DiT_models
 from quant.checkpoint.size import FLOAT_BITS, quantised_bits
-from quant.numerics.uniform import QuantSpec
+from quant.numerics.spec import QuantSpec
 from quant.recipe import (
     act_spec,
     adaln_spec,

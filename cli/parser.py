@@ -5,9 +5,9 @@ import sys
 from collections.abc import Callable, Iterable
 
 import config
+from cards import DiT_models, ModelCard
 from cli.memory import keep_freed_memory
 from errors import UserError, as_flag
-from models import DiT_models, ModelCard
 
 # Which Stable Diffusion VAE decodes the latents, if the command line does not say.
 DEFAULT_VAE = "ema"

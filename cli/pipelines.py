@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cards import DiT_models
 from cli.call_arguments import NAME as CALL
 from cli.call_arguments import Arguments, call_arguments, number_of_steps
 from cli.call_arguments import write as write_call
@@ -26,7 +27,6 @@ from cli.threads import default_threads
 from cli.values import at_least, expression, new_folder, user_value
 from errors import UserError
 from files.atomic import atomic_folder
-from models import DiT_models
 from quant.checkpoint import default_stem
 from quant.recipe import check_recipe
 

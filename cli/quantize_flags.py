@@ -6,7 +6,6 @@ import config
 from cli.parser import Parser, add_model_flags, add_threads_flag, make_script_parser
 from cli.recipe_flags import add_recipe_flags
 from config import RECIPES
-from quant.weights.low_rank import SOLVERS
 
 # What a checkpoint can be exported to.
 EXPORTS = ("diffusers",)
@@ -50,7 +49,7 @@ def make_parser(description: str = "") -> Parser:
         "--class-labels",
         help="classes to calibrate on, separated by commas (default: the paper's 16, or 0 1 2 …)")
     parser.add_argument(
-        "--svd", choices=tuple(SOLVERS), default="fast",
+        "--svd", choices=("exact", "fast"), default="fast",
         help="how the low-rank branch is found (default: fast)")
     _add_output_flags(parser)
     _add_pipeline_flags(parser)

@@ -5,19 +5,18 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import config
-from architectures.sites import SCOPES
-from architectures.units import UNITS
 from cli.parser import Parser
 from cli.values import at_least, one_of
-from config import RECIPES, Recipe, alpha_grid
+from config import RECIPES, SCOPES, UNITS, Recipe, alpha_grid
 from errors import Part, Setting, UserError
-from quant.balancing.maxima import PUBLISHED_SEARCH_STEPS
-from quant.numerics.ranges import RANGES, TENSOR_RANGES
-from quant.numerics.uniform import ACT_BITS, WEIGHT_BITS
+from quant.numerics.spec import ACT_BITS, WEIGHT_BITS
 from quant.recipe import ADALN_BITS, BitWidths, needs_trajectory, uses_moments
 
 # Turns a flag's text into a value, given what messages call the flag.
 Reader = Callable[[str, Part], object]
+
+# How ranges are chosen (``quant.numerics.ranges``, which loads PyTorch).
+RANGES = ("minmax", "shrink", "shrink-far", "percentile")
 
 # What the command line calls a recipe's convention.
 ZERO_POINTS = {"free": "free", "clamped": "clamped", "widened": "affine"}
@@ -192,7 +191,7 @@ FLAGS = (
          "migration strength: 'grid' searches layer by layer, or one number", MIGRATED),
     Flag("search_steps", "search-steps", _choice("all", "published"),
          "timesteps whose losses that search sums: all, "
-         f"or at most the {PUBLISHED_SEARCH_STEPS} noisiest, as the published code does", SEARCHED),
+         "or at most the 50 noisiest, as the published code does", SEARCHED),
     Flag("weight", "weight", _choice("nearest", "gptq", "adaround"), "how weights are rounded"),
     Flag("weight_range", "weight-range", _choice(*RANGES),
          "of floating weight scales: minmax, or the best of several"),
@@ -215,7 +214,7 @@ FLAGS = (
          "what shares an activation scale"),
     Flag("act_range", "act-range", _choice("dynamic", "static"),
          "of activations: measured in every call, or found once"),
-    Flag("act_clip", "act-clip", _choice(*TENSOR_RANGES),
+    Flag("act_clip", "act-clip", _choice(*RANGES, "search"),
          "how static ranges are chosen; search is that of PTQ4DM's code", STATIC),
     Flag("act_steps", "act-steps", _choice("uniform", "normal", "embedding", "each"),
          "timesteps that static ranges are found on; each has ranges of its own for every input, "

@@ -1,8 +1,8 @@
 """The command line of sample_merge_TAS.py."""
 import argparse
 
+import config
 from cli.parser import Parser, add_model_flags, add_threads_flag, make_script_parser
-from quant.backend import BACKENDS
 
 # What is read for the folder of a pipeline alone.
 PIPELINE_FLAGS = ("prompts", "pipeline_args")
@@ -85,7 +85,7 @@ def _add_arithmetic_flags(parser: Parser) -> None:
         "--fold", action=argparse.BooleanOptionalAction, default=True,
         help="fold the smoothing factors (default: on)")
     parser.add_argument(
-        "--backend", choices=BACKENDS, default="auto",
+        "--backend", choices=config.BACKENDS, default="auto",
         help="fake simulates, integer computes on int8, auto (default) times both "
              "where checkpoint and processor allow integers")
     parser.add_argument(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+import config
 from cli.parser import find_card, refuse_flags
 from cli.sample_flags import PIPELINE_FLAGS, QUANTISED, make_parser
 from cli.settings import ModelChoice, choose_model, cpu_threads
@@ -18,9 +19,6 @@ from cli.values import at_least, class_labels, user_value
 from diffusion import make_schedule
 from errors import UserError
 from quant import checkpoint
-
-# Guidance, if the command line does not say.
-CFG_SCALE = 1.5
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ def sample_settings(args: argparse.Namespace) -> SampleSettings:
         steps=steps,
         sampler=args.sampler,
         eta=args.eta,
-        cfg_scale=CFG_SCALE if args.cfg_scale is None else args.cfg_scale,
+        cfg_scale=config.sampling_cfg_scale if args.cfg_scale is None else args.cfg_scale,
         class_labels=args.class_labels,
         listed=_listed_labels(args.class_labels, model.num_classes),
         decode_batch=args.decode_batch_size,

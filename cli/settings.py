@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import config
+from cards import ModelCard
 from cli.next_command import sampling_command
 from cli.parser import DEFAULT_VAE, find_card, refuse_flags
 from cli.quantize_flags import PIPELINE_FLAGS, PIPELINES, make_parser
@@ -19,13 +20,10 @@ from diffusion import make_schedule
 from errors import UserError
 from examples.bundles import find_videos
 from files.atomic import writable_folder
-from models import ModelCard
 from quant import checkpoint
 from quant.balancing.maxima import check_step
 from quant.recipe import check_recipe
 
-# Steps of the calibration trajectory, if the command line does not say.
-STEPS = "50"
 # Guidance of the picture, if the command line does not say.
 PICTURE_CFG_SCALE = 4.0
 # Images that the next command makes: as many as papers judge, or what a CPU makes in a minute.
@@ -37,7 +35,7 @@ SMALL_MODEL_IMAGES = 200
 class ModelChoice:
     """A float model, and how its latents become images."""
 
-    name: str  # a key of models.DiT_models
+    name: str  # a key of cards.DiT_models
     card: ModelCard
     image_size: int  # pixels per side
     num_classes: int  # classes the model knows
@@ -96,7 +94,7 @@ def quantize_settings(args: argparse.Namespace) -> QuantizeSettings:
     cfg_scale = PICTURE_CFG_SCALE if args.cfg_scale is None else args.cfg_scale
     at_least(cfg_scale, 1.0, "--cfg-scale")
     at_least(args.seed, 0, "--seed")
-    steps = args.num_sampling_steps or STEPS
+    steps = args.num_sampling_steps or config.sampling_steps
     schedule = user_value(make_schedule, steps)
     user_value(check_step, recipe.timestep, len(schedule))
 

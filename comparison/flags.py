@@ -1,8 +1,6 @@
 """The command line of compare.py."""
 import config
 from cli.parser import Parser, make_script_parser
-from cli.sample_settings import CFG_SCALE
-from cli.settings import STEPS
 
 # What a folder's rows are, if the command line does not say.
 PIPELINE_RECIPES = ("rtn", "smoothquant", "ditas", "ditas-plus")
@@ -35,7 +33,7 @@ def _add_row_flags(parser: Parser) -> None:
     parser.add_argument(
         "--num-sampling-steps", nargs="+",
         help="of calibration and sampling, one or several "
-             f"(default: {STEPS}; of a pipeline its folder's, or its own)")
+             f"(default: {config.sampling_steps}; of a pipeline its folder's, or its own)")
     parser.add_argument(
         "--recipes", nargs="+", metavar="RECIPE[:FLAG=VALUE,…]",
         help="rows, with flags of QuantDiT.py on top (default: every recipe, "
@@ -70,7 +68,7 @@ def _add_sampling_flags(parser: Parser) -> None:
     parser.add_argument(
         "--cfg-scale", type=float, nargs="+",
         help="guidance of the samples, one or several; 1 is none "
-             f"(default: {CFG_SCALE}, or the pipeline's own)")
+             f"(default: {config.sampling_cfg_scale}, or the pipeline's own)")
     parser.add_argument(
         "--sampler", choices=("ddpm", "ddim"), default="ddpm",
         help="as in sample_merge_TAS.py; calibration always samples by DDPM (default: ddpm)")

@@ -10,7 +10,7 @@ from config import RECIPES
 from errors import UserError
 from files.atomic import file_stem
 from quant.balancing.maxima import check_step
-from quant.numerics.uniform import ACT_BITS, WEIGHT_BITS
+from quant.numerics.spec import ACT_BITS, WEIGHT_BITS
 from quant.recipe import check_recipe
 
 OVERRIDES = (*(flag.name for flag in FLAGS), "svd", "class-labels")

@@ -6,16 +6,15 @@ from typing import Any
 
 import torch
 
+import config
+from cards import ModelCard
 from cli.parser import find_card, refuse_flags
-from cli.sample_settings import CFG_SCALE
-from cli.settings import STEPS
 from cli.threads import cores_per_process
 from cli.values import at_least, one_of
 from comparison.flags import PIPELINE_FLAGS, PIPELINES, make_parser
 from errors import UserError
 from evaluation.networks import load_reference
 from files.atomic import writable_folder
-from models import ModelCard
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def compare_settings(args: argparse.Namespace) -> CompareSettings:
     refuse_flags(args, make_parser(""), PIPELINE_FLAGS, others)
     common = table_settings(args)
     image_sizes = args.image_size or [card.image_sizes[0]]
-    cfg_scales = args.cfg_scale or [CFG_SCALE]
+    cfg_scales = args.cfg_scale or [config.sampling_cfg_scale]
 
     # Check what was given.
     at_least(min(cfg_scales), 1.0, "--cfg-scale")
@@ -118,7 +117,7 @@ def compare_settings(args: argparse.Namespace) -> CompareSettings:
         card=card,
         image_sizes=tuple(image_sizes),
         references=references,
-        steps=tuple(args.num_sampling_steps or [STEPS]),
+        steps=tuple(args.num_sampling_steps or [config.sampling_steps]),
         decode_batch_size=args.decode_batch_size,
         cfg_scales=tuple(cfg_scales),
         sampler=args.sampler,

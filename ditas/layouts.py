@@ -10,7 +10,7 @@ from quant.activations.quantisers import Activation
 from quant.activations.softmax import PowersOfRootTwo
 from quant.layers.fold import ROW_SCALES, DividedArgument
 from quant.layers.quantised import QuantizedLayer
-from quant.numerics.uniform import QuantSpec
+from quant.numerics.spec import QuantSpec
 
 # A linear as a file describes it.
 Data = dict[str, Any]

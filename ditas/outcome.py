@@ -11,7 +11,7 @@ from architectures.sites import Architecture, Site, modulations, place_of
 from ditas.packing import packed_bytes
 from ditas.request import Request
 from quant.layers.quantised import QuantizedLayer
-from quant.numerics.uniform import OFF_BITS
+from quant.numerics.spec import OFF_BITS
 from quant.pipeline import Result
 
 HEADER = ("site", "times", "bits", "factors", "MB before", "MB after")

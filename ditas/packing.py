@@ -14,7 +14,7 @@ from quant.activations.quantisers import Activation, TimestepIndex
 from quant.checkpoint.tensors import read_layer, write_layer, write_operands
 from quant.layers.linear import PatchLinear
 from quant.layers.quantised import QuantizedLayer
-from quant.numerics.uniform import OFF_BITS, QuantSpec
+from quant.numerics.spec import OFF_BITS, QuantSpec
 
 Tensors = dict[str, Tensor]
 

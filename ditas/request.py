@@ -8,8 +8,7 @@ from cli.recipe_flags import FLAGS, Flag, labelled, recipe_with
 from cli.values import expression, one_of, user_value
 from config import Recipe
 from errors import UserError
-from quant.backend import BACKENDS
-from quant.numerics.uniform import ACT_BITS, WEIGHT_BITS
+from quant.numerics.spec import ACT_BITS, WEIGHT_BITS
 from quant.recipe import (
     BitWidths,
     check_recipe,
@@ -41,7 +40,7 @@ class Request:
         recipe_name, flags: as they were given.
         label: the recipe's name with the flags that were given.
         svd: the low-rank solver.
-        backend: one of ``quant.backend.BACKENDS``.
+        backend: one of ``config.BACKENDS``.
         include, exclude: as of ``architectures.selected``.
     """
 
@@ -90,7 +89,7 @@ def read_request(recipe_name: str, flags: dict[str, Any]) -> Request:
     return Request(
         recipe_name, flags, recipe, labelled(recipe_name, given), bits,
         svd=one_of(others["svd"], SOLVERS, "svd"),
-        backend=one_of(others["backend"], BACKENDS, "backend"),
+        backend=one_of(others["backend"], config.BACKENDS, "backend"),
         include=expression(others["include"], "include"),
         exclude=expression(others["exclude"], "exclude"))
 

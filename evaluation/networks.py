@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cards import ModelCard
 from download import FOLDER, fetch
 from errors import UserError
 from evaluation.features import Extractor
@@ -13,7 +14,6 @@ from evaluation.fidelity import Perceptual
 from examples.bundles import find_bundle, find_videos
 from files.digests import sha256
 from files.weights import read_state_dict
-from models import ModelCard
 
 ALEXNET_URL = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
 IMAGENET_REFERENCE_URL = (

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from config import FRAMES
 from errors import UserError
 from evaluation.metrics import Statistics, frechet_distance, statistics
 from examples.bundles import find_videos
 from files.digests import sha256
 from files.npz import read_arrays, read_videos
 
-FRAMES = 16  # of a video that a network looks at, the first ones
 SIDE = 224  # pixels per side that I3D was trained on
 WIDTHS = (400, 2048)  # features of the usual networks: Kinetics' classes, or what is below them
 

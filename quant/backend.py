@@ -12,7 +12,6 @@ from errors import Part, Setting, UserError
 from quant.install import make_linear, unnumbered
 from quant.layers.quantised import QuantizedLayer
 
-BACKENDS = ("fake", "integer", "auto")
 # How much faster the simulation has to be. Noise in close calls (0.9 to 1.5 on small models) must
 # not choose the backend of a run.
 MARGIN = 2.0
@@ -29,7 +28,7 @@ def resolve(
     ``fake``, with a warning on stderr.
 
     Args:
-        backend: one of ``BACKENDS``.
+        backend: one of ``config.BACKENDS``.
         reason: why the checkpoint cannot run on integers, if it cannot (see
             ``quant.integer.weight.integer_obstacle``).
         device: where the model runs.

@@ -41,8 +41,8 @@ from quant.calibration.observers import (
 from quant.calibration.trajectory import Trajectory, joint_weight
 from quant.calibration.watch import Balance, Watch
 from quant.install import device_of
+from quant.numerics.spec import QuantSpec
 from quant.numerics.tokens import matrix
-from quant.numerics.uniform import QuantSpec
 from quant.recipe import (
     BitWidths,
     act_spec,

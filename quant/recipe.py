@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from config import Recipe
 from errors import Part, Setting, SettingError
-from quant.numerics.uniform import OFF_BITS, QuantSpec
+from quant.numerics.spec import OFF_BITS, QuantSpec
 
 # Widths of the adaLN modulation's weights that a checkpoint can hold.
 ADALN_BITS = (4, 8, OFF_BITS)

@@ -25,13 +25,14 @@ from torch import Tensor, nn
 
 from architectures.registry import architecture_of
 from architectures.sites import linears_of, modulations
+from cards import DiT_models
 from cli.memory import keep_freed_memory
 from cli.parser import run
 from config import RECIPES, Recipe
 from diffusion import ImageNoise, make_schedule, sample_loop
 from diffusion.generate import guided_drive
 from download import load_model
-from models import DiT, DiT_models
+from models import DiT
 from quant import checkpoint
 from quant.calibration.trajectory import Drive
 

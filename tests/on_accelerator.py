@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cards import DiT_models, ModelCard
 from config import RECIPES, Recipe
 from diffusion import ddpm_step, make_schedule
 from diffusion.generate import Sampling, generate_latents
 from evaluation.judge import sqnr_judge
 from evaluation.metrics import sqnr_db
-from models import DiT_models, ModelCard
 from quant import checkpoint
 from quant.pipeline import Result, quantize_model
 from quant.recipe import BitWidths

@@ -28,8 +28,8 @@ from quant.install import install
 from quant.layers.fold import fold
 from quant.layers.quantised import QuantizedLayer
 from quant.numerics.smoothing import Smoothing
+from quant.numerics.spec import QuantSpec
 from quant.numerics.tokens import matrix
-from quant.numerics.uniform import QuantSpec
 from quant.pipeline import Result, quantize_model
 from quant.recipe import BitWidths
 from quant.weights.low_rank import without_branch

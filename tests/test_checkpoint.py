@@ -20,12 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import config
+from cards import DiT_models
 from config import RECIPES
 from diffusion import ddpm_step, make_schedule
 from diffusion.generate import Sampling, generate_latents
 from errors import UserError
 from evaluation.judge import sqnr_judge
-from models import DiT, DiT_models
+from models import DiT, build_model
 from quant import checkpoint
 from quant.checkpoint.tensors import pack
 from quant.install import install
@@ -51,7 +52,7 @@ MAPPED_FILES = Path("/proc/self/maps")
 def digits_model() -> DiT:
     """Make a random model of the bundled one's shape."""
     model = random_model(hidden_size=128, depth=10)
-    assert model.state_dict().keys() == DiT_models[MODEL].build(16).state_dict().keys()
+    assert model.state_dict().keys() == build_model(DiT_models[MODEL], 16).state_dict().keys()
     return model
 
 

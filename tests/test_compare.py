@@ -13,6 +13,7 @@ from torchvision.models import alexnet
 
 import compare
 import evaluate
+from cards import DiT_models
 from cli.quantize import QuantizedFile
 from comparison import runner
 from comparison.judging import find_lpips
@@ -27,7 +28,6 @@ from evaluation import fidelity
 from evaluation.metrics import sqnr_db
 from evaluation.networks import build_lpips
 from files.npz import read_arrays
-from models import DiT_models
 from quant import checkpoint
 
 MODEL, STEPS, COUNT = "DiT-Digits-Outliers", 3, 12

@@ -11,13 +11,14 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
 from architectures.hooked import hooked
+from cards import DiT_models
 from diffusion import ddpm_step, make_schedule
 from diffusion.generate import generate_latents
 from download import load_model
 from evaluation.metrics import sqnr_db
 from examples.digits import classifier, outliers
 from examples.digits.data import decode, encode, load_images
-from models import DiT_models
+from models import build_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -110,7 +111,7 @@ def test_training_runs_and_writes_both_files(tmp_path):
     command += ["--steps", "3", "--batch", "8", "--epochs", "1"]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
 
-    model = DiT_models["DiT-Digits"].build(16)
+    model = build_model(DiT_models["DiT-Digits"], 16)
     assert shapes(load_file(tmp_path / "dit.safetensors")) == shapes(model.state_dict())
     written = load_file(tmp_path / "classifier.safetensors")
     assert written.keys() == classifier.DigitClassifier().state_dict().keys()

@@ -17,8 +17,8 @@ from quant.install import install
 from quant.layers.fold import fold_sites
 from quant.layers.quantised import QuantizedLayer
 from quant.numerics.smoothing import Smoothing
+from quant.numerics.spec import QuantSpec
 from quant.numerics.tokens import matrix
-from quant.numerics.uniform import QuantSpec
 from quant.weights.low_rank import without_branch
 from quant.weights.rounding import quantize_weight
 

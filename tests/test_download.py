@@ -9,10 +9,10 @@ from safetensors.torch import save_file
 
 import download
 from architectures.dit import convert_diffusers
+from cards import DiT_models, ModelCard
 from download import find_state_dict, load_decoder, load_model
 from errors import UserError
 from files.weights import read_state_dict
-from models import DiT_models, ModelCard
 
 CARD = ModelCard(2, 64, 4, 2, num_classes=10, image_sizes=(64,))
 CPU = torch.device("cpu")

@@ -11,6 +11,7 @@ import torch
 from conftest import relative
 from torch import nn
 
+from cards import DiT_models
 from diffusion import make_schedule
 from download import load_decoder, load_model
 from errors import UserError
@@ -19,7 +20,7 @@ from examples.emoji import autoencoder, data, rebuild, training
 from examples.emoji.dit import image_weights, snr_weights
 from examples.emoji.outliers import WEIGHTS, outlier_ratios
 from files.npz import read_arrays
-from models import DiT_models
+from models import build_model
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -210,7 +211,7 @@ def test_interrupted_training_ends_in_the_same_weights(tmp_path, monkeypatch):
 
 
 def test_ratios_find_the_outlier_channel():
-    model = DiT_models["DiT-Emoji"].build(64)
+    model = build_model(DiT_models["DiT-Emoji"], 64)
     torch.manual_seed(0)
     model.initialize_weights()
     latents, labels = torch.randn(16, 4, 16, 16), torch.arange(16)

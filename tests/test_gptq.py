@@ -8,15 +8,16 @@ import torch
 from conftest import block_linears, golden, relative
 
 from architectures.registry import architecture_of
+from cards import DiT_models
 from diffusion import ImageNoise, make_schedule
 from diffusion.generate import guided_drive
 from download import load_model
-from models import DiT_models
 from quant.calibration.observers import SecondMoment
 from quant.calibration.trajectory import record, replay
 from quant.calibration.watch import Watch
 from quant.numerics.cholesky import damped_cholesky
-from quant.numerics.uniform import QuantSpec, quantize
+from quant.numerics.spec import QuantSpec
+from quant.numerics.uniform import quantize
 from quant.weights.gptq import inverse_factor
 from quant.weights.rounding import gptq_quantizer, quantize_weight
 

@@ -13,9 +13,10 @@ from architectures import survey
 from architectures.examples import EXAMPLES, build, draw_call
 from architectures.inspection import Inspection, inspect
 from architectures.registry import architecture_of
-from architectures.sites import SCOPES, linears_of
+from architectures.sites import linears_of
 from cli.inspect import UNREAD, chosen_sites, inspect_settings
 from cli.quantize_flags import IGNORED, make_parser
+from config import SCOPES
 from ditas.quantizing import look_into
 from ditas.request import read_request
 

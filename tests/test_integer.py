@@ -23,7 +23,8 @@ from quant.layers.linear import QuantLinear
 from quant.layers.quantised import QuantizedLayer
 from quant.layers.weight_only import WeightOnlyLinear
 from quant.numerics.smoothing import NO_SMOOTHING, Smoothing
-from quant.numerics.uniform import QuantSpec, fake_quantize, quantize
+from quant.numerics.spec import QuantSpec
+from quant.numerics.uniform import fake_quantize, quantize
 from quant.recipe import act_spec, adaln_spec, weight_spec
 from quant.weights.low_rank import lowrank_quantize, without_branch
 from quant.weights.rounding import nearest_quantizer, quantize_weight

@@ -7,10 +7,11 @@ from conftest import golden, golden_model, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cards import DiT_models
 from config import RECIPES, lowrank_rank
 from download import find_state_dict
-from models import DiT_models
-from quant.numerics.uniform import QuantSpec, quantize
+from quant.numerics.spec import QuantSpec
+from quant.numerics.uniform import quantize
 from quant.weights.low_rank import SOLVERS, exact_factors, lowrank_quantize
 from quant.weights.rounding import nearest_quantizer
 

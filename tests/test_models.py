@@ -3,7 +3,8 @@ import torch
 from conftest import golden, golden_model, random_model, relative
 
 from architectures.dit import convert_diffusers
-from models import DiT_models, TanhGELU, sincos_position_embedding
+from cards import DiT_models
+from models import TanhGELU, build_model, sincos_position_embedding
 
 
 def test_forward_and_guidance_match_the_published_model():
@@ -91,7 +92,7 @@ def test_diffusers_model_converts_and_agrees_at_the_published_frequencies(shift,
 ])
 def test_registry_has_the_parameter_counts_of_the_paper(name, millions):
     with torch.device("meta"):
-        model = DiT_models[name].build(DiT_models[name].image_sizes[0])
+        model = build_model(DiT_models[name], DiT_models[name].image_sizes[0])
     count = sum(p.numel() for p in model.parameters()) / 1e6
     if millions > 10:
         assert abs(count - millions) < max(1.0, 0.01 * millions)
@@ -102,7 +103,7 @@ def test_registry_has_the_parameter_counts_of_the_paper(name, millions):
 def test_registry_is_complete_and_refuses_other_sizes():
     assert {f"DiT-{s}/{p}" for s in ("S", "B", "L", "XL") for p in (2, 4, 8)} < set(DiT_models)
     with pytest.raises(ValueError, match="expected 16"):
-        DiT_models["DiT-Digits"].build(256)
+        build_model(DiT_models["DiT-Digits"], 256)
 
 
 def test_compiled_gelu_is_the_same_function():

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quant.numerics.spec import QuantSpec
 from quant.numerics.stowed import pack, stow, unpack
-from quant.numerics.uniform import QuantSpec, quantize
+from quant.numerics.uniform import quantize
 
 
 @given(st.integers(1, 8), st.integers(0, 200), st.integers(0, 2 ** 32 - 1))

@@ -29,8 +29,9 @@ from quant.layers.fold import fold
 from quant.layers.linear import QuantLinear
 from quant.layers.quantised import QuantizedLayer
 from quant.numerics.smoothing import Smoothing
+from quant.numerics.spec import QuantSpec
 from quant.numerics.tokens import matrix
-from quant.numerics.uniform import Quantized, QuantSpec, quantize, signed_codes
+from quant.numerics.uniform import Quantized, quantize, signed_codes
 from quant.pipeline import Result, quantize_model
 from quant.recipe import BitWidths, act_spec, weight_spec
 from quant.weights.low_rank import LowRankWeight

@@ -27,8 +27,9 @@ from quant.install import install
 from quant.integer.weight import integer_obstacle
 from quant.layers.quantised import QuantizedLayer
 from quant.numerics.smoothing import NO_SMOOTHING
+from quant.numerics.spec import OFF_BITS, QuantSpec
 from quant.numerics.tokens import matrix
-from quant.numerics.uniform import OFF_BITS, QuantSpec, fake_quantize
+from quant.numerics.uniform import fake_quantize
 from quant.parts import Task
 from quant.pipeline import quantize_model
 from quant.recipe import BitWidths, act_spec, weight_spec

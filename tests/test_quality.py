@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from cards import DiT_models
 from config import RECIPES
 from diffusion import ImageNoise, ddpm_step, make_schedule
 from diffusion.generate import generate_latents, guided_drive
 from download import load_model
 from evaluation.metrics import sqnr_db
-from models import DiT_models
 from quant.install import install
 from quant.layers.fold import fold
 from quant.pipeline import quantize_model

@@ -14,7 +14,8 @@ from quant.numerics.ranges import (
     step_ranges,
     tensor_range,
 )
-from quant.numerics.uniform import Quantized, QuantSpec, fake_quantize, grouped, quantize
+from quant.numerics.spec import QuantSpec
+from quant.numerics.uniform import Quantized, fake_quantize, grouped, quantize
 
 GOLDEN = {key: torch.tensor(value) for key, value in golden("baselines").items()}
 

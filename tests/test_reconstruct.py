@@ -26,8 +26,8 @@ from quant.activations.quantisers import Activation, Static, TimestepIndex
 from quant.activations.softmax import PowersOfRootTwo
 from quant.install import install
 from quant.layers.quantised import QuantizedLayer
+from quant.numerics.spec import QuantSpec
 from quant.numerics.tokens import matrix
-from quant.numerics.uniform import QuantSpec
 from quant.pipeline import Result, quantize_model
 from quant.recipe import BitWidths
 from quant.refinement.adaround import beta_at, reconstruction_error, rounding_loss, train

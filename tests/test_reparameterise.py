@@ -20,7 +20,7 @@ from quant.layers.linear import QuantLinear
 from quant.layers.quantised import QuantizedLayer
 from quant.numerics.ranges import static_codes
 from quant.numerics.smoothing import Smoothing
-from quant.numerics.uniform import QuantSpec
+from quant.numerics.spec import QuantSpec
 from quant.pipeline import quantize_model
 from quant.recipe import BitWidths
 from quant.weights.low_rank import without_branch

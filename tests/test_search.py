@@ -18,7 +18,8 @@ from quant.balancing.losses import DEFINITION
 from quant.balancing.maxima import aggregate, check_step, searched_steps, smoothing_factors
 from quant.balancing.search import AlphaSearch
 from quant.calibration.trajectory import Drive
-from quant.numerics.uniform import QuantSpec, fake_quantize
+from quant.numerics.spec import QuantSpec
+from quant.numerics.uniform import fake_quantize
 from quant.pipeline import quantize_model
 from quant.recipe import BitWidths, weight_spec
 from quant.weights.low_rank import lowrank_quantize

@@ -14,7 +14,8 @@ from config import RECIPES
 from quant.integer.linear import ReferenceLinear
 from quant.integer.weight import integer_weight, nibbles
 from quant.layers.quantised import QuantizedLayer
-from quant.numerics.uniform import QuantSpec, quantize, signed_codes
+from quant.numerics.spec import QuantSpec
+from quant.numerics.uniform import quantize, signed_codes
 from quant.recipe import act_spec, weight_spec
 from quant.weights.low_rank import without_branch
 

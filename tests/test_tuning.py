@@ -17,7 +17,8 @@ from quant.install import install
 from quant.layers.linear import QuantLinear
 from quant.layers.quantised import QuantizedLayer
 from quant.numerics.smoothing import Smoothing
-from quant.numerics.uniform import Quantized, QuantSpec
+from quant.numerics.spec import QuantSpec
+from quant.numerics.uniform import Quantized
 from quant.pipeline import quantize_model
 from quant.recipe import BitWidths
 from quant.refinement.tuned_linear import TunedLinear

@@ -4,7 +4,7 @@ import itertools
 import pytest
 import torch
 
-from quant.numerics.uniform import QuantSpec
+from quant.numerics.spec import QuantSpec
 from quant.weights.two_level import fused_least_errors, least_errors
 
 

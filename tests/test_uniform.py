@@ -6,7 +6,8 @@ from conftest import golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quant.numerics.uniform import Quantized, QuantSpec, fake_quantize, grouped, quantize
+from quant.numerics.spec import QuantSpec
+from quant.numerics.uniform import Quantized, fake_quantize, grouped, quantize
 
 specs = st.builds(
     QuantSpec,

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from architectures.registry import architecture_of
 from architectures.sites import Call, Unit
-from architectures.units import UNITS, units
-from config import RECIPES
+from architectures.units import units
+from config import RECIPES, UNITS
 from quant.install import install
 from quant.pipeline import quantize_model
 from quant.recipe import BitWidths

@@ -13,6 +13,7 @@ from torchvision.transforms.functional import center_crop, resize
 import config
 import evaluate
 import QuantDiT
+from cards import DiT_models
 from diffusion import ddpm_step, make_schedule
 from diffusion.generate import Sampling, generate_latents
 from errors import UserError
@@ -31,7 +32,6 @@ from examples.digits.classifier import load_classifier
 from examples.digits.data import decode, load_images
 from examples.digits.videos import digits_video_extractor, sample_videos, write_video_reference
 from files.images import to_bytes
-from models import DiT_models
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")

@@ -26,6 +26,7 @@ FORBIDDEN = {
         "cli",
         "ditas",
         "download",
+        "cards",
         "models",
         "evaluation",
         "diffusion",
@@ -60,6 +61,8 @@ FORBIDDEN = {
     "diffusion": {"quant", "cli", "evaluation", "download", "sampling", "architectures"},
     # What is fetched is float.
     "download": {"quant", "cli", "evaluation", "sampling", "report"},
+    # What the command line knows of models by their names is there before PyTorch is.
+    "cards": {"models", "quant", "cli", "evaluation", "download", "sampling", "architectures"},
     # The model knows nothing of what is done to it.
     "models": {"quant", "cli", "evaluation", "download", "sampling", "architectures"},
 }

@@ -13,13 +13,14 @@ import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from cards import DiT_models
 from cli.parser import make_script_parser, run
 from diffusion import make_schedule
 from diffusion.loss import training_loss
 from examples.digits.classifier import DigitClassifier, augment
 from examples.digits.data import IMAGE_SIZE, encode, load_images
 from examples.training import learning_rate, save_half
-from models import DiT_models
+from models import build_model
 
 HERE = Path(__file__).parent
 
@@ -36,7 +37,7 @@ def train_dit(
     latents = encode(images)
     schedule = make_schedule()
 
-    model = DiT_models["DiT-Digits"].build(IMAGE_SIZE)
+    model = build_model(DiT_models["DiT-Digits"], IMAGE_SIZE)
     model.initialize_weights()
     ema = deepcopy(model)
     optimiser = torch.optim.AdamW(model.parameters(), weight_decay=0.0)

@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from config import FRAMES
 from diffusion.generate import Sampling, decode_images, generate_latents
-from evaluation.video import FRAMES, VideoExtractor
+from evaluation.video import VideoExtractor
 from examples.digits.classifier import load_classifier
 from examples.digits.data import IMAGE_SIZE, load_images
 from files.atomic import atomic

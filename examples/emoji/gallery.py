@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cards import DiT_models
 from cli.parser import make_script_parser, run
 from diffusion import ddpm_step, make_schedule
 from diffusion.generate import decode_images, generate_latents
@@ -18,7 +19,6 @@ from download import load_decoder, load_model
 from examples.emoji.data import IMAGE_SIZE, class_categories
 from examples.emoji.probe import CATEGORIES, load_probe
 from files.images import grid
-from models import DiT_models
 
 CPU = torch.device("cpu")
 COLUMNS = 8

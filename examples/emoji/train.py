@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from cards import DiT_models
 from cli.parser import make_script_parser, run
 from diffusion import make_schedule
 from examples.emoji.autoencoder import (
@@ -43,7 +44,7 @@ from examples.emoji.pixart import (
 )
 from examples.emoji.training import Run, train
 from examples.training import save_half
-from models import DiT_models
+from models import build_model
 
 HERE = Path(__file__).parent
 # Of both models; a part of PixArt's pipeline.
@@ -81,7 +82,7 @@ def train_dit(args: argparse.Namespace) -> None:
     latents, labels = training_latents(load_autoencoder(args.out / VAE))
     weights = image_weights(labels)
     schedule = make_schedule()
-    model = DiT_models["DiT-Emoji"].build(IMAGE_SIZE)
+    model = build_model(DiT_models["DiT-Emoji"], IMAGE_SIZE)
     model.initialize_weights()
     average = deepcopy(model).eval()
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from architectures.sites import call_of, timesteps_of
-from quant.numerics.uniform import OFF_BITS, QuantSpec, signed_codes, ungrouped
+from quant.numerics.spec import OFF_BITS, QuantSpec
+from quant.numerics.uniform import signed_codes, ungrouped
 
 
 @dataclass(frozen=True)

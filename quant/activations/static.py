@@ -18,7 +18,7 @@ from quant.calibration.observers import (
 from quant.calibration.watch import Watch
 from quant.numerics.ranges import step_ranges, tensor_range
 from quant.numerics.smoothing import Smoothing
-from quant.numerics.uniform import QuantSpec
+from quant.numerics.spec import QuantSpec
 
 # How the input of a site is quantised, given the size of its groups (None: the recipe's).
 SpecOf = Callable[[Site, int | None], QuantSpec]

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant.numerics.uniform import QuantSpec, quantize
+from quant.numerics.spec import QuantSpec
+from quant.numerics.uniform import quantize
 from quant.weights.two_level import round_to_int8
 
 # Weights quantised at a time: few enough to stay in a CPU's cache between passes.

@@ -11,7 +11,8 @@ from quant.balancing.candidates import Candidates, rounded
 from quant.balancing.losses import Arithmetic, entry_ranges
 from quant.integer.cpu import supported
 from quant.numerics import passes
-from quant.numerics.uniform import QuantSpec, grouped, scale_and_zero
+from quant.numerics.spec import QuantSpec
+from quant.numerics.uniform import grouped, scale_and_zero
 
 
 def fused_rounded(weight: Tensor, factors: Tensor, spec: QuantSpec) -> Candidates:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from quant.balancing.candidates import Candidates, rounded
-from quant.numerics.uniform import OFF_BITS, QuantSpec, scale_and_zero, signed_codes_
+from quant.numerics.spec import OFF_BITS, QuantSpec
+from quant.numerics.uniform import scale_and_zero, signed_codes_
 
 
 def squared_errors(

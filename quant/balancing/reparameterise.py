@@ -15,7 +15,7 @@ from quant.calibration.observers import Samples
 from quant.calibration.watch import Watch
 from quant.numerics.ranges import best_range, static_codes
 from quant.numerics.smoothing import NO_SMOOTHING, Smoothing
-from quant.numerics.uniform import QuantSpec
+from quant.numerics.spec import QuantSpec
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 from quant.balancing.candidates import Candidates
 from quant.balancing.losses import DEFINITION, Arithmetic
 from quant.numerics.compiled import compiled_available
-from quant.numerics.uniform import OFF_BITS, QuantSpec
+from quant.numerics.spec import OFF_BITS, QuantSpec
 
 # Inputs or outputs handled at a time: what is computed of them is small.
 BLOCK_VALUES = 2 ** 19

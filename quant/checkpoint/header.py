@@ -7,11 +7,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from architectures.registry import check_architecture, registered_configuration
-from architectures.sites import SCOPES
-from config import Recipe
+from config import SCOPES, Recipe
 from errors import UserError
 from files.atomic import file_stem
-from quant.numerics.uniform import ACT_BITS, WEIGHT_BITS, check_quantiser
+from quant.numerics.spec import ACT_BITS, WEIGHT_BITS, check_quantiser
 from quant.recipe import ADALN_BITS
 
 FORMAT_VERSION = 6

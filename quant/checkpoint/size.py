@@ -4,8 +4,9 @@ from torch import nn
 from architectures.registry import architecture_named, empty_model
 from quant.checkpoint.header import Header
 from quant.checkpoint.store import layer_specs
+from quant.numerics.spec import QuantSpec
 from quant.numerics.tokens import matrix
-from quant.numerics.uniform import QuantSpec, grouped
+from quant.numerics.uniform import grouped
 
 FLOAT_BITS = 16  # the paper's models of full precision are of float16
 TWO_LEVEL_SCALE_BITS = 8  # of two-level scales, the integer inside an output channel's

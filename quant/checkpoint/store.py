@@ -45,8 +45,8 @@ from quant.integer.weight import integer_obstacle
 from quant.layers.fold import fold
 from quant.layers.quantised import QuantizedLayer
 from quant.numerics.floating import half_unless_overflow
+from quant.numerics.spec import OFF_BITS, QuantSpec
 from quant.numerics.tokens import matrix_shape
-from quant.numerics.uniform import OFF_BITS, QuantSpec
 from quant.pipeline import Result
 from quant.recipe import act_spec, adaln_spec, has_weight_only_adaln, weight_spec
 

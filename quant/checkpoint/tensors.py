@@ -14,8 +14,9 @@ from quant.activations.softmax import PowersOfRootTwo
 from quant.layers.quantised import QuantizedLayer
 from quant.numerics.floating import FloatWeight, half_unless_overflow
 from quant.numerics.smoothing import Smoothing
+from quant.numerics.spec import OFF_BITS, QuantSpec
 from quant.numerics.stowed import Stowed, pack, unpack
-from quant.numerics.uniform import OFF_BITS, Coded, QuantSpec, grouped
+from quant.numerics.uniform import Coded, grouped
 from quant.weights.low_rank import LowRankWeight
 
 Tensors = dict[str, Tensor]

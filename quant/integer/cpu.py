@@ -10,7 +10,7 @@ from quant.integer.linear import IntegerLinear
 from quant.integer.weight import IntegerWeight, Nibbles
 from quant.layers.buffers import register_buffers
 from quant.layers.weight_only import WeightOnly
-from quant.numerics.uniform import QuantSpec
+from quant.numerics.spec import QuantSpec
 
 
 def supported() -> bool:

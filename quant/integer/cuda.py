@@ -15,7 +15,8 @@ from quant.integer.weight import IntegerWeight, Nibbles
 from quant.layers.buffers import register_buffers
 from quant.layers.linear import float32_copy, rescale, split_branch
 from quant.layers.weight_only import WeightOnly
-from quant.numerics.uniform import QuantSpec, signed_codes
+from quant.numerics.spec import QuantSpec
+from quant.numerics.uniform import signed_codes
 
 # 1.5 * 2^23: adding and subtracting it rounds a small float32 to the nearest integer, ties to even.
 ROUND = tl.constexpr(12582912.0)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from quant.integer.weight import IntegerWeight
 from quant.layers.buffers import register_buffers
 from quant.layers.linear import float32_copy, rescale, split_branch
-from quant.numerics.uniform import QuantSpec, signed_codes
+from quant.numerics.spec import QuantSpec
+from quant.numerics.uniform import signed_codes
 
 
 class IntegerLinear(nn.Module):

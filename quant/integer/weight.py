@@ -20,7 +20,7 @@ import config
 from config import RECIPES, Recipe
 from errors import Part, Setting
 from quant.layers.quantised import QuantizedLayer
-from quant.numerics.uniform import OFF_BITS, QuantSpec
+from quant.numerics.spec import OFF_BITS, QuantSpec
 from quant.recipe import act_spec, weight_spec
 
 INT8 = torch.iinfo(torch.int8)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant.numerics.uniform import OFF_BITS, QuantSpec
+from quant.numerics.spec import OFF_BITS, QuantSpec
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ few have to be computed.
 import torch
 from torch import Tensor
 
-from quant.numerics.uniform import QuantSpec
+from quant.numerics.spec import QuantSpec
 
 WIDTHS = 100  # that are tried
 NORM = 2.4

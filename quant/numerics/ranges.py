@@ -13,14 +13,8 @@ import torch
 from torch import Tensor
 
 from quant.numerics.range_search import searched_range
-from quant.numerics.uniform import (
-    Quantized,
-    QuantSpec,
-    check_finite,
-    grouped,
-    scale_and_zero,
-    ungrouped,
-)
+from quant.numerics.spec import QuantSpec
+from quant.numerics.uniform import Quantized, check_finite, grouped, scale_and_zero, ungrouped
 
 SHRINKS = tuple(1 - 0.001 * i for i in range(100))  # Q-DiT
 FAR_SHRINKS = tuple(1 - 0.01 * i for i in range(80))  # TFMQ-DM

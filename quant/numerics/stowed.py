@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quant.numerics.uniform import Coded, QuantSpec
+from quant.numerics.spec import QuantSpec
+from quant.numerics.uniform import Coded
 
 BYTE = 8
 # Eight codes of a byte each, or of fewer bits side by side, are moved as one number.

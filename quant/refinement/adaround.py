@@ -25,7 +25,7 @@ from quant.activations.attention import Operands
 from quant.activations.quantisers import Activation
 from quant.install import install
 from quant.layers.quantised import QuantizedLayer
-from quant.numerics.uniform import OFF_BITS
+from quant.numerics.spec import OFF_BITS
 from quant.refinement.soft_unit import SoftUnit
 from quant.refinement.unit_chain import UnitChain
 

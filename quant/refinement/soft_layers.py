@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from quant.activations.quantisers import Activation, TimestepIndex, activation_module
 from quant.layers.quantised import QuantizedLayer
-from quant.numerics.uniform import OFF_BITS, Quantized, grouped
+from quant.numerics.spec import OFF_BITS
+from quant.numerics.uniform import Quantized, grouped
 
 # The sigmoid is stretched, so that h reaches 0 and 1 (Louizos et al., 2018).
 STRETCH = (-0.1, 1.1)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from quant.numerics.cholesky import damped_cholesky
-from quant.numerics.uniform import Grid, Quantized, QuantSpec, check_finite, grouped
+from quant.numerics.spec import QuantSpec
+from quant.numerics.uniform import Grid, Quantized, check_finite, grouped
 
 BLOCK_CHANNELS = 128  # input channels between two updates of all that are left
 GPTQ_DAMPING = 0.01  # of the Hessian's mean diagonal, added to its diagonal

@@ -15,7 +15,7 @@ from quant.calibration.observers import SecondMoment
 from quant.calibration.trajectory import WeightOf, joint_weight
 from quant.calibration.watch import Watch
 from quant.numerics.smoothing import Smoothing
-from quant.numerics.uniform import QuantSpec
+from quant.numerics.spec import QuantSpec
 from quant.recipe import uses_moments, weight_spec
 from quant.weights.low_rank import LowRankWeight, lowrank_quantize, without_branch
 from quant.weights.rounding import WeightQuantizer, gptq_quantizer, nearest_quantizer

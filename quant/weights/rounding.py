@@ -4,7 +4,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 from quant.numerics.ranges import Affine, best_range, quantize_range
-from quant.numerics.uniform import Grid, Quantized, QuantSpec, affine_grid, grouped, quantize
+from quant.numerics.spec import QuantSpec
+from quant.numerics.uniform import Grid, Quantized, affine_grid, grouped, quantize
 from quant.weights.gptq import BLOCK_CHANNELS, GPTQ_DAMPING, gptq_quantize, inverse_factor
 from quant.weights.two_level import find_steps, quantize_two_level, two_level_grid
 

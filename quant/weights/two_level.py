@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from quant.numerics.compiled import compiled_available
+from quant.numerics.spec import QuantSpec
 from quant.numerics.uniform import (
     Grid,
     Quantized,
-    QuantSpec,
     check_finite,
     grouped,
     scale_and_zero,
