@@ -82,7 +82,7 @@ class ClassConditional:
         settings = self.settings
         files = []
         # Other judges look at no images.
-        if "fid" in job.arguments:
+        if job.recipe.judge == "fid":
             files = flags(reference=self._judge.reference_path, inception=settings.inception)
         rest = flags(seed=settings.seed, vae=settings.vae, output=output)
         return [*self._model_arguments(), *job.arguments, *files, *rest]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from cli.recipe_flags import FLAGS, build_recipe
 from cli.values import class_labels, one_of, user_value
 from comparison.quantdit import parse_arguments
-from config import RECIPES
+from config import RECIPES, Recipe
 from errors import UserError
 from files.atomic import file_stem
 from quant.balancing.maxima import check_step
@@ -24,11 +24,13 @@ class Job:
         label: the recipe as it was given.
         bits: weight and activation bits, such as ``4/8``.
         arguments: what QuantDiT.py gets for it; None for the float model.
+        recipe: what these mean; None for the float model.
     """
 
     label: str
     bits: str
     arguments: tuple[str, ...] | None
+    recipe: Recipe | None
 
     @property
     def name(self) -> str:
@@ -36,7 +38,7 @@ class Job:
         return file_stem(f"{self.label}-W{self.bits.replace('/', 'A')}")
 
 
-FLOAT = Job("float", "32/32", None)
+FLOAT = Job("float", "32/32", None, None)
 
 
 def default_recipes(steps: int, budgets: dict[str, str]) -> list[str]:
@@ -79,8 +81,9 @@ def parse_job(recipe: str, bits: str, overrides: Sequence[str] = OVERRIDES) -> J
                 f"bad override '{override}' of recipe '{recipe}': "
                 f"expected {', '.join(overrides)}, as in ditas:lowrank=0")
         arguments += [f"--{flag}", value]
-    user_value(check_recipe, build_recipe(parse_arguments(arguments)), act_bits)
-    return Job(recipe, f"{weight_bits}/{act_bits}", tuple(arguments))
+    built = build_recipe(parse_arguments(arguments))
+    user_value(check_recipe, built, act_bits)
+    return Job(recipe, f"{weight_bits}/{act_bits}", tuple(arguments), built)
 
 
 def parse_bits(bits: str) -> tuple[int, int]:
@@ -111,7 +114,7 @@ def check_job(job: Job, steps: int, num_classes: int) -> None:
     """
     if job.arguments is None:
         return
-    args = parse_arguments(list(job.arguments))
-    user_value(check_step, build_recipe(args).timestep, steps)
-    if args.class_labels is not None:
-        class_labels(args.class_labels, num_classes)
+    user_value(check_step, job.recipe.timestep, steps)
+    labels = parse_arguments(list(job.arguments)).class_labels
+    if labels is not None:
+        class_labels(labels, num_classes)
