@@ -18,10 +18,11 @@ from conftest import call, error_line, random_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import config
 import evaluate
 import QuantDiT
 import sample_merge_TAS
-from cli import recipe_flags, sample_settings, settings
+from cli import recipe_flags, settings
 from cli.memory import keep_freed_memory, large_blocks_apart, return_freed_memory
 from cli.quantize import judgement
 from cli.settings import quantize_settings
@@ -334,7 +335,7 @@ def test_the_published_command_lines_parse():
     assert args.per_proc_batch_size == 64
     assert (args.global_seed, args.tf32, args.sample_dir, args.fold) == (0, True, "samples", True)
     # Where the command line is silent, the model's settings say it: pipelines have their own.
-    assert (args.cfg_scale, sample_settings.CFG_SCALE, settings.PICTURE_CFG_SCALE) == (
+    assert (args.cfg_scale, config.sampling_cfg_scale, settings.PICTURE_CFG_SCALE) == (
         None, 1.5, 4.0)
 
 

@@ -175,7 +175,7 @@ def test_different_resolutions_are_refused(capsys, monkeypatch):
         return both, both, both
 
     anything = Extractor("moments", (2, 2, 2), moments, torch.device("cpu"))
-    monkeypatch.setattr(evaluate, "load_extractor", lambda *_: anything)
+    monkeypatch.setattr("cli.evaluate.load_extractor", lambda *_: anything)
     np.savez("large.npz", arr_0=random_images(2, size=24))
     line = fails(capsys, "real.npz", "large.npz")
     assert "'real.npz' are 16x16, those of 'large.npz' 24x24" in line

@@ -18,6 +18,7 @@ from cli.call_arguments import read as read_call
 from cli.hub import is_hub_id
 from cli.pipelines import folder_of, prompts_file
 from comparison.runner import Comparison
+from comparison.table import find_subjects
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -79,7 +80,7 @@ def test_a_cached_pipeline_is_compared(cache, float_folder, monkeypatch):  # noq
     with pytest.raises(InterruptedError):
         call(compare, "--model", "own/emoji", "--recipes", "rtn", "--output", "compared")
     assert given[0][given[0].index("--path") + 1] == str(folder)
-    (subject,) = compare.find_subjects(compare.make_parser().parse_args(["--model", "own/emoji"]))
+    (subject,) = find_subjects(compare.make_parser().parse_args(["--model", "own/emoji"]))
     assert subject.title.startswith("emoji, ")
     assert subject.setting[0] == "own/emoji"
     words = subject.quantising_arguments(subject.jobs[1], Path("made"))
