@@ -34,16 +34,8 @@ from cli.parser import Parser, run
 def main(args: argparse.Namespace) -> None:
     """Make the images that the command line asks for."""
     # Not above: PyTorch takes seconds to load, which help and a wrong flag do not need.
-    from cli.image_source import image_source
-    from sampling.processes import reported_endings, start_processes
-    from sampling.story import assemble, sample
-    source = image_source(args)
-    processes = start_processes(source.run.threads, source.run.tf32, LAUNCHER)
-    with reported_endings(processes, source.folder):
-        if source.run.assemble:
-            assemble(source, processes)
-        else:
-            sample(source, processes)
+    from cli.sample import sample_images
+    sample_images(args, LAUNCHER)
 
 
 def make_parser() -> Parser:

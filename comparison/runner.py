@@ -3,8 +3,6 @@ import hashlib
 import json
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -15,11 +13,9 @@ from comparison.jobs import Job
 from comparison.judging import default_device
 from comparison.kept import KeptStep
 from comparison.quantdit import quantize
+from comparison.sampling import sample
 from comparison.subject import Subject, TableRow
-from errors import UserError
 from files.atomic import writable_folder
-
-SAMPLING_SCRIPT = Path(__file__).parents[1] / "sample_merge_TAS.py"
 
 
 class Comparison:
@@ -98,23 +94,12 @@ class Comparison:
         return quantised
 
     def sample(self, arguments: list[str], folder: Path) -> Path:
-        """Run the sampling script on ``--nproc`` processes; returns the ``.npz``.
+        """Sample on ``--nproc`` processes; returns the ``.npz``.
 
         A folder that an earlier call filled in part is completed.
         """
-        launcher = []
-        if self._settings.nproc > 1:
-            launcher = [
-                "-m", "torch.distributed.run", "--nnodes=1",
-                f"--nproc_per_node={self._settings.nproc}"]
         amount = flags(num_fid_samples=self._settings.num_fid_samples, sample_dir=folder)
-        command = [*launcher, str(SAMPLING_SCRIPT), *arguments, *amount]
-        print(f"\n$ python {shlex.join(command)}", flush=True)
-        status = subprocess.run([sys.executable, *command]).returncode
-        if status:
-            raise UserError(
-                f"sampling ended with status {status}: "
-                "see above, then run the same command again")
+        sample([*arguments, *amount], self._settings.nproc)
         return next(folder.glob("*.npz"))
 
     def _images_key(

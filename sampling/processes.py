@@ -52,7 +52,7 @@ def start_processes(threads: int, tf32: bool, launcher: int) -> Processes:
 def reported_endings(run: Processes, folder: Path) -> Iterator[None]:
     """Turn a SIGTERM into a line on stderr, with the command to go on with, and status 143.
 
-    A run that ends well closes the process group.
+    After the run a SIGTERM ends the process at once. One that ends well closes the process group.
     """
     try:
         yield
@@ -60,6 +60,8 @@ def reported_endings(run: Processes, folder: Path) -> Iterator[None]:
         if run.is_first:
             print(f"stopped by SIGTERM; the same command continues in {folder}", file=sys.stderr)
         sys.exit(STATUS)
+    finally:
+        run.stopped.release()
     PartialState().destroy_process_group()
 
 

@@ -13,10 +13,14 @@ class StopFlag:
 
     def __init__(self):
         self._set = threading.Event()
-        signal.signal(signal.SIGTERM, lambda *_: self._set.set())
+        self._before = signal.signal(signal.SIGTERM, lambda *_: self._set.set())
 
     def __call__(self) -> bool:
         return self._set.is_set()
+
+    def release(self) -> None:
+        """Let SIGTERM do again what it did before."""
+        signal.signal(signal.SIGTERM, self._before)
 
 
 def die_with_launcher(launcher: int) -> None:

@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from comparison.judging import find_lpips
 from comparison.kept import KeptStep
 from comparison.quantdit import parse_arguments
 from comparison.rows import Row
+from comparison.sampling import sample
 from comparison.settings import table_settings
 from diffusion import ddpm_step, make_schedule
 from diffusion.generate import Sampling, generate_latents, labels_for
@@ -116,6 +118,19 @@ def test_report_shows_the_comparison_and_each_row(compared):
     assert page.count("data:image/png;base64,") == 2 and "ditas:lowrank=0,group-size=32" in page
     reported = sorted(path.parent.name for path in folder.glob("report/*/*/report.html"))
     assert reported == ["ditas-lowrank=0-group-size=32-W4A8", "rtn-W4A8"]
+
+
+def test_this_process_samples_what_two_processes_do(compared, tmp_path):
+    folder, _ = compared
+    path = row_folder(folder, "rtn-W4A8") / f"checkpoint{checkpoint.SUFFIX}"
+    before = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
+    made = []
+    for processes in (1, 2):
+        sample(["--path", str(path), "--num-fid-samples", "6", "--per-proc-batch-size", "2",
+                "--threads", "1", "--sample-dir", str(tmp_path / str(processes))], processes)
+        made.append(next((tmp_path / str(processes)).glob("*.npz")).read_bytes())
+    assert made[0] == made[1]
+    assert (signal.getsignal(signal.SIGTERM), torch.get_num_threads()) == before
 
 
 def test_several_guidance_scales_share_checkpoints_and_have_a_table_each(

@@ -1,9 +1,6 @@
 """DiT-Emoji and its twin from the command line, to images and their numbers."""
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +12,7 @@ import compare
 import evaluate
 import QuantDiT
 import sample_merge_TAS
+from comparison.sampling import sample
 from examples.emoji import gallery
 from examples.emoji.data import write_reference
 from examples.emoji.outliers import CURVES, curve_table
@@ -33,16 +31,11 @@ def quantised(tmp_path_factory):
 
 
 def sampled(folder: Path, path: Path, processes: int) -> Path:
-    """Sample six images with one process or two; returns the ``.npz``."""
+    """Sample six images with this process or two others; returns the ``.npz``."""
     out = folder / f"by-{processes}"
-    command = [
-        sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
-        ROOT / "sample_merge_TAS.py", "--path", path, "--num-fid-samples", 6,
-        "--per-proc-batch-size", 2, "--threads", 1, "--sample-dir", out]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [str(word) for word in command], cwd=folder, env=environment, check=True,
-        capture_output=True)
+    words = ("--path", path, "--num-fid-samples", 6, "--per-proc-batch-size", 2, "--threads", 1,
+             "--sample-dir", out)
+    sample([str(word) for word in words], processes)
     return next(out.glob("*.npz"))
 
 

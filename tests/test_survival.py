@@ -95,7 +95,7 @@ def whole(tmp_path_factory) -> bytes:
     return npz(folder)
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("processes", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_bytes_do_not_depend_on_the_number_of_processes(tmp_path, whole, processes):
     finish(launch(tmp_path, processes=processes))
     assert npz(tmp_path) == whole
