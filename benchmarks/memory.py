@@ -18,13 +18,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import config
 import ditas
 from architectures.registry import architecture_of
 from cli.memory import large_blocks_apart, return_freed_memory
 from cli.parser import make_script_parser, run
-from config import RECIPES
+from config import RECIPES, Recipe
 from ditas import placing, quantizing
 
 STEPS = 2
@@ -88,6 +89,21 @@ def calls(kind: torch.dtype) -> list[dict]:
     } for step in range(STEPS)]
 
 
+def beside_codes(recipe: Recipe, weight: Tensor) -> int:
+    """Count the bytes that stand beside the codes of a weight (O, I) until it is put in, float32.
+
+    They are a scale and a zero point per group, a step per output channel of two-level scales, and
+    the low-rank branch.
+    """
+    outputs, inputs = weight.shape
+    groups = outputs
+    if recipe.weight_granularity == "group":
+        groups = weight.numel() // recipe.weight_group
+    steps = outputs if recipe.weight_scales == "two-level" else 0
+    rank = config.lowrank_rank(recipe, min(weight.shape))
+    return 4 * (2 * groups + steps + rank * (outputs + inputs))
+
+
 def expected(model: nn.Module, recipe: str) -> dict[str, float]:
     """Sum up what should be in memory at the peak, in MB."""
     sites = architecture_of(model).sites(model, "blocks")
@@ -103,6 +119,8 @@ def expected(model: nn.Module, recipe: str) -> dict[str, float]:
     return {
         "weights": sum(value.nbytes for value in model.parameters()) / MEGABYTE,
         "codes": sum(value.numel() for value in weights) / 2 / MEGABYTE,
+        "scales and branches": sum(beside_codes(RECIPES[recipe], value) for value in weights)
+        / MEGABYTE,
         "a block in float32": 4 * sum(value.numel() for value in block) / MEGABYTE,
         "observers": observed / MEGABYTE,
         "candidates of a weight": candidates / MEGABYTE,
