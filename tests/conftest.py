@@ -230,4 +230,6 @@ def error_line(capsys, call) -> str:
 
 def is_progress(line: str) -> bool:
     """Tell whether a line is a progress bar's, or the empty one behind a bar of diffusers."""
-    return not line.strip() or "it/s" in line or "s/it" in line or "step" in line.split(":")[0]
+    rates = ("it/s", "s/it", "image/s")
+    is_bar = any(rate in line for rate in rates) or "step" in line.split(":")[0]
+    return not line.strip() or is_bar

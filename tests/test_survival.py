@@ -1,6 +1,6 @@
 """Sampling runs that are killed, stopped, doubled, damaged and starved.
 
-The processes are real, and so are the signals.
+Processes that are killed are real, and so are the signals. What follows one another runs here.
 """
 import os
 import random
@@ -51,6 +51,12 @@ def launch(
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env=environment)
+
+
+def sample_here(folder: Path, *more, count: int = COUNT) -> None:
+    """Run the script in this process, and to its end."""
+    wanted = ("--num-fid-samples", count, "--sample-dir", folder)
+    call(sample_merge_TAS, *SETTINGS, *wanted, *more)
 
 
 def finish(run: subprocess.Popen, status: int = 0) -> str:
@@ -170,35 +176,37 @@ def test_a_second_live_run_is_refused(tmp_path, whole):
     assert npz(tmp_path) == whole
 
 
-def test_damaged_and_foreign_images_are_made_again_and_changed_settings_refused(tmp_path, whole):
-    finish(launch(tmp_path, count=16))
+def test_damaged_and_foreign_images_are_made_again_and_changed_settings_refused(
+        tmp_path, whole, capsys):
+    sample_here(tmp_path, count=16)
     folder = images_of(tmp_path)
     (folder / "000003.png").write_bytes((folder / "000003.png").read_bytes()[:-20])
     Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(folder / "000007.png")
     (folder / "000008.png").unlink()
     before = {name: (folder / name).stat().st_mtime_ns for name in ("000000.png", "000012.png")}
-    refused = finish(launch(tmp_path, "--threads", 2, "--per-proc-batch-size", 8), 2)
+    refused = error_line(
+        capsys, lambda: sample_here(tmp_path, "--threads", 2, "--per-proc-batch-size", 8))
     assert "batch is 4 there, 8 now; threads is 1 there, 2 now" in refused
     assert "--overwrite" in refused
-    finish(launch(tmp_path))  # and more of them
+    sample_here(tmp_path)  # and more of them
     assert npz(tmp_path) == whole
     # The first batch lacked image 3 and was made whole.
     assert (folder / "000000.png").stat().st_mtime_ns != before["000000.png"]
     assert (folder / "000012.png").stat().st_mtime_ns == before["000012.png"]
-    finish(launch(tmp_path, "--per-proc-batch-size", 8, "--overwrite"))
+    sample_here(tmp_path, "--per-proc-batch-size", 8, "--overwrite")
     assert '"batch": 8' in (folder / "manifest.json").read_text()
     assert len(npz(tmp_path)) == len(whole)
 
 
-def test_shards_assemble_to_the_same_bytes(tmp_path, whole):
+def test_shards_assemble_to_the_same_bytes(tmp_path, whole, capsys):
     runs = [launch(tmp_path, "--shard", f"{k}/3") for k in (0, 2)]
     for run in runs:
         finish(run)
     first_of_shard_1 = f"{BATCH:06d}.png is missing"
-    assert first_of_shard_1 in finish(launch(tmp_path, "--assemble"), 2)
+    assert first_of_shard_1 in error_line(capsys, lambda: sample_here(tmp_path, "--assemble"))
     assert not list(tmp_path.glob("*.npz"))
-    finish(launch(tmp_path, "--shard", "1/3"))
-    finish(launch(tmp_path, "--assemble"))
+    sample_here(tmp_path, "--shard", "1/3")
+    sample_here(tmp_path, "--assemble")
     assert npz(tmp_path) == whole
 
 
@@ -213,8 +221,7 @@ def test_shards_assemble_to_the_same_bytes(tmp_path, whole):
     (("--class-labels", "balance"), "bad class labels 'balance'"),
 ])
 def test_wrong_flags(tmp_path, capsys, words, message):
-    wanted = (*SETTINGS, "--num-fid-samples", COUNT, "--sample-dir", tmp_path)
-    line = error_line(capsys, lambda: call(sample_merge_TAS, *wanted, *words))
+    line = error_line(capsys, lambda: sample_here(tmp_path, *words))
     assert message in line and not list(tmp_path.glob("*/*"))
 
 
@@ -242,8 +249,8 @@ def test_a_full_disk_gives_one_line_and_the_next_run_completes(tmp_path, whole):
 
 def test_log_and_balanced_labels(tmp_path):
     log = tmp_path / "log"
-    finish(launch(tmp_path / "a", "--class-labels", "balanced", "--log-file", log, count=20))
-    finish(launch(tmp_path / "b", "--class-labels", "0,1,2,3,4,5,6,7,8,9", count=20))
+    sample_here(tmp_path / "a", "--class-labels", "balanced", "--log-file", log, count=20)
+    sample_here(tmp_path / "b", "--class-labels", "0,1,2,3,4,5,6,7,8,9", count=20)
     assert npz(tmp_path / "a") == npz(tmp_path / "b")
     lines = log.read_text().splitlines()
     last = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} 20/20 images, \d+\.\d\d images/s"
