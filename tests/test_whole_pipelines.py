@@ -39,26 +39,41 @@ import ditas
 from ditas.switching import is_quantised, switch_backend
 from diffusers import DiffusionPipeline
 torch.set_num_threads(int(sys.argv[1]))
-words, arguments = json.loads(sys.argv[2]), json.loads(sys.argv[3])
-for folder in sys.argv[4:]:
+words = json.loads(sys.argv[2])
+for folder in sys.argv[3:]:
     pipeline = DiffusionPipeline.from_pretrained(folder)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module) and is_quantised(part):
             switch_backend(part, "fake")
     generators = [torch.Generator().manual_seed(i) for i in range(len(words))]
+    arguments = json.load(open(folder + "/call.json"))
     output = pipeline(words, generator=generators, output_type="np", **arguments)[0]
     numpy.save(folder + ".npy", output)
 """
 
 
-@pytest.fixture(scope="module", params=PIPELINES)
-def quantised(request, tmp_path_factory):
-    """Quantise a pipeline with every recipe; returns name, folder and what each drew.
+def draw_in_a_fresh_process(words: list[str], *folders: Path) -> None:
+    """Draw as each folder's call.json says, into a file beside it."""
+    in_a_fresh_process(DRAW, str(torch.get_num_threads()), json.dumps(words), *map(str, folders))
+
+
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory):
+    """Quantise every pipeline with every recipe; returns their folders and what each drew.
 
     The last are the images that sampling shall give.
     """
-    name = request.param
-    place = tmp_path_factory.mktemp(name)
+    return {name: quantised_pipeline(name, tmp_path_factory.mktemp(name)) for name in PIPELINES}
+
+
+@pytest.fixture(scope="module")
+def redrawn(quantised) -> None:
+    """Let one process draw from all folders."""
+    folders = [place / recipe for place, _ in quantised.values() for recipe in RECIPES]
+    draw_in_a_fresh_process(WORDS, *folders)
+
+
+def quantised_pipeline(name: str, place: Path) -> tuple[Path, dict[str, np.ndarray]]:
     save(name, place / "float")
     (place / "prompts.txt").write_text("\n".join(WORDS))
     drawn = {}
@@ -72,7 +87,7 @@ def quantised(request, tmp_path_factory):
         name_the_tokenizers(place / recipe)
         drawn[recipe] = draw(loaded[0], name, plain_generators())
         drawn[f"{recipe} {SEED}"] = draw(loaded[0], name, image_generators(SEED, range(3)))
-    return name, place, drawn
+    return place, drawn
 
 
 def kept(loaded: list, folder: Path):
@@ -92,21 +107,20 @@ def draw(pipeline, name: str, generators: list[torch.Generator]) -> np.ndarray:
                         **PIPELINES[name][1])[0]
 
 
-def test_a_fresh_process_draws_what_was_quantised(quantised):
-    name, place, drawn = quantised
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_fresh_process_draws_what_was_quantised(quantised, redrawn, name):
+    place, drawn = quantised[name]
     arguments = {"num_inference_steps": STEPS, **PIPELINES[name][1]}
-    folders = [str(place / recipe) for recipe in RECIPES]
-    in_a_fresh_process(DRAW, str(torch.get_num_threads()), json.dumps(WORDS),
-                       json.dumps(arguments), *folders)
-    for recipe, folder in zip(RECIPES, folders):
-        again = np.load(f"{folder}.npy")
+    for recipe in RECIPES:
+        again = np.load(place / f"{recipe}.npy")
         assert np.isfinite(again).all() and np.array_equal(again, drawn[recipe])
     assert not np.array_equal(drawn["rtn"], drawn["ditas"])
     assert json.loads((place / "ditas/call.json").read_text()) == arguments
 
 
-def test_sampling_draws_images_and_refuses_videos(quantised, tmp_path, monkeypatch, capsys):
-    name, place, drawn = quantised
+@pytest.mark.parametrize("name", PIPELINES)
+def test_sampling_draws_images_and_refuses_videos(quantised, name, tmp_path, monkeypatch, capsys):
+    place, drawn = quantised[name]
     monkeypatch.chdir(tmp_path)
     words = ("--path", place / "ptq4dm", "--prompts", place / "prompts.txt", "--backend", "fake",
              "--global-seed", SEED, "--threads", torch.get_num_threads(), "--num-fid-samples", 3,
@@ -139,8 +153,7 @@ def test_a_second_transformer_is_quantised_on_top_of_the_first(tmp_path, capsys)
     name_the_tokenizers(tmp_path / "both")
     switch_backend(loaded[0].transformer_2, "fake")
     drawn = draw(loaded[0], "Wan", plain_generators())
-    in_a_fresh_process(DRAW, str(torch.get_num_threads()), json.dumps(WORDS),
-                       (tmp_path / "both/call.json").read_text(), str(tmp_path / "both"))
+    draw_in_a_fresh_process(WORDS, tmp_path / "both")
     assert np.array_equal(np.load(f"{tmp_path / 'both'}.npy"), drawn)
     # The first one is as it was, and the second one is not.
     first, both = (tmp_path / name for name in ("first", "both"))
@@ -193,8 +206,7 @@ def test_pixart_emoji_itself_comes_back(tmp_path):
     folder = tmp_path / "emoji"
     images = drawn_emoji(quantised_emoji("rtn", 2, folder), folder, "np")
     name_the_tokenizers(folder)
-    in_a_fresh_process(DRAW, str(torch.get_num_threads()), json.dumps(EMOJI),
-                       (folder / "call.json").read_text(), str(folder))
+    draw_in_a_fresh_process(EMOJI, folder)
     assert np.array_equal(np.load(f"{folder}.npy"), images)
 
 
