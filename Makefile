@@ -18,8 +18,8 @@ test: $(READY)
 # Tests of processes, files and pictures, and the longest ones, are left to make test.
 OTHER := adapters checkpoint cli compare compare_pipelines diffusers_use diffusers_versions \
     digits discover ditas download efficientnet emoji emoji_runs end_to_end evaluate explored \
-    export hand_over hand_over_ranges hub images inspect pipeline_sampling pipelines pixart \
-    quality report sampling survival temporal threads triton wheel whole_pipelines
+    export flags hand_over hand_over_ranges hub images inspect pipeline_sampling pipelines pixart \
+    quality report sampling survival temporal threads triton undo wheel whole_pipelines
 NUMERICAL := $(filter-out $(OTHER:%=tests/test_%.py),$(wildcard tests/test_*.py)) -k "not come_nearer and not offloading"
 
 # The instruction set of PyTorch's own operators (ATEN), or of its products (oneDNN).

@@ -1,5 +1,4 @@
 """Wrong command lines: one line on stderr, exit status 2, nothing half-written."""
-import argparse
 import json
 import multiprocessing
 import os
@@ -19,16 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import config
-import evaluate
 import QuantDiT
 import sample_merge_TAS
-from cli import recipe_flags, settings
+from cli import settings
 from cli.memory import keep_freed_memory, large_blocks_apart, return_freed_memory
 from cli.quantize import judgement
 from cli.settings import quantize_settings
-from evaluation.networks import FEATURES
-from quant.numerics.ranges import RANGES, TENSOR_RANGES
-from quant.weights.low_rank import SOLVERS
 from sampling.class_conditional import ClassConditional
 
 ROOT = Path(__file__).parents[1]
@@ -380,28 +375,3 @@ def test_a_real_process_exits_with_2_and_one_line(script, argv):
     done = subprocess.run([sys.executable, ROOT / script, *argv], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith(f"{script}: error: ")
-
-
-@pytest.mark.parametrize("script", ["QuantDiT", "sample_merge_TAS", "compare", "evaluate"])
-def test_help_and_wrong_flags_do_not_wait_for_pytorch(script):
-    program = f"""
-import sys
-import {script} as script
-script.make_parser().format_help()
-assert "torch" not in sys.modules
-script.make_parser().parse_args(["--nonsense"])
-"""
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr
-    assert len(done.stderr.splitlines()) == 1 and "error: " in done.stderr
-
-
-def choices_of(parser: argparse.ArgumentParser, flag: str) -> set[str]:
-    return set(next(action.choices for action in parser._actions if flag in action.option_strings))
-
-
-def test_choices_are_those_of_the_tables_that_they_choose_from():
-    assert set(recipe_flags.RANGES) == set(RANGES)
-    assert {*recipe_flags.RANGES, "search"} == set(TENSOR_RANGES)
-    assert choices_of(QuantDiT.make_parser(), "--svd") == set(SOLVERS)
-    assert choices_of(evaluate.make_parser(), "--features") == set(FEATURES)
