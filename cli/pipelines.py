@@ -179,14 +179,20 @@ def read_index(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: it says nothing.
     """
-    try:
-        index = json.loads((folder / INDEX).read_text())
-    except (OSError, ValueError):
-        index = None
-    if not isinstance(index, dict):
+    index = read_object(folder / INDEX)
+    if index is None:
         raise UserError(f"'{folder}' holds no {INDEX} that can be read: expected the "
                         "folder of a diffusers pipeline")
     return index
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """Read a file that holds a JSON object; None where there is none that can be read."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def check_float(folder: Path, component: str) -> None:
@@ -195,8 +201,9 @@ def check_float(folder: Path, component: str) -> None:
     Raises:
         UserError: it is, by us or by others.
     """
-    path = folder / component / CONFIGURATION
-    if path.is_file() and "quantization_config" in json.loads(path.read_text()):
+    # One that cannot be read is left to whoever loads the part.
+    configuration = read_object(folder / component / CONFIGURATION) or {}
+    if "quantization_config" in configuration:
         raise UserError(f"the {component} of '{folder}' is quantised already: expected the float "
                         "pipeline, or --component to name another part")
 

@@ -52,7 +52,8 @@ def start_processes(threads: int, tf32: bool, launcher: int) -> Processes:
 def reported_endings(run: Processes, folder: Path) -> Iterator[None]:
     """Turn a SIGTERM into a line on stderr, with the command to go on with, and status 143.
 
-    After the run a SIGTERM ends the process at once. One that ends well closes the process group.
+    After the run SIGTERM does again what it did before. A run that ends well closes the process
+    group.
     """
     try:
         yield

@@ -175,6 +175,16 @@ def test_a_mistake_is_one_line(index, argv, message, capsys):
     assert not Path("made").exists()
 
 
+@pytest.mark.parametrize("text", ["{", "[1]"])
+def test_a_damaged_part_is_one_line(text, capsys):
+    folder = folder_with(BROKEN)
+    Path(folder, "transformer").mkdir()
+    Path(folder, "transformer/config.json").write_text(text)
+    line = error_line(capsys, lambda: call(QuantDiT, "--model", folder, "--output", "made"))
+    assert "cannot load the pipeline in 'folder'" in line
+    assert not Path("made").exists()
+
+
 def test_arguments_that_a_pipeline_refuses_are_one_line(float_folder, capsys):
     line = error_line(capsys, lambda: call(
         QuantDiT, "--model", str(float_folder), "--prompts", "prompts.txt", "--output", "made"))
