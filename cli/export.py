@@ -76,17 +76,13 @@ def export_checkpoint(path: Path, folder: Path, vae: str) -> None:
         UserError: as ``export``.
     """
     # They load diffusers.
-    from diffusers import DDPMScheduler
-
     from ditas.dit import DitasDiTPipeline, packed_dit
+    from ditas.scheduler import PUBLISHED, DitasDDPMScheduler
     stored = checkpoint.read(path)
     card = find_card(stored.header.model)
-    # The schedule and the steps of ``diffusion.schedule``.
-    scheduler = DDPMScheduler(
-        beta_start=1e-4, beta_end=2e-2, beta_schedule="linear", clip_sample=False,
-        variance_type="learned_range", timestep_spacing="linspace")
     transformer = packed_dit(stored)
-    pipeline = DitasDiTPipeline(transformer, load_vae(card, vae), scheduler)
+    pipeline = DitasDiTPipeline(
+        transformer, load_vae(card, vae), DitasDDPMScheduler(**PUBLISHED))
     with atomic_folder(folder) as temporary:
         pipeline.save_pretrained(temporary)
     print(f"wrote {folder}, in Python: import ditas; from diffusers import DiffusionPipeline; "

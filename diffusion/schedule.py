@@ -1,4 +1,5 @@
 """Noise schedule and timestep respacing (Ho et al., 2020; Nichol & Dhariwal, 2021)."""
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,7 +80,12 @@ def make_schedule(respacing: str = str(TRAIN_STEPS)) -> Schedule:
     Raises:
         ValueError: as ``space_timesteps``.
     """
-    timestep_map = np.array(space_timesteps(respacing), dtype=np.int64)
+    return schedule_of(space_timesteps(respacing))
+
+
+def schedule_of(timesteps: Sequence[int]) -> Schedule:
+    """Make the linear schedule of 1000 steps that keeps these original timesteps, ascending."""
+    timestep_map = np.array(timesteps, dtype=np.int64)
 
     # Noise levels of the kept timesteps, and the betas that lead from one to the next.
     full = np.cumprod(1.0 - np.linspace(1e-4, 2e-2, TRAIN_STEPS, dtype=np.float64))

@@ -25,7 +25,8 @@ if find_spec("diffusers") is not None:
     from ditas import dit, hand_over
     from ditas.dit import DitasDiT, DitasDiTPipeline, DitasPatchDecoder
     from ditas.hand_over import DitasConfig, DitasQuantizer
+    from ditas.scheduler import DitasDDPMScheduler
     dit.register()
     hand_over.register()
-    __all__ += ["DitasConfig", "DitasDiT", "DitasDiTPipeline", "DitasPatchDecoder",
-                "DitasQuantizer"]
+    __all__ += ["DitasConfig", "DitasDDPMScheduler", "DitasDiT", "DitasDiTPipeline",
+                "DitasPatchDecoder", "DitasQuantizer"]

@@ -24,10 +24,12 @@ from diffusers import (
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
 from torch import Tensor, nn
 
 from ditas.placing import put_layers
 from ditas.request import request_of_label
+from files.images import to_bytes
 from models import DiT
 from quant.checkpoint import Stored
 
@@ -149,11 +151,11 @@ class DitasDiTPipeline(DiTPipeline):
         if output_type == "latent":
             return latents
         scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
-        images = (self.vae.decode(scaled).sample.float() / 2 + 0.5).clamp(0, 1)  # (N, 3, H', W')
-        if output_type == "pt":
-            return images
-        images = images.cpu().permute(0, 2, 3, 1).numpy()
-        return self.numpy_to_pil(images) if output_type == "pil" else images
+        decoded = self.vae.decode(scaled).sample.float()  # (N, 1 or 3, H', W'), around [-1, 1]
+        if output_type == "pil":
+            return [Image.fromarray(pixels) for pixels in to_bytes(decoded)]
+        images = (decoded / 2 + 0.5).clamp(0, 1)
+        return images if output_type == "pt" else images.cpu().permute(0, 2, 3, 1).numpy()
 
 
 def packed_dit(stored: Stored) -> DitasDiT:
