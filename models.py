@@ -7,7 +7,6 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
 from torch import Tensor, nn
 
 from cards import ModelCard
@@ -83,6 +82,17 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)  # (N, D)
 
 
+class PatchEmbedder(nn.Module):
+    """Latents (N, C, H, W) to tokens (N, T, D): a linear map of every patch."""
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)  # (N, T, D)
+
+
 class TanhGELU(nn.Module):
     """``x (1 + tanh u) / 2`` with u = sqrt(2 / pi) (x + 0.044715 x^3).
 
@@ -96,15 +106,44 @@ class TanhGELU(nn.Module):
         return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3))
 
 
+class Attention(nn.Module):
+    """Every token (N, T, D) looks at all of its image, with several heads."""
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (N, T, 3, heads, D/heads)
+        query, key, value = heads.permute(2, 0, 3, 1, 4)  # each (N, heads, T, D/heads)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(mixed.transpose(1, 2).flatten(2))  # (N, T, D)
+
+
+class Mlp(nn.Module):
+    """Every token (N, T, D) by itself: up to more channels, GELU, and down again."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, MLP_RATIO * hidden_size)
+        self.act = TanhGELU()
+        self.fc2 = nn.Linear(MLP_RATIO * hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))  # (N, T, D)
+
+
 class DiTBlock(nn.Module):
     """Attention and MLP: an adaptive LayerNorm before each, a gate behind it (adaLN-Zero)."""
 
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
+        self.attn = Attention(hidden_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(hidden_size, MLP_RATIO * hidden_size, act_layer=TanhGELU)
+        self.mlp = Mlp(hidden_size)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -152,7 +191,7 @@ class DiT(nn.Module):
         self.input_size = input_size
         self.patch_size = patch_size
         self.num_classes = num_classes
-        self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, bias=True)
+        self.x_embedder = PatchEmbedder(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
         grid = sincos_position_embedding(hidden_size, input_size // patch_size)

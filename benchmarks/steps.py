@@ -8,8 +8,9 @@ decides. So all recipes see the float model's own inputs here, on noise that no 
 layers    SQNR of the output of a layer, in dB, mean of all layers
 one pass  SQNR of the model's output, in dB, over all timesteps together
 
-Row ``JOINT`` has no loss of its own. All of ``ditas``, the branch too, is done at every α, and each
-layer takes what is best for its output: no search of α can find less error on these inputs.
+Two rows have no loss of their own. All of ``ditas``, the branch too, is done at every α. In row
+``JOINT`` each layer takes what is best for its output: no search of α can find less error on these
+inputs. In row ``BY_OUTPUT`` one layer after the other takes what is best for the model's output.
 """
 import sys
 from collections.abc import Iterator
@@ -29,7 +30,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.sections import run_sections
-from benchmarks.subjects import block_sites, calibration_start, load_bundled, output_sqnr
+from benchmarks.subjects import (
+    block_linears,
+    block_sites,
+    calibration_start,
+    load_bundled,
+    output_sqnr,
+)
 from config import RECIPES, Recipe
 from diffusion import make_schedule
 from evaluation.metrics import sqnr_db
@@ -40,6 +47,7 @@ from quant.layers.fold import fold
 from quant.layers.quantised import QuantizedLayer
 from quant.pipeline import quantize_model
 from quant.recipe import BitWidths
+from quant.refinement.tuning import draw, loss_of
 
 STEPS = 25
 IMAGES = 16
@@ -49,13 +57,16 @@ DITAS = RECIPES["ditas"]
 PLUS = RECIPES["ditas-plus"]
 WIDE = 32
 JOINT = "`ditas`, α searched with the branch in it"
-TRIED = tuple(0.1 * i for i in range(11))  # α of this row
+BY_OUTPUT = "`ditas`, α searched by the model's output"
+TRIED = tuple(0.1 * i for i in range(11))  # α of these rows
+JUDGES = 4  # batches of 32 images, by which one α is judged
 RECIPES_BY_ROW = {
     "`rtn` on the layout of `ditas`": replace(DITAS, balance="none", rank=0),
     "+ smoothing, α = 0.5": replace(DITAS, alphas=(0.5,), rank=0),
     "+ α searched": replace(DITAS, rank=0),
     "+ branch: `ditas`": DITAS,
     JOINT: DITAS,
+    BY_OUTPUT: DITAS,
     "`ditas`, α = 0.5": replace(DITAS, alphas=(0.5,)),
     "`ditas`, branch fitted to outputs": replace(DITAS, metric="output"),
     f"`ditas`, rank {WIDE}": replace(DITAS, rank=WIDE),
@@ -95,13 +106,33 @@ def quantise(model: DiT, recipe: Recipe) -> Layers:
     return quantize_model(model, recipe, BitWidths(4, 8), drive).layers
 
 
+def at_every_alpha(model: DiT, recipe: Recipe) -> list[Layers]:
+    """Quantise all layers at one α after the other."""
+    return [quantise(model, replace(recipe, alphas=(alpha,))) for alpha in TRIED]
+
+
 def best_of_each(model: DiT, recipe: Recipe, trajectory: Trajectory) -> Layers:
     """Quantise at every α, and take each layer where its output's error is least."""
-    runs = [quantise(model, replace(recipe, alphas=(alpha,))) for alpha in TRIED]
+    runs = at_every_alpha(model, recipe)
     found = [output_sqnr(model, layers, trajectory) for layers in runs]
     best = {name: max(range(len(runs)), key=lambda i: found[i][name]) for name in found[0]}
     # The modulation is the same in all runs.
     return runs[0] | {name: runs[i][name] for name, i in best.items()}
+
+
+def best_for_the_model(model: DiT, recipe: Recipe, trajectory: Trajectory) -> Layers:
+    """Quantise at every α; from α = 0.5 on, let each layer in turn take what the model gains by."""
+    runs = at_every_alpha(model, recipe)
+    generator = torch.Generator().manual_seed(0)
+    judges = [trajectory.take(draw(trajectory, generator)) for _ in range(JUDGES)]
+    chosen = dict(runs[TRIED.index(0.5)])
+    for name in block_linears(model):
+        choices = [chosen | {name: run[name]} for run in runs]
+        chosen = min(choices, key=lambda layers: loss_of(model, layers, judges))
+    return chosen
+
+
+SEARCHES = {JOINT: best_of_each, BY_OUTPUT: best_for_the_model}
 
 
 def one_pass_sqnr(name: str, layers: Layers, calls: list[tuple]) -> float:
@@ -123,10 +154,8 @@ def compare(name: str) -> None:
     print("\n| recipe | layers, calibrated on | layers, held out | one pass, held out |")
     print("|---|---|---|---|")
     for label, recipe in RECIPES_BY_ROW.items():
-        if label == JOINT:
-            layers = best_of_each(model, recipe, calibrated)
-        else:
-            layers = quantise(model, recipe)
+        make = SEARCHES.get(label)
+        layers = make(model, recipe, calibrated) if make else quantise(model, recipe)
         cells = [
             mean(output_sqnr(model, layers, calibrated).values()),
             mean(output_sqnr(model, layers, held_out).values()),

@@ -3,7 +3,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.utils import make_grid
+
+GAP = 2  # white pixels between the images of a grid, and around them
 
 
 def to_bytes(images: Tensor) -> np.ndarray:
@@ -28,9 +29,14 @@ def grid(images: np.ndarray, columns: int, cell: int = 64) -> Image.Image:
     """
     zoom = max(1, cell // images.shape[1])
     enlarged = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
-    tiles = torch.from_numpy(enlarged).permute(0, 3, 1, 2)
-    arranged = make_grid(tiles, nrow=columns, padding=2, pad_value=255)  # (3, H', W')
-    return Image.fromarray(arranged.permute(1, 2, 0).numpy())
+    _, height, width, _ = enlarged.shape
+    rows, columns = -(-len(images) // columns), min(columns, len(images))
+    pitch = height + GAP, width + GAP
+    canvas = np.full((rows * pitch[0] + GAP, columns * pitch[1] + GAP, 3), 255, np.uint8)
+    for i, pixels in enumerate(enlarged):
+        top, left = GAP + i // columns * pitch[0], GAP + i % columns * pitch[1]
+        canvas[top:top + height, left:left + width] = pixels
+    return Image.fromarray(canvas)
 
 
 def side_by_side(

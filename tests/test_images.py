@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from torchvision.utils import make_grid
 
 from files.images import grid, side_by_side, to_bytes
 from files.npz import write_npz
@@ -58,6 +59,14 @@ def test_npz_is_what_numpy_writes(images):
 def test_npz_refuses_what_does_not_fit(tmp_path, images, message):
     with pytest.raises(ValueError, match=message):
         write_npz(tmp_path / "a.npz", images, (2, 2, 2, 3))
+
+
+@pytest.mark.parametrize("count, columns", [(16, 4), (7, 3), (2, 4)])
+def test_a_grid_is_torchvisions(count, columns):
+    images = np.random.default_rng(0).integers(0, 256, (count, 64, 64, 3), np.uint8)
+    tiles = torch.from_numpy(images).permute(0, 3, 1, 2)
+    expected = make_grid(tiles, columns, padding=2, pad_value=255).permute(1, 2, 0).numpy()
+    assert np.array_equal(np.asarray(grid(images, columns)), expected)
 
 
 def test_pictures_show_every_image():

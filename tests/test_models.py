@@ -1,4 +1,5 @@
 import pytest
+import timm.models.vision_transformer as timm
 import torch
 from conftest import golden, golden_model, random_model, relative
 
@@ -15,6 +16,21 @@ def test_forward_and_guidance_match_the_published_model():
     inputs = [torch.tensor(values[key]) for key in ("cfg_x", "cfg_t", "cfg_y")]
     guided = model.forward_with_cfg(*inputs, float(values["cfg_scale"]))
     assert relative(guided, values["cfg_out"]) < 1e-4
+
+
+def test_attention_mlp_and_patches_are_timms():
+    model = random_model()
+    block, side, width = model.blocks[0], model.input_size, model.pos_embed.shape[2]
+    theirs = {
+        block.attn: timm.Attention(width, num_heads=block.attn.num_heads, qkv_bias=True),
+        block.mlp: timm.Mlp(width, 4 * width, act_layer=TanhGELU),
+        model.x_embedder: timm.PatchEmbed(side, model.patch_size, model.in_channels, width),
+    }
+    for ours, module in theirs.items():
+        module.load_state_dict(ours.state_dict())
+        shape = (2, 4, side, side) if ours is model.x_embedder else (2, 16, width)
+        x = torch.randn(shape)
+        assert relative(ours(x), module(x)) < 1e-6
 
 
 def test_position_embedding_matches_the_published_checkpoint():

@@ -158,7 +158,7 @@ class QuantOperands(nn.Module):
         if not self._has_computed:
             raise UserError(
                 "an attention with quantised operands never called scaled_dot_product_attention, "
-                "where they are quantised: let it (timm's does under TIMM_FUSED_ATTN=1)")
+                "where they are quantised: let it")
 
 
 def quantize_operands(attention: nn.Module, operands: QuantOperands) -> None:

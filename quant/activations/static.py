@@ -185,8 +185,7 @@ class StaticOperands:
             if samples.is_empty:
                 raise SettingError(
                     f"attention {name} never called scaled_dot_product_attention, where its "
-                    "operands are quantised: let it (timm's does under TIMM_FUSED_ATTN=1), or "
-                    "give ", Setting("attention", "none"))
+                    "operands are quantised: let it, or give ", Setting("attention", "none"))
             operands[name] = self._operands(samples, smoothing[output])
         return operands
 

@@ -5,7 +5,6 @@ With costs c and prices p of layer l at size g, and x = 1 for the size that is t
     min  sum_l sum_g c_lg x_lg    such that    sum_g x_lg = 1,    sum_l sum_g p_lg x_lg <= limit.
 """
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 from quant.refinement.group_sizes import TOLERANCE, Constraint, Groups
 
@@ -18,6 +17,8 @@ def least_cost(costs: Costs, allowed: Constraint) -> Groups:
     Raises:
         ValueError: nothing is allowed, or a cost is not finite.
     """
+    # It takes a third of a second to import.
+    from scipy.optimize import Bounds, LinearConstraint, milp
     variables = [(name, size) for name, sizes in costs.items() for size in sizes]
     layer = np.repeat(np.arange(len(costs)), [len(sizes) for sizes in costs.values()])
     cost = np.array([costs[name][size] for name, size in variables])
