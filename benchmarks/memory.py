@@ -89,19 +89,19 @@ def calls(kind: torch.dtype) -> list[dict]:
     } for step in range(STEPS)]
 
 
-def beside_codes(recipe: Recipe, weight: Tensor) -> int:
-    """Count the bytes that stand beside the codes of a weight (O, I) until it is put in, float32.
+def beside_codes(recipe: Recipe, weight: Tensor) -> float:
+    """Count the bytes that stand beside the 4-bit codes of a weight (O, I), as in a file.
 
     They are a scale and a zero point per group, a step per output channel of two-level scales, and
     the low-rank branch.
     """
     outputs, inputs = weight.shape
-    groups = outputs
-    if recipe.weight_granularity == "group":
-        groups = weight.numel() // recipe.weight_group
-    steps = outputs if recipe.weight_scales == "two-level" else 0
+    is_grouped = recipe.weight_granularity == "group"
+    groups = weight.numel() // recipe.weight_group if is_grouped else outputs
+    has_two_levels = recipe.weight_scales == "two-level"
+    scales = groups + 2 * outputs if has_two_levels else 4 * groups
     rank = config.lowrank_rank(recipe, min(weight.shape))
-    return 4 * (2 * groups + steps + rank * (outputs + inputs))
+    return scales + 0.5 * groups + rank * (2 * outputs + inputs)
 
 
 def expected(model: nn.Module, recipe: str) -> dict[str, float]:

@@ -49,6 +49,7 @@ from quant.refinement.sequential import QuantisedSoFar, stages_of
 from quant.refinement.tuning import tune
 from quant.weights.low_rank import without_branch
 from quant.weights.rounding import quantize_weight
+from quant.weights.stowed import stow_weight
 
 
 @dataclass
@@ -265,7 +266,7 @@ def _layers(
                     offset = _offset(task, name, smoothing[site.name])
                     layer = task.beside_the_model(
                         QuantizedLayer(weight, acts[site.name], kept, offset=offset))
-                    layers[name] = replace(layer, weight=layer.weight.stowed())
+                    layers[name] = replace(layer, weight=stow_weight(layer.weight))
                 bar.update()
     return layers
 
@@ -306,7 +307,7 @@ def weight_only_layers(task: Task) -> dict[str, QuantizedLayer]:
             weight = task.weight(name)
             spec = adaln_spec(task.recipe.adaln_bits, weight.shape[1])
             rounded = task.beside_the_model(without_branch(quantize_weight(weight, spec)))
-            layers[name] = QuantizedLayer(rounded.stowed(), act=None)
+            layers[name] = QuantizedLayer(stow_weight(rounded), act=None)
     return layers
 
 

@@ -28,10 +28,10 @@ from errors import UserError
 from evaluation.judge import sqnr_judge
 from models import DiT, build_model
 from quant import checkpoint
-from quant.checkpoint.tensors import pack
 from quant.install import install
 from quant.layers.fold import fold
 from quant.layers.quantised import QuantizedLayer
+from quant.numerics.stowed import pack
 from quant.pipeline import Result, quantize_model
 from quant.recipe import BitWidths
 from quant.refinement.allocation import GroupSearch
@@ -207,7 +207,7 @@ def configured(fields: dict) -> dict:
     (lambda f: configured(f).update(depth="9"), "positive numbers"),
     (lambda f: configured(f).pop("depth"), "expected the fields"),
     (lambda f: f["recipe"].update(weight_granularity="nonsense"), "unknown quantiser"),
-    (lambda f: f["recipe"].update(weight_group=32), "bytes for"),
+    (lambda f: f["recipe"].update(weight_group=32), "qkv.scale is \\(384, 2, 1\\), expected"),
     (lambda f: f["recipe"].update(surplus=1), "damaged header"),
     (lambda f: f.update(recipe=[1]), "damaged header"),
 ])

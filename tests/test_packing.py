@@ -1,6 +1,4 @@
-"""Codes of a few bits as a dense stream of bytes."""
-from dataclasses import replace
-
+"""Codes of a few bits as a dense stream of bytes, and tensors that are held so."""
 import numpy as np
 import pytest
 import torch
@@ -10,6 +8,9 @@ from hypothesis import strategies as st
 from quant.numerics.spec import QuantSpec
 from quant.numerics.stowed import pack, stow, unpack
 from quant.numerics.uniform import quantize
+from quant.weights.low_rank import LowRankWeight
+from quant.weights.stowed import stow_weight
+from quant.weights.two_level import find_steps, quantize_two_level
 
 
 @given(st.integers(1, 8), st.integers(0, 200), st.integers(0, 2 ** 32 - 1))
@@ -29,21 +30,52 @@ def test_a_stream_of_the_wrong_length_is_refused():
         unpack(torch.zeros(5, dtype=torch.uint8), 4, (3, 4))
 
 
-@pytest.mark.parametrize("bits, bytes_kept", [(4, 6 * 16 // 2), (3, 6 * 16 * 3 // 8), (8, 6 * 16)])
-def test_stowed_codes_are_the_same(bits, bytes_kept):
-    torch.manual_seed(0)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_stowed_tensor_is_the_same(bits):
     weight = quantize(torch.randn(6, 16), QuantSpec(bits, "group", 8))
+    assert_same(stow(weight), weight)
+    assert torch.equal(stow(weight).dequantize(), weight.dequantize())
+
+
+def assert_same(stowed, weight):
+    for name in ("codes", "scale", "zero"):
+        found, expected = getattr(stowed, name), getattr(weight, name)
+        assert torch.equal(found, expected) and found.dtype == expected.dtype
+
+
+def test_two_level_scales_take_a_byte_and_zero_points_a_code():
+    spec = QuantSpec(4, "group", 8, "two-level")
+    values = torch.randn(6, 16)
+    weight = quantize_two_level(values, spec, None, find_steps(values, spec))
     stowed = stow(weight)
-    assert torch.equal(stowed.codes, weight.codes)
-    assert torch.equal(stowed.dequantize(), weight.dequantize())
+    assert_same(stowed, weight)
+    assert torch.equal(stowed.step, weight.step)
     kept = [value for value in vars(stowed).values() if isinstance(value, torch.Tensor)]
-    assert sum(value.nbytes for value in kept if value.dtype == torch.uint8) == bytes_kept
+    codes, groups, outputs = 6 * 16 // 2, 6 * 2, 6
+    assert sum(value.nbytes for value in kept) == codes + groups + groups // 2 + 2 * outputs
 
 
-def test_stowed_codes_take_other_scales():
+def test_zero_points_that_are_no_codes_are_kept():
+    # All values lie far off zero, so that their zero points do, too.
+    weight = quantize(10 + torch.rand(6, 16), QuantSpec(4, "group", 8, "free"))
+    assert weight.zero.min() < 0
+    assert_same(stow(weight), weight)
+
+
+@pytest.mark.parametrize("is_integer", [True, False])
+def test_a_stowed_branch_is_the_same(is_integer):
+    left, right = torch.randn(6, 3), torch.randn(3, 16)
+    if is_integer:
+        left, right = left.bfloat16().float(), (40 * right).round()
+    weight = LowRankWeight(quantize(torch.randn(6, 16), QuantSpec(4, "channel")), left, right)
+    stowed = stow_weight(weight)
+    assert torch.equal(stowed.left, left) and torch.equal(stowed.right, right)
+    assert torch.equal(stowed.dense(), weight.dense())
+    assert stowed.lefts.nbytes + stowed.rights.nbytes == (2 * 18 + 48 if is_integer else 4 * 66)
+
+
+def test_a_stowed_tensor_takes_other_scales():
     weight = quantize(torch.randn(8, 16), QuantSpec(4, "strided", 4))
-    stowed, factors = stow(weight), torch.rand(16) + 0.5
-    doubled = replace(stowed, scale=2 * stowed.scale)
-    assert torch.equal(doubled.dequantize(), 2 * weight.dequantize())
+    factors = torch.rand(16) + 0.5
     expected = weight.scale_columns(factors).dequantize()
-    assert torch.equal(stowed.scale_columns(factors).dequantize(), expected)
+    assert torch.equal(stow(weight).scale_columns(factors).dequantize(), expected)

@@ -15,9 +15,9 @@ from quant.layers.quantised import QuantizedLayer
 from quant.numerics.floating import FloatWeight, half_unless_overflow
 from quant.numerics.smoothing import Smoothing
 from quant.numerics.spec import OFF_BITS, QuantSpec
-from quant.numerics.stowed import Stowed, pack, unpack
-from quant.numerics.uniform import Coded, grouped
-from quant.weights.low_rank import LowRankWeight
+from quant.numerics.stowed import Stowed, is_stream
+from quant.numerics.uniform import grouped
+from quant.weights.stowed import StowedWeight, stow_weight
 
 Tensors = dict[str, Tensor]
 
@@ -27,85 +27,49 @@ TIMESTEPS = "timesteps"
 # Before the names of factors and shift that were folded away.
 FOLDED = "folded_"
 
-# Takes a stored tensor away by its name, as float32; a ``ValueError`` if its shape is not this one.
+# Takes a stored tensor away by its name; a ``ValueError`` if its shape is not this one.
 Take = Callable[[str, tuple[int, ...]], Tensor]
 
 
-def write_zero(zero: Tensor, spec: QuantSpec) -> Tensor:
-    """Write zero points: those that are codes as a bit stream, others as int32 in their shape."""
-    low, high = zero.aminmax()
-    if low >= 0 and high <= spec.top:
-        return pack(zero.to(torch.uint8), spec.bits)
-    return zero.to(torch.int32)
-
-
-def read_zero(tensors: Tensors, name: str, spec: QuantSpec, shape: tuple[int, ...]) -> Tensor:
-    """Read zero points, float32."""
-    if tensors[f"{name}.zero"].dim() == 1:
-        return unpack(tensors.pop(f"{name}.zero"), spec.bits, shape).float()
-    return taker(tensors, name)("zero", shape)
-
-
-def write_base(weight: Coded | FloatWeight) -> Tensors:
-    """Write a quantised weight: codes, zero points and scales; at 16 bits ``weight`` alone.
-
-    Scales are float32; two-level ones uint8, beside a bfloat16 step per output channel.
-    """
+def write_base(weight: Stowed | FloatWeight) -> Tensors:
+    """Write a quantised weight: codes, zero points and scales; at 16 bits ``weight`` alone."""
     if isinstance(weight, FloatWeight):
         return {"weight": half_unless_overflow(weight.values)}
-    is_packed = isinstance(weight, Stowed)
-    tensors = {
-        "codes": weight.packed if is_packed else pack(weight.codes, weight.spec.bits),
-        "zero": write_zero(weight.zero, weight.spec),
-        "scale": weight.scale,
-    }
-    if weight.step is not None:
-        tensors["scale"] = weight.scale.to(torch.uint8)
-        tensors["step"] = weight.step.bfloat16()
-    return tensors
+    tensors = {"codes": weight.packed, "zero": weight.zeros, "scale": weight.scales}
+    return tensors if weight.steps is None else tensors | {"step": weight.steps}
 
 
 def read_base(
     tensors: Tensors, name: str, shape: tuple[int, int], spec: QuantSpec
-) -> Coded | FloatWeight:
+) -> Stowed | FloatWeight:
     """Read a quantised weight (O, I)."""
     take = taker(tensors, name)
     if spec.bits == OFF_BITS:
-        return FloatWeight(take("weight", shape))
+        return FloatWeight(take("weight", shape).float())
     view, dims = grouped(torch.empty(shape, device="meta"), spec)
     per_group = list(view.shape)
     for dim in dims:
         per_group[dim] = 1
-    packed = tensors.pop(f"{name}.codes")
-    zero = read_zero(tensors, name, spec, tuple(per_group))
-    step = take("step", (shape[0], 1)) if spec.convention == "two-level" else None
-    return Stowed(packed, shape, take("scale", tuple(per_group)), zero, spec, step)
+    packed, zeros = tensors.pop(f"{name}.codes"), tensors.pop(f"{name}.zero")
+    if not is_stream(zeros):
+        check_shape(f"{name}.zero", zeros, tuple(per_group))
+    steps = take("step", (shape[0], 1)) if spec.convention == "two-level" else None
+    return Stowed(packed, shape, take("scale", tuple(per_group)), zeros, spec, steps)
 
 
-def write_branch(weight: LowRankWeight) -> Tensors:
-    """Write ``left`` and ``right``; nothing without a branch.
-
-    They are bfloat16 and int8 where ``LowRankWeight.integer_branch`` made whole numbers of
-    ``right``, and float32 in the published order.
-    """
-    if not len(weight.right):
-        return {}
-    if torch.equal(weight.right, weight.right.round()):
-        return {"left": weight.left.bfloat16(), "right": weight.right.to(torch.int8)}
-    return {"left": weight.left, "right": weight.right}
+def write_branch(weight: StowedWeight) -> Tensors:
+    """Write ``left`` and ``right``; nothing without a branch."""
+    return {"left": weight.lefts, "right": weight.rights} if len(weight.rights) else {}
 
 
 def read_branch(tensors: Tensors, name: str, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Read ``left`` (O, r) and ``right`` (r, I), float32; r is 0 without a branch."""
+    """Read ``left`` (O, r) and ``right`` (r, I), as they are stored; r is 0 without a branch."""
     rows, columns = shape
+    if f"{name}.right" not in tensors:
+        return torch.zeros(rows, 0), torch.zeros(0, columns)
     take = taker(tensors, name)
-    rank = len(tensors.get(f"{name}.right", ()))
-    left, right = torch.zeros(rows, 0), torch.zeros(0, columns)
-    if f"{name}.left" in tensors:
-        left = take("left", (rows, rank))
-    if f"{name}.right" in tensors:
-        right = take("right", (rank, columns))
-    return left, right
+    rank = len(tensors[f"{name}.right"])
+    return take("left", (rows, rank)), take("right", (rank, columns))
 
 
 def write_smoothing(smoothing: Smoothing, prefix: str = "") -> Tensors:
@@ -120,8 +84,8 @@ def read_smoothing(tensors: Tensors, name: str, columns: int, prefix: str = "") 
     take = taker(tensors, name)
     smooth, shift = f"{prefix}smooth", f"{prefix}shift"
     return Smoothing(
-        take(smooth, (columns,)) if f"{name}.{smooth}" in tensors else None,
-        take(shift, (columns,)) if f"{name}.{shift}" in tensors else None)
+        take(smooth, (columns,)).float() if f"{name}.{smooth}" in tensors else None,
+        take(shift, (columns,)).float() if f"{name}.{shift}" in tensors else None)
 
 
 def write_offset(offset: Tensor | None) -> Tensors:
@@ -131,7 +95,7 @@ def write_offset(offset: Tensor | None) -> Tensors:
 
 def read_offset(tensors: Tensors, name: str, rows: int) -> Tensor | None:
     """Read the offset (O,); None where the quantised weight decides it."""
-    return taker(tensors, name)("offset", (rows,)) if f"{name}.offset" in tensors else None
+    return taker(tensors, name)("offset", (rows,)).float() if f"{name}.offset" in tensors else None
 
 
 def write_rows(rows: Tensor | None) -> Tensors:
@@ -141,7 +105,7 @@ def write_rows(rows: Tensor | None) -> Tensors:
 
 def read_rows(tensors: Tensors, name: str, rows: int) -> Tensor | None:
     """Read the output scales (O,); None for ones."""
-    return taker(tensors, name)("rows", (rows,)) if f"{name}.rows" in tensors else None
+    return taker(tensors, name)("rows", (rows,)).float() if f"{name}.rows" in tensors else None
 
 
 def write_act(act: Activation | None) -> Tensors:
@@ -157,15 +121,16 @@ def read_act(tensors: Tensors, name: str, act: Activation | None) -> Activation 
         return act
     timesteps = tensors[TIMESTEPS] if tensors[f"{name}.act"].dim() == 2 else None
     shape = (2,) if timesteps is None else (2, len(timesteps))
-    scale, zero = taker(tensors, name)("act", shape)
+    scale, zero = taker(tensors, name)("act", shape).float()
     return replace(act, scale=scale, zero=zero, timesteps=timesteps)
 
 
 def write_layer(name: str, layer: QuantizedLayer) -> Tensors:
     """Write a quantised linear."""
+    weight = stow_weight(layer.weight)
     tensors = {
-        **write_base(layer.weight.base),
-        **write_branch(layer.weight),
+        **write_base(weight.base),
+        **write_branch(weight),
         **write_act(layer.act),
         **write_smoothing(layer.smoothing),
         **write_offset(layer.offset),
@@ -185,14 +150,13 @@ def read_layer(
     """
     rows, columns = shape
     base = read_base(tensors, name, (rows, columns), spec)
-    left, right = read_branch(tensors, name, (rows, columns))
+    branch = read_branch(tensors, name, (rows, columns))
     smoothing = read_smoothing(tensors, name, columns)
     act = read_act(tensors, name, act)
     offset = read_offset(tensors, name, rows)
     scales = read_rows(tensors, name, rows)
     folded = read_smoothing(tensors, name, columns, FOLDED)
-    weight = LowRankWeight(base, left, right)
-    return QuantizedLayer(weight, act, smoothing, scales, offset, folded)
+    return QuantizedLayer(StowedWeight(base, *branch), act, smoothing, scales, offset, folded)
 
 
 def write_operands(operands: Operands) -> Tensor:
@@ -222,7 +186,7 @@ def read_operands(
     """
     timesteps = tensors[TIMESTEPS] if tensors[f"{name}.operands"].dim() == 3 else None
     shape = (rows, 2) if timesteps is None else (rows, 2, len(timesteps))
-    stored = taker(tensors, name)("operands", shape)
+    stored = taker(tensors, name)("operands", shape).float()
     query, key, value, *rest = (Activation(spec, *row, timesteps) for row in stored)
     if not has_powers:
         return Operands(query, key, value, rest[0])
@@ -235,8 +199,17 @@ def taker(tensors: Tensors, name: str) -> Take:
 
     def take(key: str, expected: tuple[int, ...]) -> Tensor:
         value = tensors.pop(f"{name}.{key}")
-        if tuple(value.shape) != expected:
-            raise ValueError(f"{name}.{key} is {tuple(value.shape)}, expected {expected}")
-        return value.float()
+        check_shape(f"{name}.{key}", value, expected)
+        return value
 
     return take
+
+
+def check_shape(name: str, value: Tensor, expected: tuple[int, ...]) -> None:
+    """Make sure that a stored tensor has the shape that its layer asks for.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if tuple(value.shape) != expected:
+        raise ValueError(f"{name} is {tuple(value.shape)}, expected {expected}")

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from quant.activations.quantisers import Activation
 from quant.numerics.smoothing import NO_SMOOTHING, Smoothing
-from quant.weights.low_rank import LowRankWeight
+from quant.weights.low_rank import Approximation
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class QuantizedLayer:
             an adapter beside the layer needs the input as it was.
     """
 
-    weight: LowRankWeight
+    weight: Approximation
     act: Activation | None
     smoothing: Smoothing = NO_SMOOTHING
     rows: Tensor | None = None

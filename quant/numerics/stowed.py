@@ -1,4 +1,4 @@
-"""Codes at their width: as a file holds them, and a weight that waits until it is needed."""
+"""Codes at their width: as a file holds them, and a tensor that waits until it is needed."""
 import math
 from dataclasses import dataclass
 
@@ -81,37 +81,81 @@ def _halves(half: int, bits: int) -> tuple[np.uint64, np.uint64, np.uint64]:
 
 @dataclass(frozen=True)
 class Stowed(Coded):
-    """A quantised tensor whose codes lie on the CPU at their width, and are unpacked when read.
+    """A quantised tensor as a file holds it: small, on the CPU, and unpacked when it is read.
 
     Attributes:
-        packed: as ``pack`` gives them.
+        packed: the codes, as ``pack`` gives them.
         shape: of the codes.
-        scale, zero, spec, step: as in ``Coded``.
+        scales: of the shape of ``scale``, float32; two-level ones uint8.
+        zeros: as ``pack_zeros`` gives them.
+        spec: as in ``Coded``.
+        steps: (O, 1) bfloat16 with two-level scales, else None.
+        device: where what is read lies.
 
     Raises:
-        ValueError: the stream's length does not fit the shape.
+        ValueError: a stream's length does not fit its shape.
     """
 
     packed: Tensor
     shape: tuple[int, ...]
-    scale: Tensor
-    zero: Tensor
+    scales: Tensor
+    zeros: Tensor
     spec: QuantSpec
-    step: Tensor | None = None
+    steps: Tensor | None = None
+    device: torch.device = torch.device("cpu")
 
     def __post_init__(self):
         check_stream(self.packed, self.spec.bits, self.shape)
+        if is_stream(self.zeros):
+            check_stream(self.zeros, self.spec.bits, self.scales.shape)
 
     @property
     def codes(self) -> Tensor:
         """Unpack the codes, uint8."""
-        return unpack(self.packed, self.spec.bits, self.shape).to(self.scale.device)
+        return unpack(self.packed, self.spec.bits, self.shape).to(self.device)
+
+    @property
+    def scale(self) -> Tensor:
+        """Return the scales, float32."""
+        return self.scales.to(self.device, torch.float32)
+
+    @property
+    def zero(self) -> Tensor:
+        """Unpack the zero points, float32."""
+        zeros = self.zeros
+        if is_stream(zeros):
+            zeros = unpack(zeros, self.spec.bits, self.scales.shape)
+        return zeros.to(self.device, torch.float32)
+
+    @property
+    def step(self) -> Tensor | None:
+        """Return the step of each output channel, float32."""
+        return None if self.steps is None else self.steps.to(self.device, torch.float32)
 
 
-def stow(quantized: Coded) -> Coded:
-    """Pack the codes of a tensor, if they are of fewer than 8 bits."""
-    if quantized.spec.bits >= BYTE:
+def is_stream(zeros: Tensor) -> bool:
+    """Tell whether zero points are a bit stream; elsewhere they have the shape of the scales."""
+    return zeros.dim() == 1
+
+
+def pack_zeros(zero: Tensor, spec: QuantSpec) -> Tensor:
+    """Write zero points: those that are codes as a bit stream, others as int32 in their shape."""
+    low, high = zero.aminmax()
+    if low >= 0 and high <= spec.top:
+        return pack(zero.to(torch.uint8), spec.bits)
+    return zero.to("cpu", torch.int32)
+
+
+def stow(quantized: Coded) -> Stowed:
+    """Pack a tensor as a file holds it."""
+    if isinstance(quantized, Stowed):
         return quantized
-    packed = pack(quantized.codes, quantized.spec.bits)
-    return Stowed(packed, quantized.codes.shape, quantized.scale, quantized.zero,
-                  quantized.spec, quantized.step)
+    scale, step = quantized.scale.cpu(), quantized.step
+    return Stowed(
+        packed=pack(quantized.codes, quantized.spec.bits),
+        shape=tuple(quantized.codes.shape),
+        scales=scale if step is None else scale.to(torch.uint8),
+        zeros=pack_zeros(quantized.zero, quantized.spec),
+        spec=quantized.spec,
+        steps=None if step is None else step.to("cpu", torch.bfloat16),
+        device=quantized.scale.device)

@@ -5,7 +5,7 @@ A quantiser maps ``x`` to integer codes ``q`` in [0, 2^bits - 1], and these back
 view of the tensor and the dimensions that are reduced in it.
 """
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -189,7 +189,7 @@ class Coded:
         values = (view.to(self.scale.dtype) - self.zero) * self.scale
         return ungrouped(values, codes.shape)
 
-    def scale_columns(self, factors: Tensor) -> "Coded":
+    def scale_columns(self, factors: Tensor) -> "Quantized":
         """Multiply input channels by ``factors`` (I,) through the scales, without a new code.
 
         Raises:
@@ -197,8 +197,9 @@ class Coded:
         """
         if self.spec.granularity != "strided":
             raise ValueError(f"granularity {self.spec.granularity!r} shares scales across columns")
-        scale = self.scale.reshape(-1, len(factors)) * factors
-        return replace(self, scale=scale.reshape(self.scale.shape))
+        scale = self.scale
+        scaled = (scale.reshape(-1, len(factors)) * factors).reshape(scale.shape)
+        return Quantized(self.codes, scaled, self.zero, self.spec, self.step)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from quant.layers.quantised import QuantizedLayer
 from quant.numerics.uniform import Quantized, grouped
 from quant.refinement.soft_layers import StraightThrough
 from quant.weights.low_rank import LowRankWeight
+from quant.weights.stowed import stow_weight
 from quant.weights.two_level import LIMIT
 
 
@@ -70,4 +71,4 @@ class TunedLinear(nn.Module):
         codes = (self.rounded() + base.zero).to(torch.uint8).flatten(1)
         base = Quantized(codes, base.scale, base.zero, base.spec, base.step)
         weight = LowRankWeight(base, self.left.bfloat16().float(), self.right)
-        return replace(self.layer, weight=weight.stowed())
+        return replace(self.layer, weight=stow_weight(weight))

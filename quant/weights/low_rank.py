@@ -10,7 +10,6 @@ from torch import Tensor
 
 from quant.numerics.cholesky import damped_cholesky
 from quant.numerics.floating import FloatWeight
-from quant.numerics.stowed import stow
 from quant.numerics.uniform import Coded, Quantized
 from quant.weights.rounding import WeightQuantizer
 from quant.weights.two_level import LIMIT
@@ -27,12 +26,11 @@ FAST_ITERATIONS = 20  # double subspace iterations per round, warm-started
 DIRECT_WIDTH = 512  # up to which all eigenvectors cost less than these iterations
 
 
-@dataclass(frozen=True)
-class LowRankWeight:
-    """The approximation ``base.dequantize() + left @ right`` of a weight (O, I).
+class Approximation:
+    """The approximation ``base.dequantize() + left @ right`` of a weight, however it is held.
 
     Attributes:
-        base: the quantised part, or at 16 bits all of it.
+        base: the quantised part (O, I), or at 16 bits all of it.
         left: (O, r) float32.
         right: (r, I) float32.
     """
@@ -45,11 +43,14 @@ class LowRankWeight:
         """Compute the whole weight (O, I), float32."""
         return torch.addmm(self.base.dequantize(), self.left, self.right)
 
-    def stowed(self) -> "LowRankWeight":
-        """Return the same weight, with codes that take their own width in memory."""
-        if isinstance(self.base, FloatWeight):
-            return self
-        return LowRankWeight(stow(self.base), self.left, self.right)
+
+@dataclass(frozen=True)
+class LowRankWeight(Approximation):
+    """An approximation whose branch is tensors of its own (see ``Approximation``)."""
+
+    base: Coded | FloatWeight
+    left: Tensor
+    right: Tensor
 
     def integer_branch(self, original: Tensor, moment: Tensor | None = None) -> "LowRankWeight":
         """Round the branch, so that one integer product serves the quantised part and the branch.
