@@ -1,11 +1,12 @@
 # make demo: quantise and sample the bundled emoji model.  make test: run the tests.
 # make lint: how the code reads.  make test-processors: the numerical tests as other processors
-# would see them.  make test-slow: the extras of a minute and more.  All set up .venv first.
+# would see them (-crossed: with other numbers of threads).  make test-slow: the extras of a minute
+# and more.  All set up .venv first.
 PYTHON ?= python3
 READY := .venv/.ready
 PYTEST := .venv/bin/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-processors test-slow lint
+.PHONY: demo test test-processors test-processors-crossed test-slow lint
 demo: $(READY)
 	.venv/bin/python compare.py --model DiT-Emoji-Outliers --cfg-scale 4 --num-sampling-steps 25 \
 	    --recipes rtn smoothquant ditas-published ditas ditas-plus \
@@ -22,20 +23,25 @@ OTHER := adapters checkpoint cli compare compare_pipelines diffusers_use diffuse
     quality report sampling survival temporal threads triton undo wheel whole_pipelines
 NUMERICAL := $(filter-out $(OTHER:%=tests/test_%.py),$(wildcard tests/test_*.py)) -k "not come_nearer and not offloading"
 
-# The instruction set of PyTorch's own operators (ATEN), or of its products (oneDNN).
+# The instruction set of PyTorch's own operators (ATEN), or of its products (oneDNN), and threads.
 # Two threads in each of several processes wait for each other passively: spinning, they crawl.
 define as-processor
-	@echo "== $(1), one thread"
-	@$(1) OMP_NUM_THREADS=1 $(PYTEST) $(NUMERICAL)
-	@echo "== $(1), two threads"
-	@$(1) OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(PYTEST) $(NUMERICAL)
+	@echo "== $(1), threads: $(2)"
+	@$(1) OMP_NUM_THREADS=$(2) OMP_WAIT_POLICY=passive $(PYTEST) $(NUMERICAL)
 endef
 
+# Every instruction set, each with one number of threads; the other number is an extra.
 test-processors: $(READY)
-	$(call as-processor,ATEN_CPU_CAPABILITY=default)
-	$(call as-processor,ATEN_CPU_CAPABILITY=avx2)
-	$(call as-processor,ONEDNN_MAX_CPU_ISA=AVX2)
-	$(call as-processor,ONEDNN_MAX_CPU_ISA=AVX512_CORE)
+	$(call as-processor,ATEN_CPU_CAPABILITY=default,1)
+	$(call as-processor,ATEN_CPU_CAPABILITY=avx2,2)
+	$(call as-processor,ONEDNN_MAX_CPU_ISA=AVX2,2)
+	$(call as-processor,ONEDNN_MAX_CPU_ISA=AVX512_CORE,1)
+
+test-processors-crossed: $(READY)
+	$(call as-processor,ATEN_CPU_CAPABILITY=default,2)
+	$(call as-processor,ATEN_CPU_CAPABILITY=avx2,1)
+	$(call as-processor,ONEDNN_MAX_CPU_ISA=AVX2,1)
+	$(call as-processor,ONEDNN_MAX_CPU_ISA=AVX512_CORE,2)
 
 test-slow: $(READY)
 	.venv/bin/python -m pytest -m slow
