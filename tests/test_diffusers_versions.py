@@ -3,10 +3,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from conftest import call
+
+import QuantDiT
 
 ROOT = Path(__file__).parents[1]
 OLDEST = "0.36"
@@ -38,16 +42,34 @@ else:
 torch.save(sample(pipe), images)
 print(diffusers.__version__)
 """
+# Samples the folder of a checkpoint.
+SAMPLE = """
+import sys
+import diffusers, numpy, torch
+import ditas
+from ditas.switching import switch_backend
+
+folder, images = sys.argv[1:]
+pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+switch_backend(pipe.transformer, "fake")
+noise = torch.Generator().manual_seed(0)
+torch.save(numpy.stack(pipe([3, 0], num_inference_steps=3, generator=noise).images), images)
+print(diffusers.__version__)
+"""
 
 
-def use(do: str, folder: Path, images: Path, *paths: Path) -> tuple[Tensor, str]:
-    """Save or load in a process of its own, which looks for packages in these paths first."""
+def run(script: str, images: Path, words: list[str | Path], *paths: Path) -> tuple[Any, str]:
+    """Run a script in a process of its own, which looks for packages in these paths first.
+
+    Returns:
+        The images that it saved, and the version of diffusers that it printed.
+    """
     search = os.pathsep.join(map(str, [*paths, ROOT]))
     done = subprocess.run(
-        [sys.executable, "-c", USE, do, str(folder), str(images)], cwd=folder.parent,
+        [sys.executable, "-c", script, *map(str, words), str(images)], cwd=images.parent,
         env={**os.environ, "PYTHONPATH": search}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return torch.load(images), done.stdout.strip()
+    return torch.load(images, weights_only=False), done.stdout.strip()
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +89,20 @@ def oldest(tmp_path_factory) -> Path:
 def test_a_folder_is_read_by_both_versions(oldest, tmp_path):
     folder, images = tmp_path / "pipeline", tmp_path / "images"
     for first, second in [((), (oldest,)), ((oldest,), ())]:
-        saved, one = use("save", folder, images, *first)
-        loaded, other = use("load", folder, images, *second)
+        saved, one = run(USE, images, ["save", folder], *first)
+        loaded, other = run(USE, images, ["load", folder], *second)
         assert (one if first else other).startswith(f"{OLDEST}.")
         assert one != other
         assert torch.equal(saved, loaded)
+
+
+@pytest.mark.slow
+def test_an_exported_checkpoint_is_read_by_both_versions(oldest, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    call(QuantDiT, "--model", "DiT-Digits", "--recipe", "rtn", "--class-labels", "1",
+         "--num-sampling-steps", "2", "--output", "made", "--export", "diffusers")
+    folder, images = tmp_path / "made-diffusers", tmp_path / "images"
+    ours, newest = run(SAMPLE, images, [folder])
+    theirs, old = run(SAMPLE, images, [folder], oldest)
+    assert old.startswith(f"{OLDEST}.") and not newest.startswith(f"{OLDEST}.")
+    assert np.array_equal(ours, theirs)

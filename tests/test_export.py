@@ -11,6 +11,7 @@ import ditas
 import QuantDiT
 import sample_merge_TAS
 from diffusion import ImageNoise
+from ditas.scheduler import PUBLISHED, DitasDDPMScheduler
 from ditas.switching import switch_backend
 from models import GUIDED_CHANNELS
 from quant import checkpoint
@@ -128,6 +129,12 @@ def test_other_schedulers_sample(scheduler, digits):
                        num_inference_steps=4, output_type="pt").images for seed in (1, 1, 2)]
     assert torch.equal(sample[0], sample[1])
     assert not torch.equal(sample[0], sample[2])
+
+
+def test_a_scheduler_of_another_schedule_is_refused():
+    scheduler = DitasDDPMScheduler(**PUBLISHED | {"beta_end": 0.03})
+    with pytest.raises(ValueError, match="has beta_end 0.03, expected 0.02"):
+        scheduler.set_timesteps(4)
 
 
 LOAD = """
