@@ -43,9 +43,9 @@ FORBIDDEN = {
     "evaluation": {"quant", "cli", "comparison", "report"},
     # Data about transformers, nothing that computes with it.
     "architectures": {"quant", "cli", "ditas", "diffusion", "evaluation", "download", "sampling"},
-    # The Python door to the method, beside the command line: it knows calls, and no schedule. Our
-    # DiT goes out through it, too.
-    "ditas": {"comparison", "diffusion", "download", "examples", "report", "sampling"},
+    # The Python door to the method, beside the command line. Our DiT goes out through it, too, with
+    # its schedule.
+    "ditas": {"comparison", "download", "examples", "report", "sampling"},
     # Bytes on a disk.
     "files": {
         "quant",
