@@ -59,7 +59,7 @@ def weights_of(folder: Path) -> Path:
 def write_folder(folder: Path, width: int, depth: int) -> None:
     """Quantise a random model and save it with ``depth`` blocks."""
     model = random_pixart(width, BLOCKS, KIND, HEAD)
-    ditas.quantize(model, None, "rtn", weight_bit=4, act_bit=8, backend="fake")
+    ditas.quantize(model, None, "rtn", weight_bit=4, act_bit=8)
     model.save_pretrained(folder)
 
     # The tensors of blocks, again and again.
@@ -117,6 +117,9 @@ def measure(way: str, folder: Path) -> Numbers:
     # All that is imported while a model is loaded.
     import accelerate  # noqa: F401
     from diffusers import PixArtTransformer2DModel  # noqa: F401
+
+    import ditas.adapters  # noqa: F401
+    import quant.integer.cpu  # noqa: F401
 
     forget_peak()
     before, own = resident("VmRSS"), resident("RssAnon")
