@@ -59,7 +59,7 @@ WIDE = 32
 JOINT = "`ditas`, α searched with the branch in it"
 BY_OUTPUT = "`ditas`, α searched by the model's output"
 TRIED = tuple(0.1 * i for i in range(11))  # α of these rows
-JUDGES = 4  # batches of 32 images, by which one α is judged
+JUDGE_BATCHES = 4  # batches of 32 images, by which one α is judged
 RECIPES_BY_ROW = {
     "`rtn` on the layout of `ditas`": replace(DITAS, balance="none", rank=0),
     "+ smoothing, α = 0.5": replace(DITAS, alphas=(0.5,), rank=0),
@@ -106,6 +106,11 @@ def quantise(model: DiT, recipe: Recipe) -> Layers:
     return quantize_model(model, recipe, BitWidths(4, 8), drive).layers
 
 
+def without_search(model: DiT, recipe: Recipe, trajectory: Trajectory) -> Layers:
+    """Quantise as the recipe says; its own trajectory is the same."""
+    return quantise(model, recipe)
+
+
 def at_every_alpha(model: DiT, recipe: Recipe) -> list[Layers]:
     """Quantise all layers at one α after the other."""
     return [quantise(model, replace(recipe, alphas=(alpha,))) for alpha in TRIED]
@@ -124,7 +129,7 @@ def best_for_the_model(model: DiT, recipe: Recipe, trajectory: Trajectory) -> La
     """Quantise at every α; from α = 0.5 on, let each layer in turn take what the model gains by."""
     runs = at_every_alpha(model, recipe)
     generator = torch.Generator().manual_seed(0)
-    judges = [trajectory.take(draw(trajectory, generator)) for _ in range(JUDGES)]
+    judges = [trajectory.take(draw(trajectory, generator)) for _ in range(JUDGE_BATCHES)]
     chosen = dict(runs[TRIED.index(0.5)])
     for name in block_linears(model):
         choices = [chosen | {name: run[name]} for run in runs]
@@ -154,8 +159,8 @@ def compare(name: str) -> None:
     print("\n| recipe | layers, calibrated on | layers, held out | one pass, held out |")
     print("|---|---|---|---|")
     for label, recipe in RECIPES_BY_ROW.items():
-        make = SEARCHES.get(label)
-        layers = make(model, recipe, calibrated) if make else quantise(model, recipe)
+        search = SEARCHES.get(label, without_search)
+        layers = search(model, recipe, calibrated)
         cells = [
             mean(output_sqnr(model, layers, calibrated).values()),
             mean(output_sqnr(model, layers, held_out).values()),

@@ -3,6 +3,7 @@
 diffusers' own ``DDPMScheduler`` computes the same step in another order. Where activations have
 codes, a value that is rounded elsewhere may get another one, and its images drift from ours.
 """
+import numpy as np
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
@@ -10,7 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from diffusion.sampler import ddpm_step
-from diffusion.schedule import TRAIN_STEPS, schedule_of
+from diffusion.schedule import TRAIN_STEPS, make_schedule, schedule_of
 
 # A pipeline that loads a scheduler looks for its base in the module that defines it.
 __all__ = ["PUBLISHED", "DitasDDPMScheduler", "SchedulerMixin"]
@@ -24,11 +25,21 @@ PUBLISHED = {
     "variance_type": "learned_range",
     "timestep_spacing": "linspace",
     "clip_sample": False,
+    "prediction_type": "epsilon",
+    "thresholding": False,
+    "trained_betas": None,
+    "rescale_betas_zero_snr": False,
 }
 
 
 class DitasDDPMScheduler(DDPMScheduler):
-    """Steps as ``diffusion.sampler.ddpm_step`` takes them, to the last bit."""
+    """Steps as ``diffusion.sampler.ddpm_step`` takes them, to the last bit.
+
+    Attributes:
+        schedule: that of ``set_timesteps``; all steps before it is called.
+    """
+
+    schedule = make_schedule()
 
     def set_timesteps(
         self,
@@ -47,8 +58,7 @@ class DitasDDPMScheduler(DDPMScheduler):
                     f"this scheduler has {name} {self.config[name]!r}, expected {value!r}: "
                     "take diffusers' DDPMScheduler for other schedules")
         super().set_timesteps(num_inference_steps, device, timesteps)
-        self.ascending = self.timesteps.tolist()[::-1]
-        self.schedule = schedule_of(self.ascending)
+        self.schedule = schedule_of(self.timesteps.tolist()[::-1])
 
     def step(
         self,
@@ -66,10 +76,16 @@ class DitasDDPMScheduler(DDPMScheduler):
             sample: latents (N, C, H, W).
             generator: of the noise that is added, one for all images or a list.
             return_dict: whether the result stands in a named tuple.
+
+        Raises:
+            ValueError: ``set_timesteps`` did not choose this timestep.
         """
         def draw() -> Tensor:
             return randn_tensor(sample.shape, generator, sample.device, sample.dtype)
 
-        index = self.ascending.index(int(timestep))
-        latents = ddpm_step(self.schedule, index, sample, model_output, draw)
+        found, = np.nonzero(self.schedule.timestep_map == int(timestep))
+        if not len(found):
+            raise ValueError(f"timestep {int(timestep)} is none of the {len(self.schedule)} that "
+                             "set_timesteps chose")
+        latents = ddpm_step(self.schedule, int(found[0]), sample, model_output, draw)
         return DDPMSchedulerOutput(prev_sample=latents) if return_dict else (latents,)

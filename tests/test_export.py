@@ -52,6 +52,13 @@ def sampled_files(path: Path) -> np.ndarray:
     return np.load(next(Path("samples").glob("*.npz")))["arr_0"]
 
 
+def draw_as_ours(monkeypatch, shape: tuple[int, ...]) -> None:
+    """Let a pipeline draw the noise that sample_merge_TAS.py gives these images."""
+    noise = ImageNoise(SEED, range(len(LABELS)), shape)
+    for place in ("ditas.dit", "ditas.scheduler"):
+        monkeypatch.setattr(f"{place}.randn_tensor", lambda *args, **kwargs: noise())
+
+
 # At 8 bits a value that is rounded elsewhere gets another code, and the image is another one.
 @pytest.mark.parametrize("name, shape, recipe", [
     ("DiT-Digits-Outliers", (4, 8, 8), "smoothquant"),
@@ -63,13 +70,16 @@ def test_a_folder_draws_the_images_of_its_checkpoint(name, shape, recipe, monkey
     call(QuantDiT, "--path", "made", "--export", "diffusers", "--output", "folder")
     expected = sampled_files(Path("made.safetensors"))
 
-    noise = ImageNoise(SEED, range(len(LABELS)), shape)
-    for place in ("ditas.dit", "ditas.scheduler"):
-        monkeypatch.setattr(f"{place}.randn_tensor", lambda *args, **kwargs: noise())
     pipeline = load(Path("folder"))
     switch_backend(pipeline.transformer, "fake")
+    draw_as_ours(monkeypatch, shape)
     images = pipeline(LABELS, guidance_scale=GUIDANCE, num_inference_steps=STEPS).images
     assert np.array_equal(np.stack(images), expected)
+
+    draw_as_ours(monkeypatch, shape)
+    values = pipeline(
+        LABELS, guidance_scale=GUIDANCE, num_inference_steps=STEPS, output_type="np").images
+    assert np.abs(values * 255 - expected[..., :values.shape[-1]]).max() <= 1
     assert expected.std() > 20
 
 
@@ -131,10 +141,22 @@ def test_other_schedulers_sample(scheduler, digits):
     assert not torch.equal(sample[0], sample[2])
 
 
-def test_a_scheduler_of_another_schedule_is_refused():
-    scheduler = DitasDDPMScheduler(**PUBLISHED | {"beta_end": 0.03})
-    with pytest.raises(ValueError, match="has beta_end 0.03, expected 0.02"):
+@pytest.mark.parametrize("changed, message", [
+    ({"beta_end": 0.03}, "has beta_end 0.03, expected 0.02"),
+    ({"prediction_type": "v_prediction"}, "has prediction_type 'v_prediction'"),
+    ({"trained_betas": [0.1] * 1000}, "has trained_betas"),
+])
+def test_a_scheduler_of_another_schedule_is_refused(changed, message):
+    scheduler = DitasDDPMScheduler(**PUBLISHED | changed)
+    with pytest.raises(ValueError, match=message):
         scheduler.set_timesteps(4)
+
+
+def test_a_timestep_of_another_run_is_refused():
+    scheduler = DitasDDPMScheduler(**PUBLISHED)
+    scheduler.set_timesteps(4)
+    with pytest.raises(ValueError, match="timestep 500 is none of the 4"):
+        scheduler.step(torch.zeros(1, 8, 8, 8), 500, torch.zeros(1, 4, 8, 8))
 
 
 LOAD = """

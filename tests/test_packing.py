@@ -71,7 +71,24 @@ def test_a_stowed_branch_is_the_same(is_integer):
     stowed = stow_weight(weight)
     assert torch.equal(stowed.left, left) and torch.equal(stowed.right, right)
     assert torch.equal(stowed.dense(), weight.dense())
-    assert stowed.lefts.nbytes + stowed.rights.nbytes == (2 * 18 + 48 if is_integer else 4 * 66)
+    size = stowed.stored_left.nbytes + stowed.stored_right.nbytes
+    assert size == (2 * 18 + 48 if is_integer else 4 * 66)
+
+
+@pytest.mark.parametrize("left, right", [(1.0, 300.0), (1 / 3, 2.0)])
+def test_a_branch_of_whole_numbers_that_small_types_cannot_hold_is_kept(left, right):
+    left, right = torch.full((6, 3), left), torch.full((3, 16), right)
+    weight = LowRankWeight(quantize(torch.randn(6, 16), QuantSpec(4, "channel")), left, right)
+    stowed = stow_weight(weight)
+    assert torch.equal(stowed.left, left) and torch.equal(stowed.right, right)
+
+
+def test_zero_points_beyond_int32_are_kept():
+    values = torch.full((2, 8), 10.0)
+    values[:, 1] = values[:, 1].nextafter(torch.tensor(11.0))
+    weight = quantize(values, QuantSpec(8, "channel", convention="free"))
+    assert weight.zero.min() < -2 ** 31
+    assert_same(stow(weight), weight)
 
 
 def test_a_stowed_tensor_takes_other_scales():

@@ -27,6 +27,7 @@ from quant.activations.softmax import PowersOfRootTwo
 from quant.install import install
 from quant.layers.quantised import QuantizedLayer
 from quant.numerics.spec import QuantSpec
+from quant.numerics.stowed import Stowed
 from quant.numerics.tokens import matrix
 from quant.pipeline import Result, quantize_model
 from quant.recipe import BitWidths
@@ -133,6 +134,7 @@ def test_every_weight_of_a_unit_is_rounded_down_or_up(name, units, has_learned):
         before = nearest.layers[key]
         difference = layer.weight.base.codes.int() - before.weight.base.codes.int()
         assert difference.abs().max() <= 1
+        assert isinstance(layer.weight.base, Stowed)
         assert_rounded_down_or_up(layer, model.get_submodule(key))
         assert torch.equal(layer.act.zero, before.act.zero)
         if difference.any():

@@ -35,8 +35,10 @@ def write_base(weight: Stowed | FloatWeight) -> Tensors:
     """Write a quantised weight: codes, zero points and scales; at 16 bits ``weight`` alone."""
     if isinstance(weight, FloatWeight):
         return {"weight": half_unless_overflow(weight.values)}
-    tensors = {"codes": weight.packed, "zero": weight.zeros, "scale": weight.scales}
-    return tensors if weight.steps is None else tensors | {"step": weight.steps}
+    tensors = {
+        "codes": weight.packed, "zero": weight.stored_zero, "scale": weight.stored_scale}
+    step = weight.stored_step
+    return tensors if step is None else tensors | {"step": step}
 
 
 def read_base(
@@ -50,16 +52,17 @@ def read_base(
     per_group = list(view.shape)
     for dim in dims:
         per_group[dim] = 1
-    packed, zeros = tensors.pop(f"{name}.codes"), tensors.pop(f"{name}.zero")
-    if not is_stream(zeros):
-        check_shape(f"{name}.zero", zeros, tuple(per_group))
-    steps = take("step", (shape[0], 1)) if spec.convention == "two-level" else None
-    return Stowed(packed, shape, take("scale", tuple(per_group)), zeros, spec, steps)
+    packed, zero = tensors.pop(f"{name}.codes"), tensors.pop(f"{name}.zero")
+    if not is_stream(zero):
+        check_shape(f"{name}.zero", zero, tuple(per_group))
+    step = take("step", (shape[0], 1)) if spec.convention == "two-level" else None
+    return Stowed(packed, shape, take("scale", tuple(per_group)), zero, spec, step)
 
 
 def write_branch(weight: StowedWeight) -> Tensors:
     """Write ``left`` and ``right``; nothing without a branch."""
-    return {"left": weight.lefts, "right": weight.rights} if len(weight.rights) else {}
+    left, right = weight.stored_left, weight.stored_right
+    return {"left": left, "right": right} if len(right) else {}
 
 
 def read_branch(tensors: Tensors, name: str, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -86,10 +86,10 @@ class Stowed(Coded):
     Attributes:
         packed: the codes, as ``pack`` gives them.
         shape: of the codes.
-        scales: of the shape of ``scale``, float32; two-level ones uint8.
-        zeros: as ``pack_zeros`` gives them.
+        stored_scale: of the shape of ``scale``, float32; two-level ones uint8.
+        stored_zero: as ``pack_zero`` gives it.
         spec: as in ``Coded``.
-        steps: (O, 1) bfloat16 with two-level scales, else None.
+        stored_step: (O, 1) bfloat16 with two-level scales, else None.
         device: where what is read lies.
 
     Raises:
@@ -98,16 +98,16 @@ class Stowed(Coded):
 
     packed: Tensor
     shape: tuple[int, ...]
-    scales: Tensor
-    zeros: Tensor
+    stored_scale: Tensor
+    stored_zero: Tensor
     spec: QuantSpec
-    steps: Tensor | None = None
+    stored_step: Tensor | None = None
     device: torch.device = torch.device("cpu")
 
     def __post_init__(self):
         check_stream(self.packed, self.spec.bits, self.shape)
-        if is_stream(self.zeros):
-            check_stream(self.zeros, self.spec.bits, self.scales.shape)
+        if is_stream(self.stored_zero):
+            check_stream(self.stored_zero, self.spec.bits, self.stored_scale.shape)
 
     @property
     def codes(self) -> Tensor:
@@ -117,33 +117,37 @@ class Stowed(Coded):
     @property
     def scale(self) -> Tensor:
         """Return the scales, float32."""
-        return self.scales.to(self.device, torch.float32)
+        return self.stored_scale.to(self.device, torch.float32)
 
     @property
     def zero(self) -> Tensor:
         """Unpack the zero points, float32."""
-        zeros = self.zeros
-        if is_stream(zeros):
-            zeros = unpack(zeros, self.spec.bits, self.scales.shape)
-        return zeros.to(self.device, torch.float32)
+        zero = self.stored_zero
+        if is_stream(zero):
+            zero = unpack(zero, self.spec.bits, self.stored_scale.shape)
+        return zero.to(self.device, torch.float32)
 
     @property
     def step(self) -> Tensor | None:
         """Return the step of each output channel, float32."""
-        return None if self.steps is None else self.steps.to(self.device, torch.float32)
+        return None if self.stored_step is None else self.stored_step.to(self.device, torch.float32)
 
 
-def is_stream(zeros: Tensor) -> bool:
+def is_stream(zero: Tensor) -> bool:
     """Tell whether zero points are a bit stream; elsewhere they have the shape of the scales."""
-    return zeros.dim() == 1
+    return zero.dim() == 1
 
 
-def pack_zeros(zero: Tensor, spec: QuantSpec) -> Tensor:
-    """Write zero points: those that are codes as a bit stream, others as int32 in their shape."""
+def pack_zero(zero: Tensor, spec: QuantSpec) -> Tensor:
+    """Write zero points: those that are codes as a bit stream, others as int32 in their shape.
+
+    Those of nearly equal values far off zero are beyond int32, and stay float32.
+    """
     low, high = zero.aminmax()
     if low >= 0 and high <= spec.top:
         return pack(zero.to(torch.uint8), spec.bits)
-    return zero.to("cpu", torch.int32)
+    whole = zero.to("cpu", torch.int32)
+    return whole if torch.equal(whole.float(), zero.cpu()) else zero.cpu()
 
 
 def stow(quantized: Coded) -> Stowed:
@@ -154,8 +158,8 @@ def stow(quantized: Coded) -> Stowed:
     return Stowed(
         packed=pack(quantized.codes, quantized.spec.bits),
         shape=tuple(quantized.codes.shape),
-        scales=scale if step is None else scale.to(torch.uint8),
-        zeros=pack_zeros(quantized.zero, quantized.spec),
+        stored_scale=scale if step is None else scale.to(torch.uint8),
+        stored_zero=pack_zero(quantized.zero, quantized.spec),
         spec=quantized.spec,
-        steps=None if step is None else step.to("cpu", torch.bfloat16),
+        stored_step=None if step is None else step.to("cpu", torch.bfloat16),
         device=quantized.scale.device)

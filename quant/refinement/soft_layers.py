@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from quant.activations.quantisers import Activation, TimestepIndex, activation_module
 from quant.layers.quantised import QuantizedLayer
 from quant.numerics.spec import OFF_BITS
+from quant.numerics.stowed import stow
 from quant.numerics.uniform import Quantized, grouped
 
 # The sigmoid is stretched, so that h reaches 0 and 1 (Louizos et al., 2018).
@@ -131,4 +132,4 @@ class SoftLinear(nn.Module):
         act = self.layer.act
         if isinstance(self.act, LearnedStep):
             act = replace(act, scale=self.act.scale.detach())
-        return replace(self.layer, weight=replace(self.layer.weight, base=base), act=act)
+        return replace(self.layer, weight=replace(self.layer.weight, base=stow(base)), act=act)

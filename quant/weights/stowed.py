@@ -15,32 +15,32 @@ class StowedWeight(Approximation):
 
     Attributes:
         base: the quantised part, or at 16 bits all of it.
-        lefts, rights: the branch. Where ``LowRankWeight.integer_branch`` made whole numbers of R
-            they are bfloat16 and int8; float32 in the published order.
+        stored_left, stored_right: the branch, bfloat16 and int8 where that is exact, as
+            ``LowRankWeight.integer_branch`` makes it; float32 in the published order.
         device: where what is read lies.
     """
 
     base: Stowed | FloatWeight
-    lefts: Tensor
-    rights: Tensor
+    stored_left: Tensor
+    stored_right: Tensor
     device: torch.device = torch.device("cpu")
 
     @property
     def left(self) -> Tensor:
         """Return L (O, r), float32."""
-        return self.lefts.to(self.device, torch.float32)
+        return self.stored_left.to(self.device, torch.float32)
 
     @property
     def right(self) -> Tensor:
         """Return R (r, I), float32."""
-        return self.rights.to(self.device, torch.float32)
+        return self.stored_right.to(self.device, torch.float32)
 
 
 def stow_weight(weight: Approximation) -> StowedWeight:
     """Pack a weight and its branch as a file holds them."""
     base = weight.base if isinstance(weight.base, FloatWeight) else stow(weight.base)
-    left, right = weight.left, weight.right
-    is_integer = torch.equal(right, right.round())
-    kinds = (torch.bfloat16, torch.int8) if is_integer else (torch.float32, torch.float32)
-    lefts, rights = (part.to("cpu", kind) for part, kind in zip((left, right), kinds))
-    return StowedWeight(base, lefts, rights, left.device)
+    left, right = weight.left.cpu(), weight.right.cpu()
+    small_left, small_right = left.bfloat16(), right.to(torch.int8)
+    is_exact = torch.equal(small_left.float(), left) and torch.equal(small_right.float(), right)
+    branch = (small_left, small_right) if is_exact else (left, right)
+    return StowedWeight(base, *branch, weight.left.device)
