@@ -19,7 +19,7 @@ test: $(READY)
 # Tests of processes, files and pictures, and the longest ones, are left to make test.
 OTHER := adapters checkpoint cli compare compare_pipelines diffusers_use diffusers_versions \
     digits discover ditas download efficientnet emoji emoji_runs end_to_end evaluate explored \
-    export flags hand_over hand_over_ranges hub images inspect pipeline_sampling pipelines pixart \
+    export flags hand_over hand_over_ranges hub images inspect older_formats pipeline_sampling pipelines pixart \
     quality report sampling survival temporal threads triton undo wheel whole_pipelines
 NUMERICAL := $(filter-out $(OTHER:%=tests/test_%.py),$(wildcard tests/test_*.py)) -k "not come_nearer and not offloading"
 

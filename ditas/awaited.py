@@ -123,7 +123,7 @@ def take(
     owner.register_buffer(name, value.to(device))
 
 
-def stow(model: nn.Module, request: Request) -> None:
+def put_stowed(model: nn.Module, request: Request) -> None:
     """Put quantised linears, and operands of attentions, where they are awaited.
 
     Raises:

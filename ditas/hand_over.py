@@ -13,7 +13,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from ditas.awaited import owner_of, put_awaited, stow, take
+from ditas.awaited import owner_of, put_awaited, put_stowed, take
 from ditas.layouts import Data
 from ditas.quantizing import quantize
 from ditas.request import Request, read_request
@@ -129,7 +129,7 @@ class DitasQuantizer(DiffusersQuantizer):
         config = self.quantization_config
         if self.pre_quantized:
             del self._modules
-            stow(model, config.request())
+            put_stowed(model, config.request())
         else:
             quantize(model, None, config.recipe, **config.flags)
             self.quantization_config = model.config.quantization_config

@@ -3,7 +3,7 @@ import json
 import os
 import pickle
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,8 +30,6 @@ from models import DiT, build_model
 from quant import checkpoint
 from quant.install import install
 from quant.layers.fold import fold
-from quant.layers.quantised import QuantizedLayer
-from quant.numerics.stowed import pack
 from quant.pipeline import Result, quantize_model
 from quant.recipe import BitWidths
 from quant.refinement.allocation import GroupSearch
@@ -274,85 +272,6 @@ def test_a_failed_write_leaves_nothing(saved, tmp_path, monkeypatch):
 def test_default_names_say_what_was_done():
     name = checkpoint.default_name("DiT-XL/2", 256, config.weight_bit, config.act_bit, "ditas")
     assert name == "DiT-XL-2-256-W4A8-ditas.safetensors"
-
-
-# The parts of a recipe that format 1 knew.
-FORMAT_1_PARTS = (
-    "balance",
-    "timestep",
-    "alphas",
-    "weight_granularity",
-    "weight_group",
-    "act_granularity",
-    "convention",
-    "rank",
-    "rounds",
-    "keep",
-    "order",
-)
-
-
-def format_1_tensors(layer: QuantizedLayer, name: str) -> dict[str, Tensor]:
-    """Lay a layer out as format 1 did, with a branch that is a third of the layer's."""
-    base = layer.weight.base
-    return {
-        f"{name}.codes": pack(base.codes, 4),
-        f"{name}.scale": base.scale,
-        f"{name}.zero": base.zero.to(torch.uint8),
-        f"{name}.left": layer.weight.left,
-        f"{name}.right": layer.weight.right / 3,
-        f"{name}.smooth": layer.smoothing.factors,
-    }
-
-
-def test_an_older_format_is_still_read(tmp_path):
-    """Format 1: zero points of a byte, float32 scales and factors, and adaLN in float32."""
-    name = "blocks.2.mlp.fc1"
-    recipe = replace(RECIPES["ditas"], weight_scales="float", adaln_bits=16)
-    drive = noise_drive(2, torch.arange(2))
-    layers = quantize_model(digits_model(), recipe, BitWidths(4, 8), drive).layers
-    tensors = {}
-    for key, value in digits_model().state_dict().items():
-        if key.removesuffix(".weight") not in layers:
-            tensors[key] = value
-    for key, layer in layers.items():
-        tensors |= format_1_tensors(layer, key)
-    fields = asdict(header("ditas", 4, recipe=recipe, format_version=1))
-    fields["recipe"] = {part: fields["recipe"][part] for part in FORMAT_1_PARTS}
-    del fields["groups"]
-    path = tmp_path / "old.safetensors"
-    tensors = {key: value.contiguous() for key, value in tensors.items()}
-    save_file(tensors, path, metadata={"ditas": json.dumps(fields)})
-
-    old = checkpoint.read(path)
-    assert old.header.recipe == recipe
-    assert old.layers.keys() == layers.keys()
-    weight = layers[name].weight
-    expected = weight.base.dequantize() + weight.left @ weight.right / 3
-    assert torch.allclose(old.layers[name].weight.dense(), expected)
-    cpu = torch.device("cpu")
-    assert checkpoint.backend_for(old.header, "auto", cpu, pytest.fail) == "fake"
-    with pytest.raises(UserError, match="quantise again with weight_scales='two-level'"):
-        checkpoint.backend_for(old.header, "integer", cpu, pytest.fail)
-
-
-def test_powers_of_root_two_of_format_3_begin_at_1(tmp_path):
-    model, recipe = digits_model(), RECIPES["repq-vit"]
-    result = quantize_model(model, recipe, BitWidths(4, 8), noise_drive(1, torch.arange(2)))
-    path = tmp_path / "model.safetensors"
-    checkpoint.save(path, model, result, header("repq-vit", 4))
-    tensors = load_file(path)
-    for key, value in tensors.items():
-        if key.endswith(".operands"):
-            tensors[key] = value[:3].clone()
-    fields = asdict(header("repq-vit", 4, format_version=3))
-    save_file(tensors, path, metadata={"ditas": json.dumps(fields)})
-
-    read = checkpoint.read(path).operands
-    assert len(read) == 10
-    for name, operands in read.items():
-        assert operands.probabilities.scale == 1
-        assert result.operands[name].probabilities.scale < 1
 
 
 @pytest.mark.parametrize("adaln_bits, share", [
